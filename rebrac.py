@@ -1,0 +1,706 @@
+"""ReBRAC with a regularised actor, from "The Role of Deep Learning Regularizations on Actors in Offline RL"
+(arXiv 2409.07606), over "Revisiting the Minimalist Approach to Offline RL" (ReBRAC, arXiv 2305.09836).
+
+    python rebrac.py --dataset_name hopper-medium-v2                                      # as the paper tuned it
+    python rebrac.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1  # its actor regularised
+    python rebrac.py --dataset_name pen-human-v1 --critic_loss mse --num_updates 50000    # the original's critic
+
+One million updates at batch 1024 take minutes on a GPU; two CPU cores make 40 a second at batch 1024, 130 at batch 256.
+"""
+
+import contextlib
+import difflib
+import io
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyrallis
+from tqdm import tqdm
+
+from mujoco210 import d4rl, gym
+from runs import dataset_file, read_dataset
+
+# --- Config ---
+
+
+@dataclass(frozen=True)
+class Config:
+    # Data
+    dataset_name: str = "halfcheetah-medium-replay-v2"  # one of the paper's 36, the keys of TUNED
+    dataset_path: Optional[str] = None  # a file in D4RL's HDF5 format (none: D4RL's own, from D4RL_DATASET_DIR)
+    normalize_states: bool = False  # to mean 0 and standard deviation 1 over the training data
+    normalize_reward: Optional[bool] = None  # AntMaze: x 100; others: x 1000 / (best - worst episode return)
+    validation_frac: float = 0.0  # share of the episodes that is held out; 0.05 when tuning
+    validation_seed: Optional[int] = None  # shuffles the episodes before that (none: the file's last are held out)
+    # Algorithm; where it says none, the paper's value for the dataset is taken
+    critic_loss: str = "hl_gauss"  # hl_gauss: classification (the paper); mse: squared error (the original ReBRAC)
+    gamma: Optional[float] = None  # discount
+    tau: float = 0.005  # share of the new parameters in the targets' moving average
+    batch_size: Optional[int] = None
+    actor_learning_rate: Optional[float] = None
+    critic_learning_rate: Optional[float] = None
+    actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss
+    critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2 in the critic's target
+    actor_q_coef: float = 1.0  # weight of the normalised Q in the actor's loss; 0 is behaviour cloning
+    policy_freq: int = 2  # critic updates for each update of the actor and the targets
+    target_noise: float = 0.2  # standard deviation of the noise on the target actor's actions
+    noise_clip: float = 0.5  # largest absolute value of that noise
+    n_classes: Optional[int] = None  # hl_gauss: bins
+    v_min: Optional[float] = None  # hl_gauss: smallest and
+    v_max: Optional[float] = None  # largest return to go (none: the dataset's)
+    v_expand: Optional[float] = None  # hl_gauss: widening of [v_min, v_max], as a share of it
+    sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target, in bins
+    # Networks
+    hidden_dim: int = 256
+    actor_layers: int = 3  # hidden layers
+    critic_layers: int = 3
+    # Actor regularisers; 0 or false is exactly off
+    actor_dropout: float = 0.0  # share of the hidden units dropped in the actor's loss
+    actor_wd: float = 0.0  # decoupled weight decay
+    actor_l1_ratio: float = 0.0  # share of L1 in the weight decay: 0 is L2, 1 is L1, 0.5 the paper's elastic net
+    actor_wd_kernels_only: bool = False  # spare biases and normalisation parameters
+    actor_ln: bool = False  # LayerNorm
+    actor_fn: bool = False  # FeatureNorm: LayerNorm without scale and bias
+    actor_gn: bool = False  # GroupNorm, 32 groups
+    actor_bn: bool = False  # BatchNorm
+    actor_sn: bool = False  # SpectralNorm of the last hidden Dense
+    actor_input_noise: float = 0.0  # standard deviation of noise on the actor's states in its loss
+    actor_bc_noise: float = 0.0  # objective noise: standard deviation of noise on the cloned actions
+    actor_grad_noise: float = 0.0  # standard deviation of noise on the first gradient; decays by (1 + t)^-0.55
+    actor_lr_decay: bool = False  # cosine decay of the actor's learning rate to 0 over the run
+    # The same for the critics, which the paper leaves alone
+    critic_dropout: float = 0.0
+    critic_wd: float = 0.0
+    critic_l1_ratio: float = 0.0
+    critic_wd_kernels_only: bool = False
+    critic_ln: bool = True  # on in ReBRAC
+    critic_fn: bool = False
+    critic_gn: bool = False
+    critic_bn: bool = False
+    critic_sn: bool = False
+    critic_grad_noise: float = 0.0
+    critic_lr_decay: bool = False
+    # Run
+    seed: int = 0
+    num_seeds: int = 1  # seed, seed + 1, ... trained at once
+    num_updates: int = 1_000_000  # of the critic
+    log_every: int = 1000  # updates in an epoch, which is one compiled scan
+    eval_every: Optional[int] = None  # updates between evaluations (none: 10,000; AntMaze: 50,000)
+    eval_episodes: Optional[int] = None  # episodes in an evaluation (none: 10; AntMaze: 100)
+
+
+# The paper's tuned values. Columns: hl_gauss actor_bc_coef, n_classes, v_expand | mse actor_bc_coef, critic_bc_coef
+TUNED = {
+    "halfcheetah-random-v2": (0.001, 201, 0.05, 0.001, 0.1),
+    "halfcheetah-medium-v2": (0.001, 201, 0.1, 0.001, 0.01),
+    "halfcheetah-expert-v2": (0.01, 201, 0.05, 0.01, 0.01),
+    "halfcheetah-medium-replay-v2": (0.001, 201, 0.1, 0.01, 0.001),
+    "halfcheetah-medium-expert-v2": (0.01, 201, 0.1, 0.01, 0.1),
+    "halfcheetah-full-replay-v2": (0.001, 201, -0.05, 0.001, 0.1),
+    "hopper-random-v2": (0.001, 401, -0.05, 0.001, 0.01),
+    "hopper-medium-v2": (0.01, 201, -0.05, 0.01, 0.01),
+    "hopper-expert-v2": (0.05, 401, 0.1, 0.1, 0.1),
+    "hopper-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.5),
+    "hopper-medium-expert-v2": (0.05, 401, 0.05, 0.1, 0.01),
+    "hopper-full-replay-v2": (0.01, 201, 0.05, 0.01, 0.01),
+    "walker2d-random-v2": (0.05, 201, 0.05, 0.01, 0.0),
+    "walker2d-medium-v2": (0.05, 201, 0.1, 0.05, 0.1),
+    "walker2d-expert-v2": (0.01, 401, 0.05, 0.01, 0.5),
+    "walker2d-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.01),
+    "walker2d-medium-expert-v2": (0.05, 401, 0.05, 0.01, 0.01),
+    "walker2d-full-replay-v2": (0.001, 201, 0.1, 0.01, 0.01),
+    "antmaze-umaze-v2": (0.05, 401, 0.1, 0.003, 0.002),
+    "antmaze-umaze-diverse-v2": (0.01, 201, 0.1, 0.003, 0.001),
+    "antmaze-medium-play-v2": (0.001, 401, 0.05, 0.001, 0.0005),
+    "antmaze-medium-diverse-v2": (0.01, 401, 0.1, 0.001, 0.0),
+    "antmaze-large-play-v2": (0.01, 401, 0.1, 0.002, 0.001),
+    "antmaze-large-diverse-v2": (0.01, 401, 0.1, 0.002, 0.002),
+    "pen-human-v1": (0.05, 201, -0.05, 0.1, 0.5),
+    "pen-cloned-v1": (0.05, 401, 0.05, 0.05, 0.5),
+    "pen-expert-v1": (0.01, 401, -0.05, 0.01, 0.01),
+    "door-human-v1": (0.001, 401, -0.05, 0.1, 0.1),
+    "door-cloned-v1": (0.05, 201, 0.1, 0.01, 0.1),
+    "door-expert-v1": (0.05, 401, -0.05, 0.05, 0.01),
+    "hammer-human-v1": (0.05, 201, -0.05, 0.01, 0.5),
+    "hammer-cloned-v1": (0.05, 401, 0.05, 0.1, 0.5),
+    "hammer-expert-v1": (0.01, 401, 0.1, 0.01, 0.01),
+    "relocate-human-v1": (0.05, 201, 0.05, 0.1, 0.01),
+    "relocate-cloned-v1": (0.05, 201, 0.1, 0.1, 0.01),
+    "relocate-expert-v1": (0.05, 401, 0.05, 0.05, 0.01),
+}
+
+
+def tuned(config):
+    """Fills in what the user left open: the paper's values for the dataset (its tables of hyperparameters)."""
+    name = config.dataset_name
+    if name not in TUNED:
+        near = difflib.get_close_matches(name, TUNED, n=3, cutoff=0)
+        sys.exit(f"error: unknown dataset {name!r}; the nearest names are {', '.join(near)}")
+    hl_gauss, antmaze, adroit = config.critic_loss == "hl_gauss", "antmaze" in name, name.endswith("-v1")
+    actor_bc_coef, n_classes, v_expand, mse_actor_bc_coef, mse_critic_bc_coef = TUNED[name]
+    small = adroit or (antmaze and not hl_gauss)
+    values = dict(
+        normalize_reward=antmaze,
+        gamma=0.999 if antmaze else 0.99,
+        batch_size=256 if small else 1024,
+        actor_learning_rate=3e-4 if small else 1e-3,
+        critic_learning_rate=5e-5 if antmaze and small else 3e-4 if small else 1e-3,
+        actor_bc_coef=actor_bc_coef if hl_gauss else mse_actor_bc_coef,
+        critic_bc_coef=0.001 if hl_gauss else mse_critic_bc_coef,
+        n_classes=n_classes,
+        v_expand=v_expand,
+        eval_every=50_000 if antmaze else 10_000,
+        eval_episodes=100 if antmaze else 10,
+    )
+    if antmaze:
+        values.update(v_min=0.0, v_max=100.0)
+    return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
+
+
+# --- Data ---
+
+
+def make_env(name):
+    """One of D4RL's environments."""
+    with contextlib.redirect_stdout(io.StringIO()):  # AntMaze prints its targets
+        return gym.make(name)
+
+
+def episode_returns(raw):
+    """Undiscounted returns of the whole episodes in a file."""
+    ends = np.flatnonzero(raw["terminals"] | raw["timeouts"])
+    return np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ends], prepend=0.0)
+
+
+def make_dataset(config, raw):
+    """Splits a file's steps, by episode, into those to train on and those held out; scales rewards and states.
+
+    Returns the file's arrays, `ends` (N,) of its episodes, the indices of the steps that make transitions, `train` and
+    `validation`, and the `mean` and `std` (S,) by which the states were normalised.
+    """
+    ends = raw["terminals"] | raw["timeouts"]
+    ends[-1] = True
+    episode = np.cumsum(ends) - ends
+    num_episodes = episode[-1] + 1
+    num_held_out = round(config.validation_frac * num_episodes)
+    if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
+        sys.exit(f"error: validation_frac {config.validation_frac} of {num_episodes} episodes is {num_held_out}")
+    order = np.arange(num_episodes)
+    if config.validation_seed is not None:
+        np.random.default_rng(config.validation_seed).shuffle(order)
+    held_out = np.isin(episode, order[num_episodes - num_held_out :])
+    # As in D4RL's qlearning_dataset: a step at a timeout is left out, since its s' isn't known, and so is the last.
+    usable = ~raw["timeouts"]
+    usable[-1] = False
+    train, validation = (np.flatnonzero(usable & part).astype(np.int32) for part in (~held_out, held_out))
+
+    observations, rewards = raw["observations"], raw["rewards"]
+    if config.normalize_reward:
+        rewards = rewards * np.float32(100 if "antmaze" in config.dataset_name else 1000 / np.ptp(episode_returns(raw)))
+    mean, std = np.float32(0), np.float32(1)
+    if config.normalize_states:
+        mean = observations[train].mean(0, dtype=np.float64).astype(np.float32)
+        std = observations[train].std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
+        observations = (observations - mean) / std
+    return dict(
+        observations=observations, actions=raw["actions"], rewards=rewards, terminals=raw["terminals"],
+        ends=ends, train=train, validation=validation, mean=mean, std=std,
+    )  # fmt: skip
+
+
+class Transitions(NamedTuple):
+    observations: jax.Array  # s (B, S)
+    actions: jax.Array  # a (B, A)
+    rewards: jax.Array  # r (B,)
+    next_observations: jax.Array  # s' (B, S), of no meaning where d is 1
+    next_actions: jax.Array  # a' (B, A), of the same episode; a itself where d is 1
+    terminals: jax.Array  # d (B,), 0.0 or 1.0
+
+
+def transitions(data, index):
+    """The transitions of the steps `index` (B,): what follows a step is the next row, in a file and in `data`."""
+    terminals = data["terminals"][index]
+    return Transitions(
+        observations=data["observations"][index],
+        actions=data["actions"][index],
+        rewards=data["rewards"][index],
+        next_observations=data["observations"][index + 1],
+        next_actions=data["actions"][index + 1 - terminals],
+        terminals=terminals.astype(np.float32),
+    )
+
+
+# --- Networks: the regularised actor ---
+
+
+def is_on(strength):
+    """False for 0, which is then compiled away; a strength that is traced is on."""
+    return isinstance(strength, jax.Array) or strength > 0
+
+
+class Hidden(nn.Module):
+    """Hidden layers of Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm and Dropout, in the paper's order.
+
+    `network`, "actor" or "critic", says which of the config's regularisers are meant.
+    """
+
+    config: Config
+    network: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        layers, ln, fn, gn, bn, sn, dropout = (
+            getattr(self.config, f"{self.network}_{key}") for key in ("layers", "ln", "fn", "gn", "bn", "sn", "dropout")
+        )
+        for layer in range(layers):
+            dense = nn.Dense(self.config.hidden_dim, kernel_init=hidden_kernel_init, bias_init=hidden_bias_init)
+            x = nn.SpectralNorm(dense)(x, update_stats=train) if sn and layer == layers - 1 else dense(x)
+            x = nn.relu(x)
+            if ln:
+                x = nn.LayerNorm()(x)
+            if fn:
+                x = nn.LayerNorm(use_scale=False, use_bias=False)(x)
+            if gn:
+                x = nn.GroupNorm(num_groups=32)(x)
+            if bn:
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            if train and is_on(dropout):
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - dropout, x.shape)
+                x = jnp.where(kept, x / (1 - dropout), 0)
+        return x
+
+
+def init_network(network, key, *inputs):
+    """Variables of `network`: params, and batch_stats (empty without BatchNorm and SpectralNorm)."""
+    return {"batch_stats": {}, **network.init(key, *inputs, train=False)}
+
+
+def infer(network, variables, *inputs):
+    """The network's output as targets and evaluation see it: no dropout, running statistics."""
+    return network.apply(variables, *inputs, train=False)
+
+
+def train_forward(network, variables, key, *inputs):
+    """The network's output in training, and its variables with the running statistics that the pass updates."""
+    output, updated = network.apply(variables, *inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+    return output, {**variables, **updated}
+
+
+# --- Optimiser ---
+
+
+def make_optimizer(config, network, num_steps):
+    """Adam with the decoupled weight decay theta -= lr wd ((1 - rho) theta + rho sign theta), rho the L1 ratio."""
+    learning_rate, wd, rho = (getattr(config, f"{network}_{key}") for key in ("learning_rate", "wd", "l1_ratio"))
+
+    def decay(updates, params):
+        def add(path, update, param):
+            if getattr(config, f"{network}_wd_kernels_only") and path[-1].key != "kernel":
+                return update
+            return update + wd * ((1 - rho) * param + rho * jnp.sign(param) if is_on(rho) else param)
+
+        return jax.tree.map_with_path(add, updates, params)
+
+    if getattr(config, f"{network}_lr_decay"):  # counted in this network's own steps
+        learning_rate = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.stateless(decay) if is_on(wd) else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def optimize(config, network, optimizer, variables, opt_state, grads, key):
+    """One step of `network`'s optimiser; returns its variables and the optimiser's state."""
+    noise = getattr(config, f"{network}_grad_noise")
+    if is_on(noise):
+        scale = noise / (1 + opt_state[0].count) ** 0.55  # Adam counts the network's own steps
+        grads = jax.tree.map(lambda grad, e: grad + scale * e, grads, optax.tree.random_like(key, grads))
+    updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
+    return {**variables, "params": optax.apply_updates(variables["params"], updates)}, opt_state
+
+
+# --- Networks: ReBRAC ---
+
+hidden_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within +-1 / sqrt(fan_in)
+hidden_bias_init = nn.initializers.constant(0.1)
+
+
+def uniform_init(bound):
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Actor(nn.Module):
+    """Deterministic policy: states (B, S) to actions (B, A) in (-1, 1)."""
+
+    config: Config
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observations, train):
+        features = Hidden(self.config, "actor")(observations, train)
+        return nn.tanh(
+            nn.Dense(self.action_dim, kernel_init=uniform_init(1e-3), bias_init=uniform_init(1e-3))(features)
+        )
+
+
+class Critics(nn.Module):
+    """Two critics: states (B, S) and actions (B, A) to logits (2, B, n_classes), or with mse to values (2, B, 1)."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, observations, actions, train):
+        inputs = jnp.concatenate([observations, actions], -1)
+        outputs = self.config.n_classes if self.config.critic_loss == "hl_gauss" else 1
+        return jnp.stack([
+            nn.Dense(outputs, kernel_init=uniform_init(3e-3), bias_init=uniform_init(3e-3))(
+                Hidden(self.config, "critic")(inputs, train)
+            )
+            for _ in range(2)
+        ])  # fmt: skip
+
+
+def networks(config, actions):
+    """The actor's and the critics' modules, for actions of the shape (..., A)."""
+    return Actor(config, actions.shape[-1]), Critics(config)
+
+
+# --- Critic: values as classes ---
+
+
+def value_range(data, gamma):
+    """Smallest and largest discounted return to go in the data, within its episodes."""
+
+    def then(later, now):  # G_t = r_t + discount_t G_t+1, as affine maps that are composed from the end
+        return now[0] + now[1] * later[0], now[1] * later[1]
+
+    discounts = gamma * (1.0 - data["ends"])
+    returns, _ = jax.lax.associative_scan(then, (data["rewards"], discounts), reverse=True)
+    return float(returns.min()), float(returns.max())
+
+
+def support(config):
+    """Edges (n_classes + 1,) of the bins, over [v_min, v_max] widened in all by v_expand of it."""
+    margin = config.v_expand * (config.v_max - config.v_min) / 2
+    return jnp.linspace(config.v_min - margin, config.v_max + margin, config.n_classes + 1)
+
+
+def hl_gauss(config, values):
+    """Probabilities (..., n_classes) of a Gaussian around each value, cut off at the support's ends (HL-Gauss,
+    arXiv 2403.03950). Values outside the support are moved to its end, so that the probabilities always sum to 1."""
+    edges = support(config)
+    sigma = config.sigma_frac * (edges[1] - edges[0])
+    values = jnp.clip(values, edges[0], edges[-1])[..., None]
+    cdf = jax.scipy.special.erf((edges - values) / (math.sqrt(2) * sigma))  # up to a factor and a constant
+    return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+
+
+def critic_values(config, outputs):
+    """Q values (...) of the critics' outputs (..., n_classes or 1): with HL-Gauss the mean over the bins' centres."""
+    if config.critic_loss == "mse":
+        return outputs[..., 0]
+    edges = support(config)
+    return jax.nn.softmax(outputs) @ ((edges[1:] + edges[:-1]) / 2)
+
+
+# --- Losses and update ---
+
+
+class TrainState(NamedTuple):
+    actor: dict  # variables: params and batch_stats
+    target_actor: dict
+    actor_opt: optax.OptState
+    critic: dict
+    target_critic: dict
+    critic_opt: optax.OptState
+    key: jax.Array
+
+
+def init_state(config, data, seed):
+    """The state before the first update; everything random in a run comes from `seed`."""
+    key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
+    observations, actions = data["observations"][:1], data["actions"][:1]
+    actor_net, critic_net = networks(config, actions)
+    actor = init_network(actor_net, actor_key, observations)
+    critic = init_network(critic_net, critic_key, observations, actions)
+    actor_optimizer, critic_optimizer = optimizers(config)
+    return TrainState(
+        actor,
+        actor,
+        actor_optimizer.init(actor["params"]),
+        critic,
+        critic,
+        critic_optimizer.init(critic["params"]),
+        key,
+    )
+
+
+def init_states(config, data):
+    """`init_state` for each seed of the run, along a first axis."""
+    seeds = config.seed + jnp.arange(config.num_seeds)
+    return jax.jit(jax.vmap(lambda seed: init_state(config, data, seed)))(seeds)
+
+
+def optimizers(config):
+    return (
+        make_optimizer(config, "actor", config.num_updates // config.policy_freq),
+        make_optimizer(config, "critic", config.num_updates),
+    )
+
+
+def critic_target(config, state, batch, key):
+    """r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2] (ReBRAC, equation 5), shape (B,)."""
+    actor_net, critic_net = networks(config, batch.actions)
+    noise = config.target_noise * jax.random.normal(key, batch.actions.shape)
+    noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
+    next_actions = jnp.clip(infer(actor_net, state.target_actor, batch.next_observations) + noise, -1, 1)
+    penalty = jnp.sum((next_actions - batch.next_actions) ** 2, -1)
+    outputs = infer(critic_net, state.target_critic, batch.next_observations, next_actions)
+    next_values = critic_values(config, outputs).min(0) - config.critic_bc_coef * penalty
+    return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
+
+
+def critic_loss(params, config, state, batch, target, key):
+    """Cross-entropy to the target's HL-Gauss, or squared error, summed over the two critics."""
+    critic_net = Critics(config)
+    variables = {**state.critic, "params": params}
+    outputs, variables = train_forward(critic_net, variables, key, batch.observations, batch.actions)
+    if config.critic_loss == "mse":
+        losses = (outputs[..., 0] - target) ** 2
+    else:
+        losses = optax.softmax_cross_entropy(outputs, hl_gauss(config, target))
+    values = critic_values(config, outputs)
+    return losses.mean(1).sum(), (variables, {"critic_loss": losses.mean(), "q": values.mean()})
+
+
+def actor_loss(params, config, state, batch, keys):
+    """actor_bc_coef ||pi(s) - a||^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|, with the actor regularised."""
+    dropout_key, input_key, objective_key = keys
+    actor_net, critic_net = networks(config, batch.actions)
+    observations, cloned = batch.observations, batch.actions
+    if is_on(config.actor_input_noise):
+        observations += config.actor_input_noise * jax.random.normal(input_key, observations.shape)
+    if is_on(config.actor_bc_noise):
+        cloned -= config.actor_bc_noise * jax.random.normal(objective_key, cloned.shape)
+    variables = {**state.actor, "params": params}
+    actions, variables = train_forward(actor_net, variables, dropout_key, observations)
+    bc = jnp.sum((actions - cloned) ** 2, -1).mean()
+    loss = config.actor_bc_coef * bc
+    if is_on(config.actor_q_coef):
+        values = critic_values(config, infer(critic_net, state.critic, batch.observations, actions)).min(0)
+        loss -= config.actor_q_coef * values.mean() / jax.lax.stop_gradient(jnp.abs(values).mean())
+    return loss, (variables, {"actor_loss": loss, "bc_loss": bc})
+
+
+def update(config, state, batch, update_actor):
+    """One update of the critics, and with `update_actor` one of the actor and of both targets after it.
+
+    A pure function of a TrainState and Transitions; returns the new state and a dictionary of scalars.
+    """
+    actor_optimizer, critic_optimizer = optimizers(config)
+    key, target_key, critic_key, critic_noise_key, actor_noise_key, *actor_keys = jax.random.split(state.key, 8)
+    target = critic_target(config, state, batch, target_key)
+    grads, (critic, info) = jax.grad(critic_loss, has_aux=True)(
+        state.critic["params"], config, state, batch, target, critic_key
+    )
+    critic, critic_opt = optimize(config, "critic", critic_optimizer, critic, state.critic_opt, grads, critic_noise_key)
+    state = state._replace(critic=critic, critic_opt=critic_opt, key=key)
+    if update_actor:
+        grads, (actor, actor_info) = jax.grad(actor_loss, has_aux=True)(
+            state.actor["params"], config, state, batch, actor_keys
+        )
+        actor, actor_opt = optimize(config, "actor", actor_optimizer, actor, state.actor_opt, grads, actor_noise_key)
+        state = state._replace(
+            actor=actor,
+            actor_opt=actor_opt,
+            target_actor=optax.incremental_update(actor, state.target_actor, config.tau),
+            target_critic=optax.incremental_update(critic, state.target_critic, config.tau),
+        )
+        info |= actor_info
+    return state, info
+
+
+def over_seeds(function, *arrays):
+    """`function` over the first axis, that of the seeds. One seed goes without vmap, which makes it slower on a CPU."""
+    if len(jax.tree.leaves(arrays)[0]) > 1:
+        return jax.vmap(function)(*arrays)
+    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def epoch(static, traced, states, data):
+    """`log_every` updates of each seed's state in one scan; returns the states and the means of the scalars, (seeds,).
+
+    `data` is an argument, and so are the config's numbers: runs that differ in those share the compiled program.
+    """
+    config = replace(static, **traced)
+
+    def step(state, _):
+        infos = {}
+        for i in range(config.policy_freq):
+            key, batch_key = jax.random.split(state.key)
+            index = jax.random.choice(batch_key, data["train"], (config.batch_size,))
+            batch = transitions(data, index)
+            state, info = update(config, state._replace(key=key), batch, update_actor=i == config.policy_freq - 1)
+            infos |= info
+        return state, infos
+
+    def run(state):
+        state, infos = jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
+        return state, jax.tree.map(jnp.mean, infos)
+
+    return over_seeds(run, states)
+
+
+def split_config(config):
+    """The config in two: what a compiled program depends on, and the numbers that are its arguments."""
+    traced = {key: value for key, value in vars(config).items() if isinstance(value, float) and value}
+    return replace(config, seed=0, dataset_path=None, **dict.fromkeys(traced)), traced
+
+
+# --- Evaluation ---
+
+
+def act(config, actor, data, observations):
+    """The policy: states (E, S) as the environment gives them to actions (E, A)."""
+    actor_net, _ = networks(config, data["actions"])
+    return infer(actor_net, actor, (observations - data["mean"]) / data["std"])
+
+
+@partial(jax.jit, static_argnums=0)
+def act_all(static, traced, actors, data, observations):
+    """`act` for the actor of each seed: states (seeds, E, S) to actions (seeds, E, A)."""
+    config = replace(static, **traced)
+    return over_seeds(lambda actor, states: act(config, actor, data, states), actors, observations)
+
+
+def reset(env, *numbers):
+    """Resets an environment to the start state that `numbers` determine; returns the first observation (S,)."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    getattr(env.unwrapped, "_wrapped_env", env.unwrapped).seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, AntMaze draws its start and its target from here
+    with contextlib.redirect_stdout(io.StringIO()):
+        return env.reset()
+
+
+def evaluate(config, policy, envs, update):
+    """D4RL's normalised scores (seeds, episodes) of a policy that maps states (seeds, episodes, S) to actions.
+
+    All episodes are stepped together, with one call of the policy a step. The start state of each depends on the
+    training seed, the update and the episode, and on nothing else.
+    """
+    shape = config.num_seeds, config.eval_episodes
+    observations = np.stack(
+        [reset(env, config.seed + i // shape[1], update, i % shape[1]) for i, env in enumerate(envs)]
+    ).astype(np.float32)
+    returns, running = np.zeros(len(envs)), np.arange(len(envs))
+    while len(running):
+        actions = np.asarray(policy(observations.reshape(*shape, -1))).reshape(len(envs), -1)
+        steps = [envs[i].step(actions[i]) for i in running]
+        observations[running] = [step[0] for step in steps]
+        returns[running] += [step[1] for step in steps]
+        running = running[[not step[2] for step in steps]]
+    return 100 * d4rl.get_normalized_score(config.dataset_name, returns).reshape(shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def action_error(static, traced, actors, data, index):
+    """Mean squared error (seeds,) of the policies' actions to the data's, over the steps `index` and the dimensions."""
+    actor_net, _ = networks(replace(static, **traced), data["actions"])
+    error = lambda actor: (infer(actor_net, actor, data["observations"][index]) - data["actions"][index]) ** 2
+    return over_seeds(lambda actor: error(actor).mean(), actors)
+
+
+# --- Training ---
+
+
+def train(config):
+    """A whole run; returns the final states and the scores (seeds, episodes) of the last evaluation."""
+    env = make_env(config.dataset_name)
+    raw = read_dataset(dataset_file(config, env), env)
+    data = make_dataset(config, raw)
+    scores = 100 * d4rl.get_normalized_score(config.dataset_name, episode_returns(raw))
+    print(
+        f"{config.dataset_name}: {len(scores)} episodes of score {scores.mean():.1f} on average, {scores.max():.1f} at "
+        f"best; {len(data['train'])} transitions to train on, {len(data['validation'])} held out"
+    )
+    data = jax.device_put(data)
+    if config.v_min is None or config.v_max is None:
+        v_min, v_max = value_range(data, config.gamma)
+        config = replace(
+            config,
+            v_min=v_min if config.v_min is None else config.v_min,
+            v_max=v_max if config.v_max is None else config.v_max,
+        )
+    static, traced = split_config(config)
+    states = init_states(config, data)
+    envs = [make_env(config.dataset_name) for _ in range(config.num_seeds * config.eval_episodes)]
+    pick = np.random.default_rng(0).choice
+    samples = {
+        key: pick(data[key], min(len(data[key]), 10_000), replace=False)
+        for key in ("train", "validation")
+        if len(data[key])
+    }
+
+    bar = tqdm(total=config.num_updates, unit=" updates", disable=not sys.stderr.isatty(), smoothing=0.1)
+    started = time.time()
+    for done in range(config.log_every, config.num_updates + 1, config.log_every):
+        epoch_started = time.time()
+        states, infos = jax.block_until_ready(epoch(static, traced, states, data))
+        rate = config.log_every / (time.time() - epoch_started)
+        infos = {key: float(value.mean()) for key, value in infos.items()}
+        bar.update(config.log_every)
+        if done % config.eval_every == 0 or done == config.num_updates:
+            scores = evaluate(config, partial(act_all, static, traced, states.actor, data), envs, done)
+            errors = {
+                f"{key}_action_error": float(action_error(static, traced, states.actor, data, index).mean())
+                for key, index in samples.items()
+            }
+            shown = {**infos, **errors, "updates/s": rate}
+            bar.write(
+                f"{done:>9,} updates  score {scores.mean():6.1f} +- {scores.std():.1f}  "
+                + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()),
+                file=sys.stdout,
+            )
+        bar.set_postfix(score=f"{scores.mean():.1f}", **{key: f"{value:.3g}" for key, value in infos.items()})
+    bar.close()
+    print(
+        f"final score {scores.mean():.1f} +- {scores.std():.1f} over {scores.shape[1]} episodes "
+        f"and {scores.shape[0]} seeds, in {time.time() - started:.0f} s"
+    )
+    return states, scores
+
+
+def check(config):
+    """Ends the program with one line if a value makes no sense."""
+    shares = ("actor_dropout", "critic_dropout", "validation_frac")
+    rules = {
+        "critic_loss must be hl_gauss or mse": config.critic_loss in ("hl_gauss", "mse"),
+        "log_every must be a multiple of policy_freq": config.log_every % config.policy_freq == 0,
+        "num_updates and eval_every must be multiples of log_every": config.num_updates % config.log_every == 0
+        and config.eval_every % config.log_every == 0,
+        **{f"{key} must be at least 0 and below 1": 0 <= getattr(config, key) < 1 for key in shares},
+    }
+    for message, holds in rules.items():
+        if not holds:
+            sys.exit(f"error: {message}")
+
+
+if __name__ == "__main__":
+    jax.config.update(
+        "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
+    )
+    config = tuned(pyrallis.parse(config_class=Config))
+    check(config)
+    train(config)
