@@ -240,7 +240,7 @@ def transitions(data, index):
     )
 
 
-# --- Networks: the regularised actor ---
+# --- Networks: the regularised hidden layers ---
 
 
 def is_on(strength):
@@ -376,18 +376,26 @@ def networks(config, actions):
     return Actor(config, actions.shape[-1]), Critics(config)
 
 
+def act(config, actor, data, observations):
+    """The policy in evaluation: normalised states (B, S) to actions (B, A)."""
+    actor_net, _ = networks(config, data["actions"])
+    return infer(actor_net, actor, observations)
+
+
 # --- Critic: values as classes ---
 
 
-def value_range(data, gamma):
-    """Smallest and largest discounted return to go in the data, within its episodes."""
+def with_value_range(config, data):
+    """The config with v_min and v_max, unless given: the smallest and largest discounted return to go in the data."""
 
     def then(later, now):  # G_t = r_t + discount_t G_t+1, as affine maps that are composed from the end
         return now[0] + now[1] * later[0], now[1] * later[1]
 
-    discounts = gamma * (1.0 - data["ends"])
+    discounts = config.gamma * (1.0 - data["ends"])
     returns, _ = jax.lax.associative_scan(then, (data["rewards"], discounts), reverse=True)
-    return float(returns.min()), float(returns.max())
+    v_min = float(returns.min()) if config.v_min is None else config.v_min
+    v_max = float(returns.max()) if config.v_max is None else config.v_max
+    return replace(config, v_min=v_min, v_max=v_max)
 
 
 def support(config):
@@ -446,12 +454,6 @@ def init_state(config, data, seed):
     )
 
 
-def init_states(config, data):
-    """`init_state` for each seed of the run, along a first axis."""
-    seeds = config.seed + jnp.arange(config.num_seeds)
-    return jax.jit(jax.vmap(lambda seed: init_state(config, data, seed)))(seeds)
-
-
 def optimizers(config):
     return (
         make_optimizer(config, "actor", config.num_updates // config.policy_freq),
@@ -460,7 +462,7 @@ def optimizers(config):
 
 
 def critic_target(config, state, batch, key):
-    """r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2] (ReBRAC, equation 5), shape (B,)."""
+    """r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2] (ReBRAC), shape (B,)."""
     actor_net, critic_net = networks(config, batch.actions)
     noise = config.target_noise * jax.random.normal(key, batch.actions.shape)
     noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
@@ -531,13 +533,6 @@ def update(config, state, batch, update_actor):
     return state, info
 
 
-def over_seeds(function, *arrays):
-    """`function` over the first axis, that of the seeds. One seed goes without vmap, which makes it slower on a CPU."""
-    if len(jax.tree.leaves(arrays)[0]) > 1:
-        return jax.vmap(function)(*arrays)
-    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
-
-
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def epoch(static, traced, states, data):
     """`log_every` updates of each seed's state in one scan; returns the states and the means of the scalars, (seeds,).
@@ -563,6 +558,22 @@ def epoch(static, traced, states, data):
     return over_seeds(run, states)
 
 
+# --- Seeds and compilation ---
+
+
+def init_states(config, data):
+    """`init_state` for each seed of the run, along a first axis."""
+    seeds = config.seed + jnp.arange(config.num_seeds)
+    return jax.jit(jax.vmap(lambda seed: init_state(config, data, seed)))(seeds)
+
+
+def over_seeds(function, *arrays):
+    """`function` over the first axis, that of the seeds. One seed goes without vmap, which makes it slower on a CPU."""
+    if len(jax.tree.leaves(arrays)[0]) > 1:
+        return jax.vmap(function)(*arrays)
+    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
+
+
 def split_config(config):
     """The config in two: what a compiled program depends on, and the numbers that are its arguments."""
     traced = {key: value for key, value in vars(config).items() if isinstance(value, float) and value}
@@ -572,16 +583,10 @@ def split_config(config):
 # --- Evaluation ---
 
 
-def act(config, actor, data, observations):
-    """The policy: states (E, S) as the environment gives them to actions (E, A)."""
-    actor_net, _ = networks(config, data["actions"])
-    return infer(actor_net, actor, (observations - data["mean"]) / data["std"])
-
-
 @partial(jax.jit, static_argnums=0)
 def act_all(static, traced, actors, data, observations):
-    """`act` for the actor of each seed: states (seeds, E, S) to actions (seeds, E, A)."""
-    config = replace(static, **traced)
+    """The policy of each seed: states (seeds, E, S) as the environment gives them to actions (seeds, E, A)."""
+    config, observations = replace(static, **traced), (observations - data["mean"]) / data["std"]
     return over_seeds(lambda actor, states: act(config, actor, data, states), actors, observations)
 
 
@@ -617,9 +622,8 @@ def evaluate(config, policy, envs, update):
 @partial(jax.jit, static_argnums=0)
 def action_error(static, traced, actors, data, index):
     """Mean squared error (seeds,) of the policies' actions to the data's, over the steps `index` and the dimensions."""
-    actor_net, _ = networks(replace(static, **traced), data["actions"])
-    error = lambda actor: (infer(actor_net, actor, data["observations"][index]) - data["actions"][index]) ** 2
-    return over_seeds(lambda actor: error(actor).mean(), actors)
+    config, observations, actions = replace(static, **traced), data["observations"][index], data["actions"][index]
+    return over_seeds(lambda actor: jnp.mean((act(config, actor, data, observations) - actions) ** 2), actors)
 
 
 # --- Training ---
@@ -636,13 +640,7 @@ def train(config):
         f"best; {len(data['train'])} transitions to train on, {len(data['validation'])} held out"
     )
     data = jax.device_put(data)
-    if config.v_min is None or config.v_max is None:
-        v_min, v_max = value_range(data, config.gamma)
-        config = replace(
-            config,
-            v_min=v_min if config.v_min is None else config.v_min,
-            v_max=v_max if config.v_max is None else config.v_max,
-        )
+    config = with_value_range(config, data)
     static, traced = split_config(config)
     states = init_states(config, data)
     envs = [make_env(config.dataset_name) for _ in range(config.num_seeds * config.eval_episodes)]
@@ -653,27 +651,24 @@ def train(config):
         if len(data[key])
     }
 
+    started, shown = time.time(), {}
     bar = tqdm(total=config.num_updates, unit=" updates", disable=not sys.stderr.isatty(), smoothing=0.1)
-    started = time.time()
-    for done in range(config.log_every, config.num_updates + 1, config.log_every):
+    for update in range(config.log_every, config.num_updates + 1, config.log_every):
         epoch_started = time.time()
         states, infos = jax.block_until_ready(epoch(static, traced, states, data))
-        rate = config.log_every / (time.time() - epoch_started)
         infos = {key: float(value.mean()) for key, value in infos.items()}
+        infos["updates/s"] = config.log_every / (time.time() - epoch_started)
         bar.update(config.log_every)
-        if done % config.eval_every == 0 or done == config.num_updates:
-            scores = evaluate(config, partial(act_all, static, traced, states.actor, data), envs, done)
-            errors = {
-                f"{key}_action_error": float(action_error(static, traced, states.actor, data, index).mean())
-                for key, index in samples.items()
-            }
-            shown = {**infos, **errors, "updates/s": rate}
-            bar.write(
-                f"{done:>9,} updates  score {scores.mean():6.1f} +- {scores.std():.1f}  "
-                + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()),
-                file=sys.stdout,
-            )
-        bar.set_postfix(score=f"{scores.mean():.1f}", **{key: f"{value:.3g}" for key, value in infos.items()})
+        if update % config.eval_every == 0 or update == config.num_updates:
+            scores = evaluate(config, partial(act_all, static, traced, states.actor, data), envs, update)
+            for part, index in samples.items():
+                error = action_error(static, traced, states.actor, data, index)
+                infos[f"{part}_action_error"] = float(error.mean())
+            shown["score"] = f"{scores.mean():.1f}"
+            line = f"{update:>9,} updates  score {scores.mean():6.1f} +- {scores.std():.1f}  "
+            bar.write(line + "  ".join(f"{key} {value:.4g}" for key, value in infos.items()), file=sys.stdout)
+        shown |= {key: f"{value:.3g}" for key, value in infos.items() if "loss" in key}
+        bar.set_postfix(shown)
     bar.close()
     print(
         f"final score {scores.mean():.1f} +- {scores.std():.1f} over {scores.shape[1]} episodes "

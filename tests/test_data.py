@@ -168,7 +168,9 @@ def test_value_range_is_that_of_the_discounted_returns(cheetah, write_dataset):
     for reward, end in zip(columns["rewards"][::-1], (columns["terminals"] | columns["timeouts"])[::-1]):
         following = reward + 0.9 * following * (not end)
         returns.append(following)
-    np.testing.assert_allclose(rebrac.value_range(data, 0.9), (min(returns), max(returns)), rtol=1e-5)
+    config = rebrac.with_value_range(rebrac.replace(CONFIG, gamma=0.9), data)
+    np.testing.assert_allclose((config.v_min, config.v_max), (min(returns), max(returns)), rtol=1e-5)
+    assert rebrac.with_value_range(rebrac.replace(CONFIG, v_min=-7.0), data).v_min == -7.0
 
 
 # --- Files that can't be learnt from ---

@@ -10,6 +10,7 @@ import optax
 import pytest
 from test_rebrac import ACTIONS, SMALL, same_bits, small_data, small_state, update
 
+import iql
 import rebrac
 
 ONE = replace(SMALL, actor_layers=1, hidden_dim=64)
@@ -199,17 +200,25 @@ def test_critics_stay_as_the_algorithm_has_them_unless_asked():
     assert same_bits(plain.critic, regularised.critic)
 
 
-# --- Off is off ---
+# --- Off is off, in both scripts ---
+
+IQL = iql.tuned(
+    iql.Config(hidden_dim=16, batch_size=8, log_every=4, num_updates=40, actor_lr_decay=False, actor_dropout=0.0)
+)
+SCRIPTS = {"rebrac": (rebrac, SMALL), "iql": (iql, IQL)}
+both = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def program(config):
-    data = small_data()
-    state = jax.eval_shape(lambda: rebrac.init_states(config, data))
-    static, traced = rebrac.split_config(config)
-    return rebrac.epoch.lower(static, traced, state, data).as_text()
+def program(script, **flags):
+    module, config = SCRIPTS[script]
+    config, data = replace(config, **flags), small_data()
+    state = jax.eval_shape(lambda: module.init_states(config, data))
+    static, traced = module.split_config(config)
+    return module.epoch.lower(static, traced, state, data).as_text()
 
 
-def test_an_actor_without_regularisers_is_the_plain_network():
+@pytest.mark.parametrize("train", [False, True])
+def test_an_actor_without_regularisers_is_the_plain_network(train):
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -217,12 +226,11 @@ def test_an_actor_without_regularisers_is_the_plain_network():
                 x = nn.relu(nn.Dense(16)(x))
             return nn.tanh(nn.Dense(ACTIONS)(x))
 
-    params = small_state(SMALL).actor["params"]
-    plain_params = {**params["Hidden_0"], "Dense_2": params["Dense_0"]}
-    variables = {"params": params, "batch_stats": {}}
+    params, network = small_state(SMALL).actor["params"], rebrac.Actor(SMALL, ACTIONS)
 
     def ours(params, x):
-        return rebrac.train_forward(rebrac.Actor(SMALL, ACTIONS), {**variables, "params": params}, KEYS[0], x)[0]
+        variables = {"params": params, "batch_stats": {}}
+        return rebrac.train_forward(network, variables, KEYS[0], x)[0] if train else rebrac.infer(network, variables, x)
 
     def plain(params, x):
         return Plain().apply({"params": {**params["Hidden_0"], "Dense_2": params["Dense_0"]}}, x)
@@ -232,14 +240,13 @@ def test_an_actor_without_regularisers_is_the_plain_network():
         for f in (ours, plain)
     ]
     assert compiled[0] == compiled[1]
-    np.testing.assert_array_equal(
-        ours(params, BATCH.observations), Plain().apply({"params": plain_params}, BATCH.observations)
-    )
+    np.testing.assert_array_equal(ours(params, BATCH.observations), plain(params, BATCH.observations))
 
 
-def test_off_leaves_no_trace_in_the_program(monkeypatch):
+@both
+def test_off_leaves_no_trace_in_the_program(monkeypatch, script):
     """With everything off, none of the regularisers' building blocks is even reached."""
-    text = program(SMALL)
+    text = program(script)
 
     def unreachable(*arguments, **options):
         raise AssertionError("a regulariser that is off was reached")
@@ -250,28 +257,31 @@ def test_off_leaves_no_trace_in_the_program(monkeypatch):
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, unreachable)
     off = {key: type(value)(0) for key, value in {**ON, **CRITIC_ON}.items()}
-    assert program(replace(SMALL, **off, log_every=SMALL.log_every)) == text
+    assert program(script, **off) == text
 
 
+@both
 @pytest.mark.parametrize("flag", [*ON, *CRITIC_ON])
-def test_on_changes_the_program(flag):
-    config = replace(SMALL, hidden_dim=64)
-    assert program(replace(config, **{flag: {**ON, **CRITIC_ON}[flag]})) != program(config)
+def test_on_changes_the_program(flag, script):
+    assert program(script, hidden_dim=64, **{flag: {**ON, **CRITIC_ON}[flag]}) != program(script, hidden_dim=64)
 
 
-def test_strengths_share_a_compiled_program():
-    strong, weak = (
-        replace(SMALL, actor_dropout=0.5, actor_wd=0.1, gamma=0.9),
-        replace(SMALL, actor_dropout=0.1, actor_wd=1e-5),
-    )
-    assert rebrac.split_config(strong)[0] == rebrac.split_config(weak)[0] != rebrac.split_config(SMALL)[0]
-    assert program(strong) == program(weak) != program(SMALL)
+@both
+def test_strengths_share_a_compiled_program(script):
+    module, config = SCRIPTS[script]
+    strong, weak = dict(actor_dropout=0.5, actor_wd=0.1, gamma=0.9), dict(actor_dropout=0.1, actor_wd=1e-5)
+    assert program(script, **strong) == program(script, **weak) != program(script)
+    static, others = (module.split_config(replace(config, **flags))[0] for flags in (strong, weak))
+    assert static == others != module.split_config(config)[0]
 
 
-def test_all_regularisers_work_together():
-    config = replace(SMALL, hidden_dim=64, critic_layers=1, **ON, **CRITIC_ON, actor_l1_ratio=0.5, critic_l1_ratio=1.0)
-    states = rebrac.init_states(config, small_data())
-    static, traced = rebrac.split_config(config)
+@both
+def test_all_regularisers_work_together(script):
+    module, config = SCRIPTS[script]
+    config = replace(config, hidden_dim=64, critic_layers=1, **ON, **CRITIC_ON, actor_l1_ratio=0.5, critic_l1_ratio=1.0)
+    data = jax.device_put(small_data())
+    states = module.init_states(config, data)
+    static, traced = module.split_config(config)
     for _ in range(3):
-        states, infos = rebrac.epoch(static, traced, states, jax.device_put(small_data()))
+        states, infos = module.epoch(static, traced, states, data)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states._replace(key=None), infos)))
