@@ -25,11 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyrallis
 from tqdm import tqdm
 
 from mujoco210 import d4rl, gym
-from runs import dataset_file, read_dataset
+from runs import check, dataset_file, parse, read_dataset
 
 # --- Config ---
 
@@ -614,24 +613,17 @@ def train(config):
     return states, scores
 
 
-def check(config):
-    """Ends the program with one line if a value makes no sense."""
-    shares = ("actor_dropout", "critic_dropout", "validation_frac")
-    rules = {
-        "expectile must be between 0 and 1": 0 < config.expectile < 1,
-        "num_updates and eval_every must be multiples of log_every": config.num_updates % config.log_every == 0
-        and config.eval_every % config.log_every == 0,
-        **{f"{key} must be at least 0 and below 1": 0 <= getattr(config, key) < 1 for key in shares},
-    }
-    for message, holds in rules.items():
-        if not holds:
-            sys.exit(f"error: {message}")
-
-
-if __name__ == "__main__":
+def main():
     jax.config.update(
         "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     )
-    config = tuned(pyrallis.parse(config_class=Config))
-    check(config)
+    config = tuned(parse(Config))
+    rules = {
+        "log_std_min must be below log_std_max": config.log_std_min < config.log_std_max,
+    }
+    check(config, rules)
     train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -100,6 +100,9 @@ def _numbers(text):
     return values
 
 
+# Where the simulation diverges: not to the standard error and a file in the working directory, as by default.
+mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text}", RuntimeWarning, stacklevel=2))
+
 # --- mujoco_py: its names for the official bindings' objects ---
 
 

@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyrallis
 from tqdm import tqdm
 
 from mujoco210 import d4rl, gym
-from runs import dataset_file, read_dataset
+from runs import check, dataset_file, parse, read_dataset
 
 # --- Config ---
 
@@ -677,25 +676,19 @@ def train(config):
     return states, scores
 
 
-def check(config):
-    """Ends the program with one line if a value makes no sense."""
-    shares = ("actor_dropout", "critic_dropout", "validation_frac")
-    rules = {
-        "critic_loss must be hl_gauss or mse": config.critic_loss in ("hl_gauss", "mse"),
-        "log_every must be a multiple of policy_freq": config.log_every % config.policy_freq == 0,
-        "num_updates and eval_every must be multiples of log_every": config.num_updates % config.log_every == 0
-        and config.eval_every % config.log_every == 0,
-        **{f"{key} must be at least 0 and below 1": 0 <= getattr(config, key) < 1 for key in shares},
-    }
-    for message, holds in rules.items():
-        if not holds:
-            sys.exit(f"error: {message}")
-
-
-if __name__ == "__main__":
+def main():
     jax.config.update(
         "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     )
-    config = tuned(pyrallis.parse(config_class=Config))
-    check(config)
+    config = tuned(parse(Config))
+    rules = {
+        "critic_loss must be hl_gauss or mse": config.critic_loss in ("hl_gauss", "mse"),
+        "log_every must be a multiple of policy_freq": config.log_every % max(config.policy_freq, 1) == 0,
+        "v_min must be below v_max": None in (config.v_min, config.v_max) or config.v_min < config.v_max,
+    }
+    check(config, rules)
     train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,8 @@
-"""Files in and out, which is not the algorithm: D4RL's datasets."""
+"""What is not the algorithm: checks of a config, and reading D4RL's datasets."""
 
+import dataclasses
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -8,6 +10,65 @@ import urllib.request
 
 import h5py
 import numpy as np
+import pyrallis
+
+# --- Configs ---
+
+
+def _strict_bool(value):
+    if value not in (False, True):
+        raise ValueError("neither true nor false")
+    return bool(value)
+
+
+def _strict_int(value):
+    if float(value) % 1:
+        raise ValueError("not a whole number")
+    return int(float(value))
+
+
+pyrallis.decode.register(bool, _strict_bool)  # pyrallis itself takes any word for true,
+pyrallis.decode.register(int, _strict_int)  # and cuts 0.5 to 0
+
+
+def parse(config_class):
+    """The config that the command line gives; ends the program with one line if a value can't be read."""
+    try:
+        return pyrallis.parse(config_class=config_class)
+    except pyrallis.utils.ParsingError as error:
+        value, key = re.search(r"value='(.*)' into field .*\.(\w+)\" of type", str(error)).groups()
+        kind = next(str(field.type) for field in dataclasses.fields(config_class) if field.name == key)
+        sys.exit(f"error: {key} can't be {value!r}; it is of type {re.search(r'float|int|bool|str', kind)[0]}")
+
+
+def check(config, rules):
+    """Ends the program with one line if a field of the config makes no sense; `rules` maps more messages to bools."""
+    fields, rules = vars(config), dict(rules)
+    for key, value in fields.items():
+        end = key.split("_", 1)[-1]
+        if type(value) is int:
+            low = 0 if "seed" in key and key != "num_seeds" else 1
+            rules[f"{key} must be {low} or more"] = value >= low
+        elif type(value) is float and end in ("dropout", "frac"):
+            rules[f"{key} must be at least 0 and below 1"] = 0 <= value < 1
+        elif type(value) is float and (end == "l1_ratio" or key in ("tau", "gamma", "expectile")):
+            rules[f"{key} must be between 0 and 1"] = 0 <= value <= 1
+        elif (
+            type(value) is float and key not in ("v_min", "v_max", "v_expand", "reward_shift") and "log_std" not in key
+        ):
+            rules[f"{key} must be 0 or more"] = value >= 0
+    for network in ("actor", "critic"):
+        rules[f"{network}_gn needs a hidden_dim of 64, 96, ...: 32 groups of two units or more"] = not (
+            fields[f"{network}_gn"] and (config.hidden_dim % 32 or config.hidden_dim == 32)
+        )
+    for key in ("num_updates", "eval_every"):
+        rules[f"{key} must be a multiple of log_every, {config.log_every}"] = (
+            fields[key] % max(config.log_every, 1) == 0
+        )
+    for message, holds in rules.items():
+        if not holds:
+            sys.exit(f"error: {message}")
+
 
 # --- Datasets ---
 

@@ -105,6 +105,16 @@ def test_unknown_names_are_errors(cheetah):
         cheetah.unwrapped.model.body_name2id("tail")
 
 
+def test_a_simulation_that_diverges_warns_and_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inner = rebrac.make_env("hopper-medium-v2").unwrapped._wrapped_env
+    inner.reset()
+    inner.sim.data.qvel[:] = 1e12
+    with pytest.warns(RuntimeWarning, match="MuJoCo: Nan, Inf or huge value"):
+        inner.sim.step()
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_import_is_silent():
     code = "from mujoco210 import d4rl, gym; gym.make('hopper-medium-v2').reset()"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

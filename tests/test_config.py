@@ -1,0 +1,77 @@
+"""The command line: what can't be meant gets one clear line before any work."""
+
+import sys
+
+import pytest
+
+import iql
+import rebrac
+import runs
+
+BAD = {
+    "--actor_dropout abc": "actor_dropout can't be 'abc'; it is of type float",
+    "--gamma x": "gamma can't be 'x'",
+    "--actor_ln maybe": "actor_ln can't be 'maybe'; it is of type bool",
+    "--normalize_reward perhaps": "normalize_reward can't be 'perhaps'",
+    "--batch_size 2.5": "batch_size can't be '2.5'; it is of type int",
+    "--batch_size 0": "batch_size must be 1 or more",
+    "--num_seeds 0": "num_seeds must be 1 or more",
+    "--seed -1": "seed must be 0 or more",
+    "--eval_episodes 0": "eval_episodes must be 1 or more",
+    "--log_every 0": "log_every must be 1 or more",
+    "--actor_dropout 1.0": "actor_dropout must be at least 0 and below 1",
+    "--critic_dropout -0.1": "critic_dropout must be at least 0 and below 1",
+    "--validation_frac 1.0": "validation_frac must be at least 0 and below 1",
+    "--actor_wd -0.001": "actor_wd must be 0 or more",
+    "--actor_l1_ratio 1.5": "actor_l1_ratio must be between 0 and 1",
+    "--actor_learning_rate -1.0": "actor_learning_rate must be 0 or more",
+    "--actor_gn true --hidden_dim 48": "actor_gn needs a hidden_dim of 64, 96, ...",
+    "--critic_gn true --hidden_dim 32": "critic_gn needs a hidden_dim of 64, 96, ...",
+    "--num_updates 1500": "num_updates must be a multiple of log_every, 1000",
+    "--eval_every 1500": "eval_every must be a multiple of log_every, 1000",
+    "--dataset_name hopper-medium-v3": "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2",
+}
+BAD_REBRAC = {
+    "--critic_loss huber": "critic_loss must be hl_gauss or mse",
+    "--policy_freq 0": "policy_freq must be 1 or more",
+    "--policy_freq 3": "log_every must be a multiple of policy_freq",
+    "--v_min 3 --v_max 2": "v_min must be below v_max",
+}
+BAD_IQL = {"--expectile 2.0": "expectile must be between 0 and 1", "--log_std_min 3": "log_std_min must be below"}
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [(script, *case) for script in (rebrac, iql) for case in BAD.items()]
+    + [(rebrac, *case) for case in BAD_REBRAC.items()]
+    + [(iql, *case) for case in BAD_IQL.items()],
+)
+def test_bad_values_get_one_clear_line(monkeypatch, script, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
+    monkeypatch.setattr(script, "train", lambda config: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert str(error.value).startswith(f"error: {message}") and "\n" not in str(error.value)
+
+
+def test_an_unknown_flag_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rebrac.py", "--actor_droput", "0.1"])
+    with pytest.raises(SystemExit):
+        runs.parse(rebrac.Config)
+    assert "unrecognized arguments: --actor_droput" in capsys.readouterr().err
+
+
+def test_values_are_read_as_they_are_meant(monkeypatch):
+    text = (
+        "--actor_ln True --actor_bn false --num_updates 1e5 --actor_wd 1e-4 --validation_seed 3 --dataset_path a.hdf5"
+    )
+    monkeypatch.setattr(sys, "argv", ["rebrac.py", *text.split()])
+    config = runs.parse(rebrac.Config)
+    assert (config.actor_ln, config.actor_bn, config.num_updates, config.actor_wd) == (True, False, 100_000, 1e-4)
+    assert (config.validation_seed, config.dataset_path, config.gamma) == (3, "a.hdf5", None)
+
+
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_every_dataset_gets_a_valid_config(script):
+    for name in script.TUNED:
+        runs.check(script.tuned(script.Config(dataset_name=name)), {})
