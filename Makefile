@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-demo: .venv/installed  ## train ReBRAC on the bundled dataset, to three times its mean score
+demo: .venv/installed  # train ReBRAC on the bundled dataset
 	$(BIN)/python rebrac.py --dataset_path data/halfcheetah_medium_replay-v2.hdf5 \
 		--critic_loss mse --batch_size 256 --num_updates 15000 --eval_every 5000
 
@@ -15,8 +15,8 @@ install: .venv/installed
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else \
 		"error: Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + "; name one: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	touch $@
 
 .PHONY: demo test install

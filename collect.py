@@ -6,7 +6,7 @@
 `random` is the untrained policy, `medium` the one after `medium_steps`, `expert` the one after `expert_steps`;
 `medium-replay` and `full-replay` are all that SAC saw up to then; `medium-expert` is one file after the other. The
 files bear D4RL's names: `D4RL_DATASET_DIR=data python rebrac.py --dataset_name halfcheetah-medium-replay-v2` finds the
-one above, which takes about 12 minutes on two cores. SAC is sbx-rl's, with its defaults and 10,000 random first steps.
+one above, which takes about 15 minutes on two cores. SAC is sbx-rl's, with its defaults and 10,000 random first steps.
 """
 
 import os
@@ -113,6 +113,8 @@ def main(config):
     model = SAC("MlpPolicy", env, learning_starts=10_000, seed=config.seed)
     if "random" in wanted:
         write(config, "random", rollout(model, name, config.seed + 1, config.transitions))
+    if wanted == {"random"}:
+        return
     model.learn(config.medium_steps, progress_bar=sys.stderr.isatty())
     if "medium-replay" in wanted:
         write(config, "medium-replay", env.dataset())

@@ -6,7 +6,7 @@
     python iql.py --dataset_name antmaze-umaze-v2 --normalize_reward false --reward_shift -1 \
         --state_dependent_std false --log_std_min -5                                   # the original's settings
 
-One million updates take minutes on a GPU; two CPU cores make about 200 a second.
+Two CPU cores make about @@ updates a second.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Config:
     # Algorithm; where it says none, the paper's value for the dataset is taken
     gamma: float = 0.99  # discount
     tau: Optional[float] = None  # share of the new parameters in the target's moving average
-    batch_size: int = 256
+    batch_size: int = 256  # transitions in an update
     actor_learning_rate: float = 3e-4
     critic_learning_rate: float = 3e-4  # of Q and V
     expectile: Optional[float] = None  # of the Q values, that V estimates
@@ -86,7 +86,7 @@ class Config:
     critic_grad_noise: float = 0.0
     critic_lr_decay: bool = False
     # Run
-    seed: int = 0
+    seed: int = 0  # everything random in a run follows from it
     num_seeds: int = 1  # seed, seed + 1, ... trained at once
     num_updates: int = 1_000_000
     log_every: int = 1000  # updates in an epoch, which is one compiled scan
@@ -155,6 +155,13 @@ def tuned(config):
     return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 
 
+def rules(config):
+    """What must hold beside the bounds that `check` knows, by the message if it doesn't."""
+    return {
+        "log_std_min must be below log_std_max": config.log_std_min < config.log_std_max,
+    }
+
+
 # --- Data ---
 
 
@@ -192,9 +199,16 @@ def make_dataset(config, raw):
     usable[-1] = False
     train, validation = (np.flatnonzero(usable & part).astype(np.int32) for part in (~held_out, held_out))
 
+    if not len(train):
+        sys.exit("error: there is no transition to train on")
+
     observations, rewards = raw["observations"], raw["rewards"]
-    if config.normalize_reward:
-        rewards = rewards * np.float32(100 if "antmaze" in config.dataset_name else 1000 / np.ptp(episode_returns(raw)))
+    if config.normalize_reward and "antmaze" in config.dataset_name:
+        rewards = rewards * np.float32(100)
+    elif config.normalize_reward:
+        if not (spread := np.ptp(episode_returns(raw))):
+            sys.exit("error: all episodes have the same return; use --normalize_reward false")
+        rewards = rewards * np.float32(1000 / spread)
     mean, std = np.float32(0), np.float32(1)
     if config.normalize_states:
         mean = observations[train].mean(0, dtype=np.float64).astype(np.float32)
@@ -556,6 +570,13 @@ def evaluate(config, policy, envs, update):
     return 100 * d4rl.get_normalized_score(config.dataset_name, returns).reshape(shape)
 
 
+def summary(scores):
+    """Mean and standard deviation of scores (seeds, episodes): over the episodes of one seed, or over several seeds."""
+    if len(scores) > 1:
+        return f"{scores.mean():.1f} +- {scores.mean(1).std():.1f} over {len(scores)} seeds"
+    return f"{scores.mean():.1f} +- {scores.std():.1f} over {scores.size} episodes"
+
+
 @partial(jax.jit, static_argnums=0)
 def action_error(static, traced, actors, data, index):
     """Mean squared error (seeds,) of the policies' actions to the data's, over the steps `index` and the dimensions."""
@@ -600,16 +621,13 @@ def train(config):
             for part, index in samples.items():
                 error = action_error(static, traced, states.actor, data, index)
                 infos[f"{part}_action_error"] = float(error.mean())
-            shown["score"] = f"{scores.mean():.1f}"
-            line = f"{update:>9,} updates  score {scores.mean():6.1f} +- {scores.std():.1f}  "
+            shown["score"] = summary(scores)
+            line = f"{update:>9,} updates  score {summary(scores)}  "
             bar.write(line + "  ".join(f"{key} {value:.4g}" for key, value in infos.items()), file=sys.stdout)
         shown |= {key: f"{value:.3g}" for key, value in infos.items() if "loss" in key}
         bar.set_postfix(shown)
     bar.close()
-    print(
-        f"final score {scores.mean():.1f} +- {scores.std():.1f} over {scores.shape[1]} episodes "
-        f"and {scores.shape[0]} seeds, in {time.time() - started:.0f} s"
-    )
+    print(f"final score {summary(scores)}, in {time.time() - started:.0f} s")
     return states, scores
 
 
@@ -618,10 +636,7 @@ def main():
         "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     )
     config = tuned(parse(Config))
-    rules = {
-        "log_std_min must be below log_std_max": config.log_std_min < config.log_std_max,
-    }
-    check(config, rules)
+    check(config, rules(config))
     train(config)
 
 

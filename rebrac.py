@@ -5,7 +5,7 @@
     python rebrac.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1  # its actor regularised
     python rebrac.py --dataset_name pen-human-v1 --critic_loss mse --num_updates 50000    # the original's critic
 
-One million updates at batch 1024 take minutes on a GPU; two CPU cores make 40 a second at batch 1024, 130 at batch 256.
+Two CPU cores make about 20 updates a second at batch 1024, as on Gym-MuJoCo, and 60 at batch 256, as on Adroit.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Config:
     critic_loss: str = "hl_gauss"  # hl_gauss: classification (the paper); mse: squared error (the original ReBRAC)
     gamma: Optional[float] = None  # discount
     tau: float = 0.005  # share of the new parameters in the targets' moving average
-    batch_size: Optional[int] = None
+    batch_size: Optional[int] = None  # transitions in an update
     actor_learning_rate: Optional[float] = None
     critic_learning_rate: Optional[float] = None
     actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss
@@ -90,7 +90,7 @@ class Config:
     critic_grad_noise: float = 0.0
     critic_lr_decay: bool = False
     # Run
-    seed: int = 0
+    seed: int = 0  # everything random in a run follows from it
     num_seeds: int = 1  # seed, seed + 1, ... trained at once
     num_updates: int = 1_000_000  # of the critic
     log_every: int = 1000  # updates in an epoch, which is one compiled scan
@@ -166,6 +166,15 @@ def tuned(config):
     return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 
 
+def rules(config):
+    """What must hold beside the bounds that `check` knows, by the message if it doesn't."""
+    return {
+        "critic_loss must be hl_gauss or mse": config.critic_loss in ("hl_gauss", "mse"),
+        "log_every must be a multiple of policy_freq": config.log_every % max(config.policy_freq, 1) == 0,
+        "v_min must be below v_max": None in (config.v_min, config.v_max) or config.v_min < config.v_max,
+    }
+
+
 # --- Data ---
 
 
@@ -203,9 +212,16 @@ def make_dataset(config, raw):
     usable[-1] = False
     train, validation = (np.flatnonzero(usable & part).astype(np.int32) for part in (~held_out, held_out))
 
+    if not len(train):
+        sys.exit("error: there is no transition to train on")
+
     observations, rewards = raw["observations"], raw["rewards"]
-    if config.normalize_reward:
-        rewards = rewards * np.float32(100 if "antmaze" in config.dataset_name else 1000 / np.ptp(episode_returns(raw)))
+    if config.normalize_reward and "antmaze" in config.dataset_name:
+        rewards = rewards * np.float32(100)
+    elif config.normalize_reward:
+        if not (spread := np.ptp(episode_returns(raw))):
+            sys.exit("error: all episodes have the same return; use --normalize_reward false")
+        rewards = rewards * np.float32(1000 / spread)
     mean, std = np.float32(0), np.float32(1)
     if config.normalize_states:
         mean = observations[train].mean(0, dtype=np.float64).astype(np.float32)
@@ -394,6 +410,8 @@ def with_value_range(config, data):
     returns, _ = jax.lax.associative_scan(then, (data["rewards"], discounts), reverse=True)
     v_min = float(returns.min()) if config.v_min is None else config.v_min
     v_max = float(returns.max()) if config.v_max is None else config.v_max
+    if config.critic_loss == "hl_gauss" and not (v_min < v_max and config.v_expand > -1):
+        sys.exit(f"error: the values' support, {v_min:g} to {v_max:g}, is empty; set v_min, v_max and v_expand > -1")
     return replace(config, v_min=v_min, v_max=v_max)
 
 
@@ -618,6 +636,13 @@ def evaluate(config, policy, envs, update):
     return 100 * d4rl.get_normalized_score(config.dataset_name, returns).reshape(shape)
 
 
+def summary(scores):
+    """Mean and standard deviation of scores (seeds, episodes): over the episodes of one seed, or over several seeds."""
+    if len(scores) > 1:
+        return f"{scores.mean():.1f} +- {scores.mean(1).std():.1f} over {len(scores)} seeds"
+    return f"{scores.mean():.1f} +- {scores.std():.1f} over {scores.size} episodes"
+
+
 @partial(jax.jit, static_argnums=0)
 def action_error(static, traced, actors, data, index):
     """Mean squared error (seeds,) of the policies' actions to the data's, over the steps `index` and the dimensions."""
@@ -663,16 +688,13 @@ def train(config):
             for part, index in samples.items():
                 error = action_error(static, traced, states.actor, data, index)
                 infos[f"{part}_action_error"] = float(error.mean())
-            shown["score"] = f"{scores.mean():.1f}"
-            line = f"{update:>9,} updates  score {scores.mean():6.1f} +- {scores.std():.1f}  "
+            shown["score"] = summary(scores)
+            line = f"{update:>9,} updates  score {summary(scores)}  "
             bar.write(line + "  ".join(f"{key} {value:.4g}" for key, value in infos.items()), file=sys.stdout)
         shown |= {key: f"{value:.3g}" for key, value in infos.items() if "loss" in key}
         bar.set_postfix(shown)
     bar.close()
-    print(
-        f"final score {scores.mean():.1f} +- {scores.std():.1f} over {scores.shape[1]} episodes "
-        f"and {scores.shape[0]} seeds, in {time.time() - started:.0f} s"
-    )
+    print(f"final score {summary(scores)}, in {time.time() - started:.0f} s")
     return states, scores
 
 
@@ -681,12 +703,7 @@ def main():
         "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     )
     config = tuned(parse(Config))
-    rules = {
-        "critic_loss must be hl_gauss or mse": config.critic_loss in ("hl_gauss", "mse"),
-        "log_every must be a multiple of policy_freq": config.log_every % max(config.policy_freq, 1) == 0,
-        "v_min must be below v_max": None in (config.v_min, config.v_max) or config.v_min < config.v_max,
-    }
-    check(config, rules)
+    check(config, rules(config))
     train(config)
 
 

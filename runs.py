@@ -1,16 +1,21 @@
 """What is not the algorithm: checks of a config, and reading D4RL's datasets."""
 
 import dataclasses
+import functools
+import http.client
+import inspect
 import os
 import re
 import socket
 import sys
 import tempfile
 import urllib.request
+from unittest import mock
 
 import h5py
 import numpy as np
 import pyrallis
+import yaml
 
 # --- Configs ---
 
@@ -33,30 +38,36 @@ pyrallis.decode.register(int, _strict_int)  # and cuts 0.5 to 0
 
 def parse(config_class):
     """The config that the command line gives; ends the program with one line if a value can't be read."""
-    try:
-        return pyrallis.parse(config_class=config_class)
+    try:  # pyrallis reads the class's source anew for each field, which would take a second
+        with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):
+            return pyrallis.parse(config_class=config_class)
     except pyrallis.utils.ParsingError as error:
-        value, key = re.search(r"value='(.*)' into field .*\.(\w+)\" of type", str(error)).groups()
-        kind = next(str(field.type) for field in dataclasses.fields(config_class) if field.name == key)
-        sys.exit(f"error: {key} can't be {value!r}; it is of type {re.search(r'float|int|bool|str', kind)[0]}")
+        found = re.search(r"value='(.*)' into field .*\.(\w+)\" of type", str(error))
+        if not found:
+            sys.exit(f"error: {str(error).splitlines()[0]}")
+        kind = next(str(field.type) for field in dataclasses.fields(config_class) if field.name == found[2])
+        sys.exit(f"error: {found[2]} can't be {found[1]!r}; it is of type {re.search('float|int|bool|str', kind)[0]}")
+    except (OSError, yaml.YAMLError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+COUNTS = ("num_seeds", "num_updates", "log_every", "eval_every", "eval_episodes", "batch_size", "policy_freq")
+COUNTS += ("hidden_dim", "actor_layers", "critic_layers", "n_classes")
+BELOW_ONE = ("actor_dropout", "critic_dropout", "validation_frac")
+UP_TO_ONE = ("actor_l1_ratio", "critic_l1_ratio", "gamma", "tau", "expectile")
+NOT_NEGATIVE = ("seed", "validation_seed", "actor_wd", "critic_wd", "actor_learning_rate", "critic_learning_rate")
+NOT_NEGATIVE += ("actor_input_noise", "actor_bc_noise", "actor_grad_noise", "critic_grad_noise", "target_noise")
+NOT_NEGATIVE += ("noise_clip", "sigma_frac", "actor_bc_coef", "critic_bc_coef", "actor_q_coef", "temperature")
 
 
 def check(config, rules):
     """Ends the program with one line if a field of the config makes no sense; `rules` maps more messages to bools."""
-    fields, rules = vars(config), dict(rules)
-    for key, value in fields.items():
-        end = key.split("_", 1)[-1]
-        if type(value) is int:
-            low = 0 if "seed" in key and key != "num_seeds" else 1
-            rules[f"{key} must be {low} or more"] = value >= low
-        elif type(value) is float and end in ("dropout", "frac"):
-            rules[f"{key} must be at least 0 and below 1"] = 0 <= value < 1
-        elif type(value) is float and (end == "l1_ratio" or key in ("tau", "gamma", "expectile")):
-            rules[f"{key} must be between 0 and 1"] = 0 <= value <= 1
-        elif (
-            type(value) is float and key not in ("v_min", "v_max", "v_expand", "reward_shift") and "log_std" not in key
-        ):
-            rules[f"{key} must be 0 or more"] = value >= 0
+    fields, rules = {key: value for key, value in vars(config).items() if value is not None}, dict(rules)
+    bounds = [(COUNTS, "1 or more", lambda x: x >= 1), (NOT_NEGATIVE, "0 or more", lambda x: x >= 0)]
+    bounds += [(BELOW_ONE, "at least 0 and below 1", lambda x: 0 <= x < 1)]
+    bounds += [(UP_TO_ONE, "between 0 and 1", lambda x: 0 <= x <= 1)]
+    for keys, words, holds in bounds:
+        rules |= {f"{key} must be {words}": holds(fields[key]) for key in keys if key in fields}
     for network in ("actor", "critic"):
         rules[f"{network}_gn needs a hidden_dim of 64, 96, ...: 32 groups of two units or more"] = not (
             fields[f"{network}_gn"] and (config.hidden_dim % 32 or config.hidden_dim == 32)
@@ -85,7 +96,7 @@ def dataset_file(config, env):
             with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
                 urllib.request.urlretrieve(url, os.path.join(folder, "dataset"))
                 os.replace(os.path.join(folder, "dataset"), path)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             sys.exit(
                 f"error: can't download {url} ({error}); get it by hand and put it at {path}, or use --dataset_path"
             )
@@ -119,18 +130,21 @@ def read_dataset(path, env):
             sys.exit(f"error: {path} has no {key!r}; D4RL's files have {', '.join(shapes)}")
         if key not in raw:
             continue
-        if not (np.issubdtype(raw[key].dtype, np.number) or raw[key].dtype == bool):
+        if raw[key].dtype.kind not in "fiub":
             sys.exit(f"error: {key} in {path} are not numbers but {raw[key].dtype}")
         if shape == () and raw[key].shape[1:] == (1,):
             raw[key] = raw[key][:, 0]
         if raw[key].ndim == 0 or raw[key].shape[1:] != shape:
-            sys.exit(f"error: a row of {key} in {path} has shape {raw[key].shape[1:]}, but {shape} in {env.spec.id}")
+            sys.exit(f"error: {key} in {path} have shape {raw[key].shape}, but (N, *{shape}) in {env.spec.id}")
         if len(raw[key]) != len(raw["observations"]):
             sys.exit(f"error: {path} has {len(raw['observations'])} observations but {len(raw[key])} {key}")
+        with np.errstate(over="ignore"):
+            raw[key] = raw[key].astype(np.float32, copy=False)
         if not np.isfinite(raw[key]).all():
             row = np.argwhere(~np.isfinite(raw[key]))[0][0]
             sys.exit(f"error: {key} in {path} are NaN or infinite in row {row}")
-        raw[key] = raw[key].astype(bool if key in ("terminals", "timeouts") else np.float32, copy=False)
+        if key in ("terminals", "timeouts"):
+            raw[key] = raw[key].astype(bool)
     if "timeouts" not in raw:
         steps, limit = np.arange(len(raw["terminals"])), env._max_episode_steps
         starts = np.maximum.accumulate(np.where(np.append(True, raw["terminals"][:-1]), steps, 0))

@@ -29,6 +29,8 @@ BAD = {
     "--critic_gn true --hidden_dim 32": "critic_gn needs a hidden_dim of 64, 96, ...",
     "--num_updates 1500": "num_updates must be a multiple of log_every, 1000",
     "--eval_every 1500": "eval_every must be a multiple of log_every, 1000",
+    "--gamma [1": "while parsing",
+    "--config_path nowhere.yaml": "[Errno 2] No such file",
     "--dataset_name hopper-medium-v3": "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2",
 }
 BAD_REBRAC = {

@@ -68,6 +68,18 @@ def test_transitions_of_the_bundled_file_are_d4rls(cheetah):
         np.testing.assert_array_equal(getattr(ours, key), theirs[key])
 
 
+@pytest.mark.parametrize("name", ["hopper-medium-replay-v2", "door-expert-v1", "door-human-v1"])
+def test_transitions_of_files_in_d4rls_cache_are_d4rls(name):
+    env = rebrac.make_env(name)
+    if not os.path.exists(env.unwrapped.dataset_filepath):
+        pytest.skip("no such file in D4RL_DATASET_DIR")
+    raw = runs.read_dataset(env.unwrapped.dataset_filepath, env)
+    ours = all_transitions(rebrac.make_dataset(rebrac.tuned(rebrac.Config(dataset_name=name)), raw))
+    theirs = d4rl.qlearning_dataset(env)
+    for key in theirs:
+        np.testing.assert_array_equal(getattr(ours, key), theirs[key])
+
+
 def test_next_action_never_crosses_an_episode(cheetah, write_dataset):
     columns = random_columns(0, ends=0.3)
     episode = np.concatenate([[0], np.cumsum(columns["terminals"] | columns["timeouts"])[:-1]])
@@ -89,7 +101,7 @@ def test_two_million_transitions_need_no_loop_over_rows(cheetah):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        rebrac.make_dataset(CONFIG, columns)
+        all_transitions(rebrac.make_dataset(CONFIG, columns))
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 2
 
@@ -195,11 +207,14 @@ def with_value(value, row=5):
 BAD_COLUMNS = {
     "has no 'rewards'": lambda columns: columns.pop("rewards"),
     "200 observations but 150 actions": change("actions", lambda column: column[:150]),
-    r"row of observations .* shape \(11,\), but \(17,\)": change("observations", lambda column: column[:, :11]),
-    r"row of actions .* shape \(3,\), but \(6,\)": change("actions", lambda column: column[:, :3]),
-    r"row of rewards .* shape \(2,\), but \(\)": change("rewards", lambda column: np.stack([column, column], 1)),
+    r"observations .* shape \(200, 11\), but \(N, \*\(17,\)\)": change("observations", lambda column: column[:, :11]),
+    r"actions .* shape \(200, 3\), but \(N, \*\(6,\)\)": change("actions", lambda column: column[:, :3]),
+    r"rewards .* shape \(200, 2\), but": change("rewards", lambda column: np.stack([column, column], 1)),
     "observations .* NaN or infinite in row 5": change("observations", with_value(np.nan)),
     "rewards .* NaN or infinite in row 5": change("rewards", with_value(np.inf)),
+    "rewards .* NaN or infinite in row 6": change("rewards", lambda c: with_value(1e300, 6)(c.astype(np.float64))),
+    r"terminals .* shape \(\), but": change("terminals", lambda column: True),
+    "actions .* not numbers but complex": change("actions", lambda column: column + 1j),
     "actions .* reach 1.5": change("actions", with_value(1.5)),
     "no whole episode": lambda columns: [columns[key].fill(False) for key in ("terminals", "timeouts")],
     "not numbers": change("rewards", lambda column: np.array([b"x"] * len(column))),
@@ -213,6 +228,25 @@ def test_a_bad_column_gets_one_clear_line(cheetah, write_dataset, message):
     with pytest.raises(SystemExit, match=message) as error:
         runs.read_dataset(write_dataset(**columns), cheetah)
     assert "\n" not in str(error.value)
+
+
+def test_data_that_nothing_can_be_learnt_from_get_one_clear_line(cheetah, write_dataset):
+    columns = random_columns(0)
+    all_timeouts = {**columns, "timeouts": np.ones(200, bool)}
+    with pytest.raises(SystemExit, match="no transition to train on"):
+        rebrac.make_dataset(CONFIG, raw_from(all_timeouts, cheetah, write_dataset))
+    equal_returns = {**columns, "rewards": np.zeros(200)}
+    with pytest.raises(SystemExit, match="all episodes have the same return"):
+        rebrac.make_dataset(
+            rebrac.replace(CONFIG, normalize_reward=True), raw_from(equal_returns, cheetah, write_dataset)
+        )
+    data = rebrac.make_dataset(CONFIG, raw_from(equal_returns, cheetah, write_dataset))
+    with pytest.raises(SystemExit, match="the values' support, 0 to 0, is empty"):
+        rebrac.with_value_range(CONFIG, data)
+    with pytest.raises(SystemExit, match="is empty"):
+        rebrac.with_value_range(rebrac.replace(CONFIG, v_min=1e6), dict(data, rewards=columns["rewards"]))
+    with pytest.raises(SystemExit, match="is empty"):
+        rebrac.with_value_range(rebrac.replace(CONFIG, v_expand=-1.0), dict(data, rewards=columns["rewards"]))
 
 
 def test_a_bad_file_gets_one_clear_line(cheetah, write_dataset, tmp_path):
@@ -255,16 +289,22 @@ def test_errors_reach_the_screen_as_one_line_before_any_work(tmp_path):
 
 
 @pytest.fixture
-def server(tmp_path):
-    """A web server on loopback that serves `whole`, and `cut` only in part."""
-    (tmp_path / "whole.hdf5").write_bytes(open(BUNDLED, "rb").read())
+def server():
+    """A web server on loopback that serves `whole`, `cut` only in part, and `chunked` without saying how much."""
+    content = open(BUNDLED, "rb").read()
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self):
-            content = (tmp_path / "whole.hdf5").read_bytes()
+            self.close_connection = True
             if "missing" in self.path:
                 return self.send_error(404)
             self.send_response(200)
+            if "chunked" in self.path:
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                return self.wfile.write(b"%x\r\n" % len(content) + content[: len(content) // 2])
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[: len(content) // 2 if "cut" in self.path else None])
@@ -294,7 +334,7 @@ def download(monkeypatch, tmp_path):
     return download
 
 
-@pytest.mark.parametrize("name", ["cut.hdf5", "missing.hdf5"])
+@pytest.mark.parametrize("name", ["cut.hdf5", "chunked.hdf5", "missing.hdf5"])
 def test_a_failed_download_names_the_url_and_leaves_nothing(server, download, name):
     with pytest.raises(SystemExit, match=f"{server}/{name}.*put it at {download.cache}/{name}"):
         download(f"{server}/{name}")
@@ -306,13 +346,17 @@ def test_no_server_names_the_url(download):
         download("http://127.0.0.1:9/file.hdf5")
 
 
-def test_two_downloads_at_once_leave_one_whole_file(server, download):
-    paths = []
-    threads = [threading.Thread(target=lambda: paths.append(download(f"{server}/whole.hdf5"))) for _ in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len(paths) == 2 and os.listdir(download.cache) == ["whole.hdf5"]
-    assert open(paths[0], "rb").read() == open(BUNDLED, "rb").read()
+def test_two_processes_that_download_at_once_leave_one_whole_file(server, tmp_path):
+    code = (
+        "import rebrac, runs; env = rebrac.make_env('halfcheetah-medium-replay-v2')\n"
+        f"env.unwrapped._wrapped_env.dataset_url = '{server}/whole.hdf5'\n"
+        "runs.dataset_file(rebrac.Config(), env)"
+    )
+    environment = {**os.environ, "D4RL_DATASET_DIR": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert os.listdir(tmp_path) == ["whole.hdf5"]
+    assert (tmp_path / "whole.hdf5").read_bytes() == open(BUNDLED, "rb").read()
 
 
 def test_a_file_put_by_hand_is_not_downloaded(download):

@@ -1,4 +1,4 @@
-"""ReBRAC: two updates against a NumPy re-derivation, and what its parts must hold to."""
+"""ReBRAC: updates against a NumPy re-derivation, and what its parts must hold to."""
 
 import csv
 import os
@@ -193,7 +193,7 @@ def numpy_update(config, s, batch, noise, update_actor):
 
 
 @pytest.mark.parametrize("critic_loss", ["hl_gauss", "mse"])
-def test_two_updates_are_those_of_a_numpy_rederivation(critic_loss):
+def test_updates_are_those_of_a_numpy_rederivation(critic_loss):
     config = replace(SMALL, critic_loss=critic_loss, critic_bc_coef=0.5, actor_bc_coef=0.3)
     with jax.enable_x64(True):  # so that float32's rounding hides no difference
         state = jax.tree.map(

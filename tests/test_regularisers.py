@@ -256,8 +256,15 @@ def test_off_leaves_no_trace_in_the_program(monkeypatch, script):
         (nn, "GroupNorm"), (nn, "BatchNorm"), (nn, "SpectralNorm"), (jnp, "sign"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, unreachable)
+    normals = []
+    monkeypatch.setattr(jax.random, "normal", lambda *a, f=jax.random.normal: [normals.append(a), f(*a)][1])
     off = {key: type(value)(0) for key, value in {**ON, **CRITIC_ON}.items()}
+    jax.clear_caches()  # or a program that has been traced before is not traced again
     assert program(script, **off) == text
+    assert len(normals) == (2 if script == "rebrac" else 0)  # the noise on the target's actions in two critic updates
+    jax.clear_caches()
+    with pytest.raises(AssertionError, match="was reached"):
+        program(script, actor_dropout=0.1)
 
 
 @both
