@@ -1,6 +1,6 @@
 """Makes datasets in D4RL's format the way D4RL did: online SAC in D4RL's environment, recorded.
 
-    pip install --no-deps -r requirements.txt && pip install -r requirements-collect.txt
+    pip install -r requirements-collect.txt  # in the virtual environment that make install has made
     python collect.py --env halfcheetah --kinds '[medium-replay]' --medium_steps 80000 --seed 0 --directory data
 
 `random` is the untrained policy, `medium` the one after `medium_steps`, `expert` the one after `expert_steps`;

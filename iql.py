@@ -514,8 +514,8 @@ def epoch(static, traced, states, data):
 
 def init_states(config, data):
     """`init_state` for each seed of the run, along a first axis."""
-    seeds = config.seed + jnp.arange(config.num_seeds)
-    return jax.jit(jax.vmap(lambda seed: init_state(config, data, seed)))(seeds)
+    first = {key: data[key][:1] for key in ("observations", "actions")}  # for the shapes, not the whole data
+    return jax.jit(jax.vmap(partial(init_state, config, first)))(config.seed + jnp.arange(config.num_seeds))
 
 
 def over_seeds(function, *arrays):
@@ -610,19 +610,19 @@ def train(config):
 
     started, shown = time.time(), {}
     bar = tqdm(total=config.num_updates, unit=" updates", disable=not sys.stderr.isatty(), smoothing=0.1)
-    for update in range(config.log_every, config.num_updates + 1, config.log_every):
+    for updates in range(config.log_every, config.num_updates + 1, config.log_every):
         epoch_started = time.time()
         states, infos = jax.block_until_ready(epoch(static, traced, states, data))
         infos = {key: float(value.mean()) for key, value in infos.items()}
         infos["updates/s"] = config.log_every / (time.time() - epoch_started)
         bar.update(config.log_every)
-        if update % config.eval_every == 0 or update == config.num_updates:
-            scores = evaluate(config, partial(act_all, static, traced, states.actor, data), envs, update)
+        if updates % config.eval_every == 0 or updates == config.num_updates:
+            scores = evaluate(config, partial(act_all, static, traced, states.actor, data), envs, updates)
             for part, index in samples.items():
                 error = action_error(static, traced, states.actor, data, index)
                 infos[f"{part}_action_error"] = float(error.mean())
             shown["score"] = summary(scores)
-            line = f"{update:>9,} updates  score {summary(scores)}  "
+            line = f"{updates:>9,} updates  score {summary(scores)}  "
             bar.write(line + "  ".join(f"{key} {value:.4g}" for key, value in infos.items()), file=sys.stdout)
         shown |= {key: f"{value:.3g}" for key, value in infos.items() if "loss" in key}
         bar.set_postfix(shown)
