@@ -412,13 +412,13 @@ def init_state(config, data, seed):
     actor = init_network(actor_net, actor_key, observations)
     critic = init_network(critic_net, critic_key, observations, actions)
     value = init_network(value_net, value_key, observations)
-    actor_opt, critic_opt, value_opt = (
-        optimizer.init(variables["params"]) for optimizer, variables in zip(optimizers(config), (actor, critic, value))
-    )
+    pairs = zip(optimizers(config), (actor, critic, value))
+    actor_opt, critic_opt, value_opt = (optimizer.init(variables["params"]) for optimizer, variables in pairs)
     return TrainState(actor, actor_opt, critic, critic, critic_opt, value, value_opt, key)
 
 
 def optimizers(config):
+    """Of the actor, the critics and the value, which takes the critics' settings."""
     return tuple(make_optimizer(config, network, config.num_updates) for network in ("actor", "critic", "critic"))
 
 

@@ -460,19 +460,13 @@ def init_state(config, data, seed):
     actor_net, critic_net = networks(config, actions)
     actor = init_network(actor_net, actor_key, observations)
     critic = init_network(critic_net, critic_key, observations, actions)
-    actor_optimizer, critic_optimizer = optimizers(config)
-    return TrainState(
-        actor,
-        actor,
-        actor_optimizer.init(actor["params"]),
-        critic,
-        critic,
-        critic_optimizer.init(critic["params"]),
-        key,
-    )
+    pairs = zip(optimizers(config), (actor, critic))
+    actor_opt, critic_opt = (optimizer.init(variables["params"]) for optimizer, variables in pairs)
+    return TrainState(actor, actor, actor_opt, critic, critic, critic_opt, key)
 
 
 def optimizers(config):
+    """Of the actor and the critics; the schedules count each one's own steps."""
     return (
         make_optimizer(config, "actor", config.num_updates // config.policy_freq),
         make_optimizer(config, "critic", config.num_updates),

@@ -51,23 +51,23 @@ def parse(config_class):
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-COUNTS = ("num_seeds", "num_updates", "log_every", "eval_every", "eval_episodes", "batch_size", "policy_freq")
-COUNTS += ("hidden_dim", "actor_layers", "critic_layers", "n_classes")
-BELOW_ONE = ("actor_dropout", "critic_dropout", "validation_frac")
-UP_TO_ONE = ("actor_l1_ratio", "critic_l1_ratio", "gamma", "tau", "expectile")
-NOT_NEGATIVE = ("seed", "validation_seed", "actor_wd", "critic_wd", "actor_learning_rate", "critic_learning_rate")
-NOT_NEGATIVE += ("actor_input_noise", "actor_bc_noise", "actor_grad_noise", "critic_grad_noise", "target_noise")
-NOT_NEGATIVE += ("noise_clip", "sigma_frac", "actor_bc_coef", "critic_bc_coef", "actor_q_coef", "temperature")
+BOUNDS = {  # of the fields that either script has
+    "1 or more": "num_seeds num_updates log_every eval_every eval_episodes batch_size policy_freq hidden_dim "
+    "actor_layers critic_layers n_classes",
+    "0 or more": "seed validation_seed actor_wd critic_wd actor_learning_rate critic_learning_rate actor_input_noise "
+    "actor_bc_noise actor_grad_noise critic_grad_noise target_noise noise_clip sigma_frac actor_bc_coef critic_bc_coef "
+    "actor_q_coef temperature max_weight",
+    "at least 0 and below 1": "actor_dropout critic_dropout validation_frac",
+    "between 0 and 1": "actor_l1_ratio critic_l1_ratio gamma tau expectile",
+}
+HOLDS = dict(zip(BOUNDS, [lambda x: x >= 1, lambda x: x >= 0, lambda x: 0 <= x < 1, lambda x: 0 <= x <= 1]))
 
 
 def check(config, rules):
     """Ends the program with one line if a field of the config makes no sense; `rules` maps more messages to bools."""
     fields, rules = {key: value for key, value in vars(config).items() if value is not None}, dict(rules)
-    bounds = [(COUNTS, "1 or more", lambda x: x >= 1), (NOT_NEGATIVE, "0 or more", lambda x: x >= 0)]
-    bounds += [(BELOW_ONE, "at least 0 and below 1", lambda x: 0 <= x < 1)]
-    bounds += [(UP_TO_ONE, "between 0 and 1", lambda x: 0 <= x <= 1)]
-    for keys, words, holds in bounds:
-        rules |= {f"{key} must be {words}": holds(fields[key]) for key in keys if key in fields}
+    for words, keys in BOUNDS.items():
+        rules |= {f"{key} must be {words}": HOLDS[words](fields[key]) for key in keys.split() if key in fields}
     for network in ("actor", "critic"):
         rules[f"{network}_gn needs a hidden_dim of 64, 96, ...: 32 groups of two units or more"] = not (
             fields[f"{network}_gn"] and (config.hidden_dim % 32 or config.hidden_dim == 32)

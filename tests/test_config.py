@@ -1,5 +1,6 @@
 """The command line: what can't be meant gets one clear line before any work."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -77,3 +78,11 @@ def test_values_are_read_as_they_are_meant(monkeypatch):
 def test_every_dataset_gets_a_valid_config(script):
     for name in script.TUNED:
         runs.check(script.tuned(script.Config(dataset_name=name)), {})
+
+
+def test_every_number_of_a_config_has_a_bound_or_none_on_purpose():
+    unbounded = {"v_min", "v_max", "v_expand", "reward_shift", "log_std_min", "log_std_max"}
+    bounded = set(" ".join(runs.BOUNDS.values()).split())
+    for script in (rebrac, iql):
+        numbers = {f.name for f in dataclasses.fields(script.Config) if "int" in str(f.type) or "float" in str(f.type)}
+        assert numbers - bounded <= unbounded
