@@ -8,7 +8,7 @@ demo: .venv/installed  # train ReBRAC on the bundled dataset
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --dist worksteal
 
 install: .venv/installed
 

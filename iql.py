@@ -9,26 +9,21 @@
 Two CPU cores make about 160 updates a second.
 """
 
-import contextlib
 import difflib
-import io
 import math
-import os
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from mujoco210 import d4rl, gym
-from runs import check, dataset_file, parse, read_dataset
+from runs import Run, check, evaluate_run, parse, with_pca_ranks
+from tasks import episode_returns, evaluate, load_dataset, make_envs, make_samples
 
 # --- Config ---
 
@@ -92,6 +87,11 @@ class Config:
     log_every: int = 1000  # updates in an epoch, which is one compiled scan
     eval_every: Optional[int] = None  # updates between evaluations (none: 10,000; AntMaze: 50,000)
     eval_episodes: Optional[int] = None  # episodes in an evaluation (none: 10; AntMaze: 100)
+    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # robustness: on actions and on states
+    analysis: bool = True  # what is inside the actor is measured in each evaluation
+    results: str = "results"  # where runs have their directories
+    evaluate: Optional[str] = None  # directory of a run: no training, its policies are evaluated
+    video: Optional[str] = None  # of one episode of that, .mp4 or .gif
 
 
 # The paper's tuned values. Columns: expectile, temperature, tau, normalize_reward
@@ -165,18 +165,6 @@ def rules(config):
 # --- Data ---
 
 
-def make_env(name):
-    """One of D4RL's environments."""
-    with contextlib.redirect_stdout(io.StringIO()):  # AntMaze prints its targets
-        return gym.make(name)
-
-
-def episode_returns(raw):
-    """Undiscounted returns of the whole episodes in a file."""
-    ends = np.flatnonzero(raw["terminals"] | raw["timeouts"])
-    return np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ends], prepend=0.0)
-
-
 def make_dataset(config, raw):
     """Splits a file's steps, by episode, into those to train on and those held out; scales rewards and states.
 
@@ -201,6 +189,11 @@ def make_dataset(config, raw):
 
     if not len(train):
         sys.exit("error: there is no transition to train on")
+    which = "last" if config.validation_seed is None else f"{config.validation_seed}-shuffled"
+    print(
+        f"training on {num_episodes - num_held_out} episodes, {len(train)} transitions; "
+        f"held out: the {which} {num_held_out}, {len(validation)} transitions"
+    )
 
     observations, rewards = raw["observations"], raw["rewards"]
     if config.normalize_reward and "antmaze" in config.dataset_name:
@@ -267,6 +260,8 @@ class Hidden(nn.Module):
         for layer in range(layers):
             dense = nn.Dense(self.config.hidden_dim, kernel_init=hidden_kernel_init, bias_init=hidden_bias_init)
             x = nn.SpectralNorm(dense)(x, update_stats=train) if sn and layer == layers - 1 else dense(x)
+            if layer == layers - 1:
+                self.sow("intermediates", "features", x)
             x = nn.relu(x)
             if ln:
                 x = nn.LayerNorm()(x)
@@ -293,7 +288,11 @@ def infer(network, variables, *inputs):
 
 
 def train_forward(network, variables, key, *inputs):
-    """The network's output in training, and its variables with the running statistics that the pass updates."""
+    """The network's output in training, and its variables with the running statistics that the pass updates.
+
+    Without a key, the output as evaluation sees it."""
+    if key is None:
+        return infer(network, variables, *inputs), variables
     output, updated = network.apply(variables, *inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
     return output, {**variables, **updated}
 
@@ -433,13 +432,13 @@ def value_loss(params, config, state, batch, target, key):
 
 def actor_loss(params, config, state, batch, target, keys):
     """-min(exp(temperature A), max_weight) log pi(a|s), A = min_k Q'_k(s, a) - V(s) (IQL, equation 7)."""
-    dropout_key, input_key, objective_key = keys
+    dropout_key, input_key, objective_key = keys or (None, None, None)
     actor_net, _, value_net = networks(config, batch.actions)
     observations = batch.observations
     exponents = config.temperature * (target - infer(value_net, state.value, observations))
-    if is_on(config.actor_input_noise):
+    if keys and is_on(config.actor_input_noise):
         observations += config.actor_input_noise * jax.random.normal(input_key, observations.shape)
-    if is_on(config.actor_bc_noise):
+    if keys and is_on(config.actor_bc_noise):
         exponents += config.actor_bc_noise * jax.random.normal(objective_key, exponents.shape)
     weights = jnp.minimum(jnp.exp(exponents), config.max_weight)
     (means, log_stds), variables = train_forward(
@@ -458,6 +457,12 @@ def critic_loss(params, config, state, batch, key):
     values, variables = train_forward(Critics(config), variables, key, batch.observations, batch.actions)
     losses = (values - target) ** 2
     return losses.mean(1).sum(), (variables, {"critic_loss": losses.mean(), "q": values.mean()})
+
+
+def measured_actor_loss(config, state, batch):
+    """The actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
+    target = infer(Critics(config), state.target_critic, batch.observations, batch.actions).min(0)
+    return actor_loss(state.actor["params"], config, state, batch, target, None)[0]
 
 
 def update(config, state, batch):
@@ -491,7 +496,7 @@ def update(config, state, batch):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def epoch(static, traced, states, data):
-    """`log_every` updates of each seed's state in one scan; returns the states and the means of the scalars, (seeds,).
+    """`log_every` updates of each seed's state in one scan; returns the states and the scalars, (seeds, steps).
 
     `data` is an argument, and so are the config's numbers: runs that differ in those share the compiled program.
     """
@@ -503,8 +508,7 @@ def epoch(static, traced, states, data):
         return update(config, state._replace(key=key), transitions(data, index))
 
     def run(state):
-        state, infos = jax.lax.scan(step, state, length=config.log_every)
-        return state, jax.tree.map(jnp.mean, infos)
+        return jax.lax.scan(step, state, length=config.log_every)
 
     return over_seeds(run, states)
 
@@ -515,7 +519,8 @@ def epoch(static, traced, states, data):
 def init_states(config, data):
     """`init_state` for each seed of the run, along a first axis."""
     first = {key: data[key][:1] for key in ("observations", "actions")}  # for the shapes, not the whole data
-    return jax.jit(jax.vmap(partial(init_state, config, first)))(config.seed + jnp.arange(config.num_seeds))
+    init = partial(jax.lax.map, partial(init_state, config, first))  # with vmap, JAX's QR can hang on a CPU
+    return jax.jit(init)(config.seed + jnp.arange(config.num_seeds))
 
 
 def over_seeds(function, *arrays):
@@ -528,7 +533,77 @@ def over_seeds(function, *arrays):
 def split_config(config):
     """The config in two: what a compiled program depends on, and the numbers that are its arguments."""
     traced = {key: value for key, value in vars(config).items() if isinstance(value, float) and value}
-    return replace(config, seed=0, dataset_path=None, **dict.fromkeys(traced)), traced
+    not_in_it = "seed dataset_path validation_seed eval_every eval_episodes eval_noise results evaluate video".split()
+    return replace(config, **dict.fromkeys([*traced, *not_in_it])), traced
+
+
+# --- Analysis: inside the actor ---
+
+
+def measure(features):
+    """Of features (B, F), the outputs of the actor's last hidden Dense before its ReLU: the share of neurons that are
+    positive nowhere in the batch; mean norm, mean and standard deviation; the Gram matrix, for the `pca_rank`."""
+    return {
+        "dead_neurons": jnp.mean(jnp.all(features <= 0, 0)),
+        "feature_norm": jnp.mean(jnp.linalg.norm(features, axis=1)),
+        "feature_mean": features.mean(),
+        "feature_std": features.std(),
+        "gram": features.T @ features,
+    }
+
+
+def action_error(config, data, actor, batch):
+    """Mean squared error of the policy's actions to the data's, over the batch and the actions' dimensions."""
+    return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
+
+
+def plasticity(config, data, state, batch):
+    """The actor after 100 steps of behaviour cloning on the batch, from a copy of it and of its optimiser.
+
+    The copy's learning rate does not decay, so that the steps move it at the end of a run, too.
+    """
+    config = replace(config, actor_lr_decay=False)
+    optimizer = optimizers(config)[0]
+
+    def step(copy, key):
+        actor, opt_state = copy
+        grads = jax.grad(lambda params: action_error(config, data, {**actor, "params": params}, batch))(actor["params"])
+        return optimize(config, "actor", optimizer, actor, opt_state, grads, key), None
+
+    opt_state = (*state.actor_opt[:-1], optimizer.init(state.actor["params"])[-1])  # the last is the schedule's
+    (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), jax.random.split(jax.random.key(0), 100))
+    return actor
+
+
+@partial(jax.jit, static_argnums=0)
+def analyse(static, traced, states, data, samples, visited):
+    """What the paper watches in each seed's actor, by names such as train/dead_neurons; (seeds,), Gram matrices aside.
+
+    On four batches: the steps samples["train"] and samples["validation"] of the data, the normalised random states
+    samples["random"] (B, S), and the states `visited` (seeds, B, S) in evaluation. A gap is held-out minus training.
+    """
+    config = replace(static, **traced)
+    actor_net = networks(config, data["actions"])[0]
+
+    def one(state, visited):
+        batches = {part: transitions(data, samples[part]) for part in ("train", "validation") if part in samples}
+        observations = {part: batch.observations for part, batch in batches.items()}
+        observations |= {"evaluation": (visited - data["mean"]) / data["std"], "random": samples["random"]}
+        info = {}
+        for part, x in observations.items():
+            _, seen = actor_net.apply(state.actor, x, train=False, mutable="intermediates")
+            info[part] = measure(seen["intermediates"]["Hidden_0"]["features"][0])
+        for part, batch in batches.items():
+            info[part]["action_error"] = action_error(config, data, state.actor, batch)
+            info[part]["actor_loss"] = measured_actor_loss(config, state, batch)
+        if "validation" in batches:
+            info["gap"] = {key: info["validation"][key] - info["train"][key] for key in ("action_error", "actor_loss")}
+            probe = jax.tree.map(lambda x: x[:1024], batches["validation"])
+            actors = {"before": state.actor, "after": plasticity(config, data, state, probe)}
+            info["plasticity"] = {key: action_error(config, data, actor, probe) for key, actor in actors.items()}
+        return {f"{part}/{key}": value for part, values in info.items() for key, value in values.items()}
+
+    return over_seeds(one, states, visited)
 
 
 # --- Evaluation ---
@@ -541,103 +616,47 @@ def act_all(static, traced, actors, data, observations):
     return over_seeds(lambda actor, states: act(config, actor, data, states), actors, observations)
 
 
-def reset(env, *numbers):
-    """Resets an environment to the start state that `numbers` determine; returns the first observation (S,)."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    getattr(env.unwrapped, "_wrapped_env", env.unwrapped).seed(seed)
-    np.random.seed(seed)  # noqa: NPY002, AntMaze draws its start and its target from here
-    with contextlib.redirect_stdout(io.StringIO()):
-        return env.reset()
-
-
-def evaluate(config, policy, envs, update):
-    """D4RL's normalised scores (seeds, episodes) of a policy that maps states (seeds, episodes, S) to actions.
-
-    All episodes are stepped together, with one call of the policy a step. The start state of each depends on the
-    training seed, the update and the episode, and on nothing else.
-    """
-    shape = config.num_seeds, config.eval_episodes
-    observations = np.stack(
-        [reset(env, config.seed + i // shape[1], update, i % shape[1]) for i, env in enumerate(envs)]
-    ).astype(np.float32)
-    returns, running = np.zeros(len(envs)), np.arange(len(envs))
-    while len(running):
-        actions = np.asarray(policy(observations.reshape(*shape, -1))).reshape(len(envs), -1)
-        steps = [envs[i].step(actions[i]) for i in running]
-        observations[running] = [step[0] for step in steps]
-        returns[running] += [step[1] for step in steps]
-        running = running[[not step[2] for step in steps]]
-    return 100 * d4rl.get_normalized_score(config.dataset_name, returns).reshape(shape)
-
-
-def summary(scores):
-    """Mean and standard deviation of scores (seeds, episodes): over the episodes of one seed, or over several seeds."""
-    if len(scores) > 1:
-        return f"{scores.mean():.1f} +- {scores.mean(1).std():.1f} over {len(scores)} seeds"
-    return f"{scores.mean():.1f} +- {scores.std():.1f} over {scores.size} episodes"
-
-
-@partial(jax.jit, static_argnums=0)
-def action_error(static, traced, actors, data, index):
-    """Mean squared error (seeds,) of the policies' actions to the data's, over the steps `index` and the dimensions."""
-    config, observations, actions = replace(static, **traced), data["observations"][index], data["actions"][index]
-    return over_seeds(lambda actor: jnp.mean((act(config, actor, data, observations) - actions) ** 2), actors)
-
-
 # --- Training ---
 
 
-def train(config):
-    """A whole run; returns the final states and the scores (seeds, episodes) of the last evaluation."""
-    env = make_env(config.dataset_name)
-    raw = read_dataset(dataset_file(config, env), env)
+def train(config, run):
+    """A run, from its last checkpoint if there is one, to its end."""
+    raw = load_dataset(config)
     data = make_dataset(config, raw)
-    scores = 100 * d4rl.get_normalized_score(config.dataset_name, episode_returns(raw))
-    print(
-        f"{config.dataset_name}: {len(scores)} episodes of score {scores.mean():.1f} on average, {scores.max():.1f} at "
-        f"best; {len(data['train'])} transitions to train on, {len(data['validation'])} held out"
-    )
+    samples = make_samples(data)
     data = jax.device_put(data)
     static, traced = split_config(config)
-    states = init_states(config, data)
-    envs = [make_env(config.dataset_name) for _ in range(config.num_seeds * config.eval_episodes)]
-    pick = np.random.default_rng(0).choice
-    samples = {
-        key: pick(data[key], min(len(data[key]), 10_000), replace=False)
-        for key in ("train", "validation")
-        if len(data[key])
-    }
-
-    started, shown = time.time(), {}
-    bar = tqdm(total=config.num_updates, unit=" updates", disable=not sys.stderr.isatty(), smoothing=0.1)
-    for updates in range(config.log_every, config.num_updates + 1, config.log_every):
-        epoch_started = time.time()
-        states, infos = jax.block_until_ready(epoch(static, traced, states, data))
-        infos = {key: float(value.mean()) for key, value in infos.items()}
-        infos["updates/s"] = config.log_every / (time.time() - epoch_started)
-        bar.update(config.log_every)
-        if updates % config.eval_every == 0 or updates == config.num_updates:
-            scores = evaluate(config, partial(act_all, static, traced, states.actor, data), envs, updates)
-            for part, index in samples.items():
-                error = action_error(static, traced, states.actor, data, index)
-                infos[f"{part}_action_error"] = float(error.mean())
-            shown["score"] = summary(scores)
-            line = f"{updates:>9,} updates  score {summary(scores)}  "
-            bar.write(line + "  ".join(f"{key} {value:.4g}" for key, value in infos.items()), file=sys.stdout)
-        shown |= {key: f"{value:.3g}" for key, value in infos.items() if "loss" in key}
-        bar.set_postfix(shown)
-    bar.close()
-    print(f"final score {summary(scores)}, in {time.time() - started:.0f} s")
-    return states, scores
+    envs = make_envs(config)
+    states, update, evaluated = run.restore(partial(init_states, config, data), raw, data)
+    while True:
+        due = update > evaluated and (update % config.eval_every == 0 or update == config.num_updates)
+        run.checkpoint(states, update, evaluated, now=due)  # where a signal ends the run
+        if due:
+            with run.timed("evaluation"):
+                policy = partial(act_all, static, traced, states.actor, data)
+                returns, visited = evaluate(config, policy, envs, update)
+            with run.timed("analysis"):
+                measured = analyse(static, traced, states, data, samples, visited) if config.analysis else {}
+                measured = with_pca_ranks(measured)
+            run.log_evaluation(update, returns, measured)
+            evaluated = update
+            run.checkpoint(states, update, evaluated, now=True)
+        if update == config.num_updates:
+            return run.finish()
+        with run.timed("train"):
+            states, infos = jax.block_until_ready(epoch(static, traced, states, data))
+        update += config.log_every
+        run.log_epoch(update, infos, states)
 
 
 def main():
-    jax.config.update(
-        "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
-    )
-    config = tuned(parse(Config))
+    given = parse(Config)
+    if given.evaluate:
+        return evaluate_run(sys.modules[__name__], given)
+    config = tuned(given)
     check(config, rules(config))
-    train(config)
+    with Run(__file__, config, tuned) as run:
+        train(config, run)
 
 
 if __name__ == "__main__":

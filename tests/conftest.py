@@ -10,8 +10,9 @@ import pytest
 
 # The tests compile much and compute little, and the scripts that they start compile the same programs again.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -21,9 +22,9 @@ BUNDLED = os.path.join(ROOT, "data", "halfcheetah_medium_replay-v2.hdf5")
 
 @pytest.fixture(scope="session")
 def cheetah():
-    import rebrac
+    import tasks
 
-    return rebrac.make_env("halfcheetah-medium-replay-v2")
+    return tasks.make_env("halfcheetah-medium-replay-v2")
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-import rebrac
-import runs
+import tasks
 
 pytest.importorskip("sbx")
 
@@ -20,9 +19,9 @@ def test_collected_files_can_be_learnt_from(tmp_path):
     collect.main(config)
     raws = {}
     for kind in collect.KINDS:
-        env = rebrac.make_env(f"hopper-{kind}-v2")
+        env = tasks.make_env(f"hopper-{kind}-v2")
         path = str(tmp_path / env.unwrapped.dataset_url.split("/")[-1])
-        raw = raws[kind] = runs.read_dataset(path, env)
+        raw = raws[kind] = tasks.read_dataset(path, env)
         with h5py.File(path) as file:
             ends = np.flatnonzero(raw["terminals"] | raw["timeouts"])
             assert file.attrs["episodes"] == len(ends) and file.attrs["transitions"] == len(raw["rewards"])

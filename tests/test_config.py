@@ -51,7 +51,7 @@ BAD_IQL = {"--expectile 2.0": "expectile must be between 0 and 1", "--log_std_mi
 )
 def test_bad_values_get_one_clear_line(monkeypatch, script, arguments, message):
     monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
-    monkeypatch.setattr(script, "train", lambda config: pytest.fail("training began"))
+    monkeypatch.setattr(script, "train", lambda config, run: pytest.fail("training began"))
     with pytest.raises(SystemExit) as error:
         script.main()
     assert str(error.value).startswith(f"error: {message}") and "\n" not in str(error.value)
@@ -81,7 +81,7 @@ def test_every_dataset_gets_a_valid_config(script):
 
 
 def test_every_number_of_a_config_has_a_bound_or_none_on_purpose():
-    unbounded = {"v_min", "v_max", "v_expand", "reward_shift", "log_std_min", "log_std_max"}
+    unbounded = {"eval_noise", "v_min", "v_max", "v_expand", "reward_shift", "log_std_min", "log_std_max"}
     bounded = set(" ".join(runs.BOUNDS.values()).split())
     for script in (rebrac, iql):
         numbers = {f.name for f in dataclasses.fields(script.Config) if "int" in str(f.type) or "float" in str(f.type)}

@@ -15,7 +15,7 @@ import pytest
 from conftest import BUNDLED, ROOT, random_columns
 
 import rebrac
-import runs
+import tasks
 from mujoco210 import d4rl
 
 CONFIG = rebrac.tuned(rebrac.Config())
@@ -27,7 +27,7 @@ def all_transitions(data, part="train"):
 
 
 def raw_from(columns, env, write_dataset):
-    return runs.read_dataset(write_dataset(**columns), env)
+    return tasks.read_dataset(write_dataset(**columns), env)
 
 
 def slow_transitions(columns):
@@ -59,7 +59,7 @@ def test_transitions_are_d4rls_and_those_of_a_loop_over_rows(cheetah, write_data
 
 def test_transitions_of_the_bundled_file_are_d4rls(cheetah):
     theirs = cheetah.get_dataset(h5path=BUNDLED)
-    raw = runs.read_dataset(BUNDLED, cheetah)
+    raw = tasks.read_dataset(BUNDLED, cheetah)
     for key in raw:
         np.testing.assert_array_equal(raw[key], theirs[key])
     ours = all_transitions(rebrac.make_dataset(CONFIG, raw))
@@ -70,10 +70,10 @@ def test_transitions_of_the_bundled_file_are_d4rls(cheetah):
 
 @pytest.mark.parametrize("name", ["hopper-medium-replay-v2", "door-expert-v1", "door-human-v1"])
 def test_transitions_of_files_in_d4rls_cache_are_d4rls(name):
-    env = rebrac.make_env(name)
+    env = tasks.make_env(name)
     if not os.path.exists(env.unwrapped.dataset_filepath):
         pytest.skip("no such file in D4RL_DATASET_DIR")
-    raw = runs.read_dataset(env.unwrapped.dataset_filepath, env)
+    raw = tasks.read_dataset(env.unwrapped.dataset_filepath, env)
     ours = all_transitions(rebrac.make_dataset(rebrac.tuned(rebrac.Config(dataset_name=name)), raw))
     theirs = d4rl.qlearning_dataset(env)
     for key in theirs:
@@ -168,7 +168,7 @@ def test_rewards_are_scaled_as_the_paper_does(cheetah, write_dataset):
         total += reward
         if end:
             returns, total = returns + [total], 0.0
-    np.testing.assert_allclose(rebrac.episode_returns(raw), returns, atol=1e-4)
+    np.testing.assert_allclose(tasks.episode_returns(raw), returns, atol=1e-4)
     scaled = rebrac.make_dataset(rebrac.replace(CONFIG, normalize_reward=True), raw)["rewards"]
     np.testing.assert_allclose(scaled, columns["rewards"] * 1000 / (max(returns) - min(returns)), rtol=1e-4)
 
@@ -226,7 +226,7 @@ def test_a_bad_column_gets_one_clear_line(cheetah, write_dataset, message):
     columns = random_columns(0)
     BAD_COLUMNS[message](columns)
     with pytest.raises(SystemExit, match=message) as error:
-        runs.read_dataset(write_dataset(**columns), cheetah)
+        tasks.read_dataset(write_dataset(**columns), cheetah)
     assert "\n" not in str(error.value)
 
 
@@ -251,21 +251,21 @@ def test_data_that_nothing_can_be_learnt_from_get_one_clear_line(cheetah, write_
 
 def test_a_bad_file_gets_one_clear_line(cheetah, write_dataset, tmp_path):
     with pytest.raises(SystemExit, match="no file"):
-        runs.read_dataset(str(tmp_path / "nowhere.hdf5"), cheetah)
+        tasks.read_dataset(str(tmp_path / "nowhere.hdf5"), cheetah)
     whole = write_dataset(**random_columns(0))
     for size in (0, 100, os.path.getsize(whole) // 2, os.path.getsize(whole) - 1):
         cut = str(tmp_path / "cut.hdf5")
         shutil.copy(whole, cut)
         os.truncate(cut, size)
         with pytest.raises(SystemExit, match="not a whole HDF5 file"):
-            runs.read_dataset(cut, cheetah)
+            tasks.read_dataset(cut, cheetah)
     (tmp_path / "foreign.hdf5").write_text("not HDF5 at all")
     with pytest.raises(SystemExit, match="not a whole HDF5 file"):
-        runs.read_dataset(str(tmp_path / "foreign.hdf5"), cheetah)
+        tasks.read_dataset(str(tmp_path / "foreign.hdf5"), cheetah)
     with h5py.File(tmp_path / "groups.hdf5", "w") as file:
         file.create_group("observations")
     with pytest.raises(SystemExit, match="not a whole HDF5 file"):
-        runs.read_dataset(str(tmp_path / "groups.hdf5"), cheetah)
+        tasks.read_dataset(str(tmp_path / "groups.hdf5"), cheetah)
 
 
 @pytest.mark.parametrize("name, nearest", [("hopper-medum-v2", "hopper-medium-v2"), ("door-expert", "door-expert-v1")])
@@ -326,9 +326,9 @@ def download(monkeypatch, tmp_path):
     monkeypatch.setattr(d4rl.offline_env, "DATASET_PATH", str(cache))
 
     def download(url):
-        env = rebrac.make_env("halfcheetah-medium-replay-v2")
+        env = tasks.make_env("halfcheetah-medium-replay-v2")
         env.unwrapped._wrapped_env.dataset_url = url
-        return runs.dataset_file(CONFIG, env)
+        return tasks.dataset_file(CONFIG, env)
 
     download.cache = cache
     return download
@@ -348,9 +348,9 @@ def test_no_server_names_the_url(download):
 
 def test_two_processes_that_download_at_once_leave_one_whole_file(server, tmp_path):
     code = (
-        "import rebrac, runs; env = rebrac.make_env('halfcheetah-medium-replay-v2')\n"
+        "import rebrac, tasks; env = tasks.make_env('halfcheetah-medium-replay-v2')\n"
         f"env.unwrapped._wrapped_env.dataset_url = '{server}/whole.hdf5'\n"
-        "runs.dataset_file(rebrac.Config(), env)"
+        "tasks.dataset_file(rebrac.Config(), env)"
     )
     environment = {**os.environ, "D4RL_DATASET_DIR": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(2)]

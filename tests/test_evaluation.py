@@ -12,6 +12,7 @@ import pytest
 from conftest import BUNDLED, ROOT
 
 import rebrac
+import tasks
 from mujoco210 import d4rl
 
 TASKS = {"hopper-medium-v2": 11, "antmaze-large-play-v2": 29, "pen-human-v1": 45}
@@ -19,12 +20,13 @@ QUICK = ["--hidden_dim", "16", "--batch_size", "8", "--log_every", "10", "--eval
 
 
 def config_for(name, **fields):
-    return replace(rebrac.tuned(rebrac.Config(dataset_name=name)), num_seeds=2, eval_episodes=3, **fields)
+    fields = dict(num_seeds=2, eval_episodes=3, eval_noise=()) | fields
+    return replace(rebrac.tuned(rebrac.Config(dataset_name=name)), **fields)
 
 
 def policy_for(name):
     """A policy that is different for each seed, depends on the state, and lets episodes end at different times."""
-    dim = rebrac.make_env(name).action_space.shape[0]
+    dim = tasks.make_env(name).action_space.shape[0]
 
     def policy(observations):
         seeds, episodes, states = observations.shape
@@ -34,34 +36,72 @@ def policy_for(name):
     return policy
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_lock_step_scores_are_those_of_one_episode_after_another(name):
-    config, policy = config_for(name, seed=5), policy_for(name)
-    envs = [rebrac.make_env(name) for _ in range(7)]
+def make_envs(config, limit=60):
+    """The environments of an evaluation, with short episodes; AntMaze pays the distance to the target."""
+    envs = tasks.make_envs(config)
     for env in envs:
-        env._max_episode_steps = 60
-        getattr(env.unwrapped, "_wrapped_env", env.unwrapped).reward_type = "dense"  # AntMaze: distance to the target
-    env = envs.pop()
-    together = rebrac.evaluate(config, policy, envs, update=100)
+        env._max_episode_steps = limit
+        getattr(env.unwrapped, "_wrapped_env", env.unwrapped).reward_type = "dense"
+    return envs
+
+
+NOISE = ((0.2, 0.0), (0.0, 0.05), (0.3, 0.1))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lock_step_returns_are_those_of_one_episode_after_another(name):
+    config, policy = config_for(name, seed=5, eval_noise=NOISE), policy_for(name)
+    envs = make_envs(config)
+    together, visited = tasks.evaluate(config, policy, envs, update=100)
+    env, met = envs[0], [set(), set()]
     for seed in range(2):
-        for episode in range(3):
-            observation, done, total = rebrac.reset(env, config.seed + seed, 100, episode), False, 0.0
+        for i, (episode, action_noise, state_noise) in enumerate(tasks.conditions(config)):
+            numbers = (config.seed + seed, 100, episode)
+            observation, done, total = tasks.reset(env, *numbers), False, 0.0
+            rng, dims = np.random.default_rng(numbers), (len(observation), *env.action_space.shape)
             while not done:
-                batch = np.broadcast_to(observation.astype(np.float32), (2, 3, len(observation)))
-                observation, reward, done, _ = env.step(policy(batch)[seed, 0])
+                observation = observation.astype(np.float32)
+                if not action_noise and not state_noise:
+                    met[seed].add(observation.tobytes())
+                draws = rng.standard_normal(sum(dims), np.float32)
+                seen = np.broadcast_to(observation + np.float32(state_noise) * draws[: dims[0]], (2, 1, dims[0]))
+                action = policy(seen)[seed, 0]
+                if action_noise:
+                    action = np.clip(action + np.float32(action_noise) * draws[dims[0] :], -1, 1)
+                observation, reward, done, _ = env.step(action)
                 total += reward
-            assert together[seed, episode] == pytest.approx(100 * env.get_normalized_score(total), rel=1e-4, abs=1e-4)
-    assert together.shape == (2, 3) and len(np.unique(together)) == 6
-    assert np.array_equal(together, rebrac.evaluate(config, policy, envs, update=100))
-    assert not np.array_equal(together, rebrac.evaluate(config, policy, envs, update=200))
+            assert together[seed, i] == pytest.approx(total, rel=1e-4, abs=1e-4)
+        assert {state.tobytes() for state in visited[seed]} == met[seed]  # all of them, since there are many draws
+    assert together.shape == (2, 3 + 3 * 3) and len(np.unique(together)) == 24
+    assert visited.shape == (2, tasks.NUM_STATES, TASKS[name])
+    again, _ = tasks.evaluate(config, policy, envs, update=100)
+    other, _ = tasks.evaluate(config, policy, envs, update=200)
+    assert np.array_equal(together, again) and not np.array_equal(together, other)
+
+
+def test_an_episodes_noise_does_not_depend_on_the_other_pairs():
+    config, policy = config_for("hopper-medium-v2", eval_noise=NOISE), policy_for("hopper-medium-v2")
+    returns, _ = tasks.evaluate(config, policy, make_envs(config), update=100)
+    fewer = replace(config, eval_noise=NOISE[2:], seed=1, num_seeds=1)
+    again, _ = tasks.evaluate(fewer, lambda x: policy(np.repeat(x, 2, 0))[1:], make_envs(fewer), update=100)
+    assert np.array_equal(again[0], returns[1, [0, 1, 2, 9, 10, 11]])
+    still = replace(config, eval_noise=((0.0, 0.0),))
+    same, _ = tasks.evaluate(still, policy, make_envs(still), update=100)
+    assert np.array_equal(same, np.tile(returns[:, :3], 2))
+
+
+def test_at_most_ten_episodes_are_played_with_each_noise():
+    config = config_for("antmaze-umaze-v2", eval_noise=NOISE)
+    rows = tasks.conditions(replace(config, eval_episodes=100))
+    assert len(rows) == 130 and rows[99] == (99, 0.0, 0.0) and rows[100] == (0, 0.2, 0.0) and rows[-1] == (9, 0.3, 0.1)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_seed_evaluation_and_episode_has_its_own_start(name):
-    env = rebrac.make_env(name)
+    env = tasks.make_env(name)
 
     def start(*numbers):
-        observation = rebrac.reset(env, *numbers)
+        observation = tasks.reset(env, *numbers)
         inner = getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
         return (*observation, *np.ravel(getattr(inner, "target_goal", 0)), *inner.sim.model.body_quat.ravel())
 
@@ -72,60 +112,46 @@ def test_each_seed_evaluation_and_episode_has_its_own_start(name):
 
 
 def test_antmaze_targets_differ_between_episodes():
-    env = rebrac.make_env("antmaze-medium-diverse-v2")
+    env = tasks.make_env("antmaze-medium-diverse-v2")
     targets = set()
     for episode in range(20):
-        rebrac.reset(env, 0, 0, episode)
+        tasks.reset(env, 0, 0, episode)
         targets.add(env.unwrapped._wrapped_env.target_goal)
     assert len(targets) == 20
 
 
 def test_scores_are_d4rls():
     low, high = (d4rl.infos.__dict__[f"REF_{end}_SCORE"]["hopper-medium-v2"] for end in ("MIN", "MAX"))
-    env = rebrac.make_env("hopper-medium-v2")
+    env = tasks.make_env("hopper-medium-v2")
     assert env.get_normalized_score(high) == 1 and env.get_normalized_score(low) == 0
-    returns = []
-
-    class Counted:  # the real environment, which also adds up what it pays
-        unwrapped = env.unwrapped
-
-        def reset(self):
-            returns.append(0.0)
-            return env.reset()
-
-        def step(self, action):
-            observation, reward, done, info = env.step(action)
-            returns[-1] += reward
-            return observation, reward, done, info
-
-    config = replace(config_for("hopper-medium-v2"), num_seeds=1, eval_episodes=1)
-    score = rebrac.evaluate(config, policy_for("hopper-medium-v2"), [Counted()], update=0)
-    assert score[0, 0] == pytest.approx(100 * (returns[0] - low) / (high - low))
+    config = config_for("hopper-medium-v2")
+    np.testing.assert_allclose(tasks.normalized_score(config, np.array([low, high, (low + high) / 2])), [0, 100, 50])
 
 
-def command(*arguments):
-    return [sys.executable, "rebrac.py", "--dataset_path", BUNDLED, "--eval_episodes", "1", *QUICK, *arguments]
+def command(results, *arguments):
+    fixed = ["--dataset_path", BUNDLED, "--eval_episodes", "1", "--results", str(results)]
+    return [sys.executable, "rebrac.py", *fixed, *QUICK, *arguments]
 
 
-def test_the_log_is_plain_text_where_there_is_no_terminal():
-    run = subprocess.run(command(), cwd=ROOT, capture_output=True, text=True)
+def test_the_log_is_plain_text_where_there_is_no_terminal(tmp_path):
+    run = subprocess.run(command(tmp_path, "--validation_frac", "0.1"), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == "", run.stderr
     lines = run.stdout.splitlines()
-    assert lines[0].startswith(
-        "halfcheetah-medium-replay-v2: 80 episodes of score 12.6 on average, 32.7 at best; 79920"
-    )
-    assert len(lines) == 4 and "\r" not in run.stdout
-    for line, updates in zip(lines[1:3], (20, 40)):
+    assert lines[0].startswith("W&B: off (no account")
+    assert lines[1].startswith("halfcheetah-medium-replay-v2: 80000 steps, 80 whole episodes, whose score is 12.6 on a")
+    assert lines[2] == "training on 72 episodes, 71928 transitions; held out: the last 8, 7992 transitions"
+    assert len(lines) == 6 and "\r" not in run.stdout
+    for line, updates in zip(lines[3:5], (20, 40)):
         assert line.split()[:3] == [str(updates), "updates", "score"]
-        for quantity in ("critic_loss", "actor_loss", "updates/s"):
+        for quantity in ("critic_loss", "actor_loss", "updates/s", "validation/action_error", "dead_neurons"):
             assert quantity in line
-    assert lines[3].startswith("final score")
+    assert lines[5].startswith("final score")
 
 
-def test_a_terminal_gets_a_progress_bar_with_speed_losses_and_score():
+def test_a_terminal_gets_a_progress_bar_with_speed_losses_and_score(tmp_path):
     main, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 200))
-    run = subprocess.Popen(command(), cwd=ROOT, stdout=child, stderr=child)
+    run = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=child, stderr=child)
     os.close(child)
     output = b""
     try:
@@ -137,14 +163,3 @@ def test_a_terminal_gets_a_progress_bar_with_speed_losses_and_score():
     assert b"\r" in output and b"updates/s" in output
     last_bar = [part for part in output.decode().split("\r") if "40/40" in part][-1]
     assert "score=" in last_bar and "critic_loss=" in last_bar
-
-
-def test_the_same_command_prints_the_same_numbers():
-    def numbers(run):
-        lines = run.stdout.splitlines()[:-1]  # the last has the time
-        return [line.split("updates/s")[0] for line in lines]
-
-    runs = [subprocess.run(command(), cwd=ROOT, capture_output=True, text=True) for _ in range(2)]
-    assert numbers(runs[0]) == numbers(runs[1])
-    other = subprocess.run(command("--seed", "1"), cwd=ROOT, capture_output=True, text=True)
-    assert numbers(runs[0])[1:] != numbers(other)[1:]

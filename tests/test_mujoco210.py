@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 import rebrac
+import tasks
 from mujoco210 import d4rl
 
 RECORDED = np.load(os.path.join(ROOT, "tests", "mujoco210_episodes.npz"))
@@ -33,8 +34,8 @@ def touches_capsule_and_box(sim):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recorded_steps_are_repeated(name):
-    env = rebrac.make_env(name)
-    rebrac.reset(env, 0)
+    env = tasks.make_env(name)
+    tasks.reset(env, 0)
     inner = getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
     recorded = {key.split("/")[1]: RECORDED[key] for key in RECORDED if key.startswith(name)}
     errors, step = [], inner.sim.step
@@ -62,9 +63,9 @@ def test_recorded_steps_are_repeated(name):
 
 @pytest.mark.parametrize("name", rebrac.TUNED)
 def test_every_environment_of_the_paper_runs(name):
-    env = rebrac.make_env(name)
-    first = rebrac.reset(env, 1, 2, 3)
-    assert np.array_equal(first, rebrac.reset(env, 1, 2, 3)) and not np.array_equal(first, rebrac.reset(env, 1, 2, 4))
+    env = tasks.make_env(name)
+    first = tasks.reset(env, 1, 2, 3)
+    assert np.array_equal(first, tasks.reset(env, 1, 2, 3)) and not np.array_equal(first, tasks.reset(env, 1, 2, 4))
     assert np.abs(env.action_space.low).max() == np.abs(env.action_space.high).max() == 1
     total = 0.0
     for _ in range(20):
@@ -72,7 +73,7 @@ def test_every_environment_of_the_paper_runs(name):
         total += reward
         assert observation.shape == first.shape == env.observation_space.shape and np.isfinite(observation).all()
         if done:
-            rebrac.reset(env, 1)
+            tasks.reset(env, 1)
     low, high = d4rl.infos.REF_MIN_SCORE[name], d4rl.infos.REF_MAX_SCORE[name]
     assert env.get_normalized_score(total) == (total - low) / (high - low)
 
@@ -93,7 +94,7 @@ def test_capsules_have_the_inertia_of_2_1_0(cheetah):
 
 def test_models_are_independent_copies():
     """Adroit moves its targets by writing to the model, so two environments must not share one."""
-    first, second = (rebrac.make_env("door-human-v1").unwrapped for _ in range(2))
+    first, second = (tasks.make_env("door-human-v1").unwrapped for _ in range(2))
     before = second.model.body_pos.copy()
     first.model.body_pos[:] += 1
     assert np.array_equal(second.model.body_pos, before)
@@ -107,7 +108,7 @@ def test_unknown_names_are_errors(cheetah):
 
 def test_a_simulation_that_diverges_warns_and_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    inner = rebrac.make_env("hopper-medium-v2").unwrapped._wrapped_env
+    inner = tasks.make_env("hopper-medium-v2").unwrapped._wrapped_env
     inner.reset()
     inner.sim.data.qvel[:] = 1e12
     with pytest.warns(RuntimeWarning, match="MuJoCo: Nan, Inf or huge value"):
@@ -135,9 +136,9 @@ def gl_backend():
 
 def test_render_draws_where_there_is_a_gl_backend_and_says_so_where_there_is_none():
     code = (
-        "import numpy as np, rebrac\n"
+        "import numpy as np, tasks\n"
         "for name in ['halfcheetah-medium-v2', 'antmaze-umaze-v2', 'door-human-v1']:\n"
-        "    env = rebrac.make_env(name); rebrac.reset(env, 0)\n"
+        "    env = tasks.make_env(name); tasks.reset(env, 0)\n"
         "    image = env.render(mode='rgb_array')\n"
         "    assert image.shape == (500, 500, 3) and image.dtype == np.uint8 and len(np.unique(image)) > 20\n"
         "    assert image[:100].mean() > 0\n"
