@@ -98,6 +98,8 @@ def check(config, rules):
     rules["eval_noise must be pairs of 0 or more: [[0.2, 0], [0, 0.05]]"] = all(
         len(pair) == 2 and min(pair) >= 0 for pair in config.eval_noise
     )
+    rules["video must end in .mp4 or .gif"] = not config.video or config.video.endswith((".mp4", ".gif"))
+    rules["video needs --evaluate RUN, whose policy it shows"] = not config.video or bool(config.evaluate)
     for message, holds in rules.items():
         if not holds:
             sys.exit(f"error: {message}")
@@ -548,10 +550,12 @@ def load_policy(script, directory, seed=None):
 def evaluate_run(script, given):
     """`--evaluate RUN`: prints the scores of a run's policies, and with `--video FILE` writes an episode."""
     config, update, policies = load(script, given.evaluate)
+    fields = dict(evaluate=given.evaluate, video=given.video)
     if given.eval_episodes is not None:
-        config = dataclasses.replace(config, eval_episodes=given.eval_episodes)
+        fields["eval_episodes"] = given.eval_episodes
     if given.eval_noise != script.Config.eval_noise:
-        config = dataclasses.replace(config, eval_noise=given.eval_noise)
+        fields["eval_noise"] = given.eval_noise
+    config = dataclasses.replace(config, **fields)
     check(config, script.rules(config))
     envs = make_envs(config)
     scores = normalized_score(config, evaluate(config, policies, envs, update)[0])
@@ -562,6 +566,9 @@ def evaluate_run(script, given):
 
 
 # --- Weights & Biases ---
+
+
+WANDB_SECONDS = 30  # to reach it, and to send the rest at the end
 
 
 def wandb_mode():
@@ -589,7 +596,8 @@ class WandB(threading.Thread):
         super().__init__(daemon=True)
         self.mode, why = wandb_mode()
         print(f"W&B: {'off' if self.mode == 'disabled' else self.mode} ({why})")
-        self.directory, self.rows, self.id = run.directory, queue.SimpleQueue(), os.getenv("WANDB_RUN_ID")
+        self.rows, self.id = queue.SimpleQueue(), os.getenv("WANDB_RUN_ID")
+        self.later = f"later, `wandb sync {run.directory}/wandb/*run*` sends it"
         if self.mode == "disabled":
             return
         if not self.id:  # an agent of a sweep gives one
@@ -612,23 +620,29 @@ class WandB(threading.Thread):
             self.rows.put(rows)
 
     def close(self, exit_code, preempted):
-        """Waits at most half a minute for what was not sent yet."""
+        """Waits at most WANDB_SECONDS for what was not sent yet."""
         if self.mode == "disabled":
             return
         self.rows.put((exit_code, preempted))
-        self.join(30)
+        self.join(WANDB_SECONDS)
         if self.is_alive():
-            print(f"W&B has not taken everything in 30 s; later, `wandb sync {self.directory}/wandb/*run*` sends it")
+            print(f"W&B has not taken everything in {WANDB_SECONDS} s; {self.later}")
 
     def run(self):
+        try:
+            self.log()
+        except Exception as error:
+            print(f"W&B: off after all ({' '.join(str(error).split())[:200]})")
+
+    def log(self):
         import wandb
 
-        settings = wandb.Settings(init_timeout=60, finish_timeout=25, console="off", silent=True)
+        settings = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS, console="off", silent=True)
         try:
             run = wandb.init(mode=self.mode, settings=settings, **self.settings)
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            print(f"W&B: offline after all ({reason}); later, `wandb sync {self.directory}/wandb/*run*` sends it")
+            print(f"W&B: offline after all ({' '.join(str(error).split())[:200]}); {self.later}")
+            wandb.teardown()
             run = wandb.init(mode="offline", settings=settings, **self.settings)
         while isinstance(rows := self.rows.get(), list):
             update = rows[0]["update"]

@@ -31,6 +31,11 @@ BAD = {
     "--num_updates 1500": "num_updates must be a multiple of log_every, 1000",
     "--eval_every 1500": "eval_every must be a multiple of log_every, 1000",
     "--gamma [1": "while parsing",
+    "--eval_noise [[0.2]]": "eval_noise can't be '[[0.2]]'; it is of type pairs of floats",
+    "--eval_noise [[0.2,-1]]": "eval_noise must be pairs of 0 or more",
+    "--eval_noise 0.2": "eval_noise can't be '0.2'; it is of type pairs of floats",
+    "--video a.mp4": "video needs --evaluate RUN",
+    "--evaluate nowhere": "nowhere/config.yaml is not the config of a run ([Errno 2] No such file",
     "--config_path nowhere.yaml": "[Errno 2] No such file",
     "--dataset_name hopper-medium-v3": "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2",
 }

@@ -90,10 +90,11 @@ def test_an_episodes_noise_does_not_depend_on_the_other_pairs():
     assert np.array_equal(same, np.tile(returns[:, :3], 2))
 
 
-def test_at_most_ten_episodes_are_played_with_each_noise():
-    config = config_for("antmaze-umaze-v2", eval_noise=NOISE)
-    rows = tasks.conditions(replace(config, eval_episodes=100))
-    assert len(rows) == 130 and rows[99] == (99, 0.0, 0.0) and rows[100] == (0, 0.2, 0.0) and rows[-1] == (9, 0.3, 0.1)
+def test_in_training_at_most_five_episodes_are_played_with_each_noise():
+    config = config_for("antmaze-umaze-v2", eval_noise=NOISE, eval_episodes=100)
+    rows = tasks.conditions(config)
+    assert len(rows) == 115 and rows[99] == (99, 0.0, 0.0) and rows[100] == (0, 0.2, 0.0) and rows[-1] == (4, 0.3, 0.1)
+    assert len(tasks.conditions(replace(config, evaluate="a run"))) == 400
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -16,12 +16,15 @@ import time
 from dataclasses import fields
 
 import h5py
+import imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, random_columns
+from test_mujoco210 import gl_backend
+from wandb_server import Server
 
 import iql
 import rebrac
@@ -583,6 +586,27 @@ def test_a_runs_policy_loads_as_a_function_from_states_to_actions(start, script)
     np.testing.assert_allclose(ours, expected[0], atol=1e-5)
 
 
+def test_a_video_shows_an_episode_where_there_is_opengl_and_else_says_what_is_missing(start, tmp_path):
+    directory, backend = start(), gl_backend()
+    code = (
+        "import sys, tasks, rebrac; make = tasks.make_env\n"
+        "tasks.make_env = lambda name: (env := make(name), setattr(env, '_max_episode_steps', 30))[0]\n"
+        "rebrac.main()"
+    )
+    environment = {**os.environ, **({"MUJOCO_GL": backend} if backend else {})}
+    for name in ("episode.mp4", "episode.gif"):
+        path = str(tmp_path / name)
+        command = [sys.executable, "-c", code, "--evaluate", directory, "--eval_episodes", "1", "--video", path]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        if backend is None:
+            assert "error: can't write" in run.stderr and "needs OpenGL" in run.stderr and not os.path.exists(path)
+            continue
+        assert run.returncode == 0 and run.stdout.startswith("score "), run.stderr
+        frames = imageio.mimread(path, memtest=False)
+        assert len(frames) == 30 and frames[0].shape[:2] == (496, 496)
+        assert np.abs(frames[0].astype(float) - frames[-1]).max() > 50  # something moves
+
+
 def test_what_is_not_a_run_can_not_be_evaluated(tmp_path, monkeypatch):
     for directory in ("nowhere", str(tmp_path)):
         monkeypatch.setattr(sys, "argv", ["rebrac.py", "--evaluate", directory])
@@ -593,3 +617,108 @@ def test_what_is_not_a_run_can_not_be_evaluated(tmp_path, monkeypatch):
     exits("is not the config of a run", rebrac.main)
     (tmp_path / "config.yaml").write_text("unknown_field: 1\n")
     exits("is not the config of a run", rebrac.main)
+
+
+# --- Weights & Biases ---
+
+
+@pytest.fixture
+def wandb_server(monkeypatch):
+    """A stand-in for W&B's server, with an account there."""
+    import wandb
+
+    with Server() as server:
+        yield (
+            server,
+            lambda: (
+                monkeypatch.setenv("WANDB_BASE_URL", server.url),
+                monkeypatch.setenv("WANDB_API_KEY", "0" * 40),
+            ),
+        )
+        wandb.teardown()
+
+
+def steps(history):
+    return [row["_step"] for row in history]
+
+
+def test_wandb_gets_the_tables_and_a_resumed_run_is_the_same_run_there(start, wandb_server, monkeypatch, capsys):
+    server, log_in = wandb_server
+    log_in()
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, rebrac, 3)
+        exits(128 + signal.SIGTERM, start)
+    assert "W&B: online (an account at 127.0.0.1)" in capsys.readouterr().out
+    (run,) = server.runs
+    assert steps(server.history(run)) == [10, 20, 30] and server.runs[run]["state"] == "preempting"
+    directory = start()
+    assert list(server.runs) == [run] and server.runs[run]["exit"] == 0
+    history = server.history(run)
+    assert steps(history) == [10, 20, 30, 40, 50, 60]
+    assert server.runs[run]["config"]["actor_dropout"] == {"value": 0.0}
+    rows = {int(row["update"]): row for row in table(directory, "train.csv")}
+    for row in table(directory, "evaluations.csv"):
+        rows[int(row["update"])] |= row
+    for row in history:
+        expected = {key: float(value) for key, value in rows[row["_step"]].items() if key not in ("seed", "update")}
+        found = {key: value for key, value in row.items() if not key.startswith("_")}
+        assert found == pytest.approx(expected, rel=1e-8)
+
+
+def test_wandb_gets_each_seeds_numbers_and_their_means(start, wandb_server):
+    server, log_in = wandb_server
+    log_in()
+    directory = start(num_seeds=2)
+    (run,) = server.runs
+    last = server.history(run)[-1]
+    scores = [float(row["score"]) for row in table(directory, "evaluations.csv")[-2:]]
+    assert [last["seed3/score"], last["seed4/score"], last["score"]] == pytest.approx([*scores, np.mean(scores)])
+
+
+def test_a_finished_run_is_sent_to_the_wandb_run_of_a_sweep(start, wandb_server, monkeypatch):
+    server, log_in = wandb_server
+    directory = start()
+    log_in()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    exits(0, start)
+    assert steps(server.history("agents")) == [10, 20, 30, 40, 50, 60] and server.runs["agents"]["exit"] == 0
+    assert not os.path.exists(os.path.join(directory, "wandb_id"))
+
+
+def test_an_unreachable_wandb_neither_stops_nor_slows_a_run(start, monkeypatch, capsys):
+    plain = contents(start(results="plain"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(runs, "WANDB_SECONDS", 3)
+    epochs, epoch = [], rebrac.epoch
+    monkeypatch.setattr(rebrac, "epoch", lambda *arguments: [epochs.append(time.monotonic()), epoch(*arguments)][1])
+    began = time.monotonic()
+    directory = start()
+    assert contents(directory) == plain
+    assert epochs[0] - began < 10 and epochs[-1] - epochs[0] < 10 and time.monotonic() - epochs[-1] < 15
+    output = capsys.readouterr().out
+    assert "W&B: offline after all" in output or "W&B has not taken everything" in output
+    assert glob.glob(os.path.join(directory, "wandb", "*run-*", "run-*.wandb"))
+    import wandb
+
+    wandb.teardown()
+
+
+def test_wandb_is_online_with_an_account_or_an_agent_and_otherwise_off(monkeypatch, tmp_path):
+    for key in [key for key in os.environ if key.startswith("WANDB")]:
+        monkeypatch.delenv(key)
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert runs.wandb_mode()[0] == "disabled"
+    netrc.write_text("machine other.example login user password secret\n")
+    assert runs.wandb_mode()[0] == "disabled"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    assert runs.wandb_mode() == ("online", "an account at api.wandb.ai")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    assert runs.wandb_mode()[0] == "disabled"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert runs.wandb_mode() == ("online", "a run of a sweep")
+    for mode, expected in {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}.items():
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert runs.wandb_mode() == (expected, f"WANDB_MODE={mode}")

@@ -1,0 +1,98 @@
+"""A stand-in for W&B's server on this machine: as much of its protocol as runs need. It keeps what they send."""
+
+import gzip
+import http.server
+import json
+import threading
+
+
+class Server:
+    """As a context manager, listens on a port of its own; `runs` maps a run's id to its config, history and state."""
+
+    def __init__(self):
+        self.runs = {}
+        handler = type("Handler", (Handler,), {"owner": self})
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def history(self, run):
+        return [json.loads(line) for line in self.runs[run]["history"]]
+
+    # Answers to the operations of W&B's GraphQL, by their names
+
+    def RunResumeStatus(self, name, project, **_):
+        run = self.runs.get(name)
+        if run is None or not run["started"]:
+            return {"model": None}
+        tail = run["history"][-1:]
+        bucket = dict(
+            id=name, name=name, displayName=name, config=json.dumps(run["config"]), tags=[], notes="",
+            historyLineCount=len(run["history"]), historyTail=json.dumps(tail), summaryMetrics="".join(tail) or "{}",
+            eventsLineCount=0, eventsTail="[]", logLineCount=0, wandbConfig=json.dumps({"t": 1}),
+        )  # fmt: skip
+        return {"model": dict(id=project, name=project, entity=dict(id="e", name="team"), bucket=bucket)}
+
+    def UpsertBucket(self, name=None, config=None, state=None, project="", sweep=None, **rest):
+        known = name in self.runs
+        run = self.runs.setdefault(name, dict(config={}, history=[], state=None, exit=None, started=False))
+        run["started"] |= config is not None
+        run["config"] |= json.loads(config or "{}")
+        run["state"], run["sweep"] = state or run["state"], sweep
+        bucket = dict(
+            id=name, name=name, displayName=rest.get("displayName") or name, description="", sweepName=sweep,
+            config=json.dumps(run["config"]), historyLineCount=len(run["history"]),
+            project=dict(id=project, name=project, entity=dict(id="e", name="team")),
+        )  # fmt: skip
+        return {"upsertBucket": dict(bucket=bucket, inserted=not known)}
+
+    def CreateRunFiles(self, run, files, **_):
+        files = [dict(name=name, uploadUrl=f"{self.url}/upload/{run}/{name}") for name in files]
+        return {"createRunFiles": dict(runID=run, uploadHeaders=[], files=files)}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def read(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.read()
+        if self.path == "/graphql":
+            body = json.loads(body)
+            operation = getattr(self.owner, body.get("operationName") or "", lambda **_: None)
+            return self.answer({"data": operation(**body.get("variables") or {})})
+        if self.path.endswith("/file_stream"):
+            body = json.loads(body)
+            run = self.owner.runs[self.path.split("/")[-2]]
+            if lines := body.get("files", {}).get("wandb-history.jsonl"):
+                run["history"][lines["offset"] :] = lines["content"]
+            run["state"] = "preempting" if body.get("preempting") else run["state"]
+            if body.get("complete"):
+                run["exit"] = body.get("exitcode")
+        self.answer({})
+
+    def do_PUT(self):
+        self.read()
+        self.answer({})
+
+    def do_GET(self):
+        self.answer({})
