@@ -203,10 +203,10 @@ def make_dataset(config, raw):
 
     if not len(train):
         sys.exit("error: there is no transition to train on")
-    which = "last" if config.validation_seed is None else f"{config.validation_seed}-shuffled"
+    which = "the last" if config.validation_seed is None else f"by validation_seed {config.validation_seed},"
     print(
         f"training on {num_episodes - num_held_out} episodes, {len(train)} transitions; "
-        f"held out: the {which} {num_held_out}, {len(validation)} transitions"
+        f"held out: {which} {num_held_out}, {len(validation)} transitions"
     )
 
     observations, rewards = raw["observations"], raw["rewards"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import h5py
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import BUNDLED, ROOT, random_columns
 
+import iql
 import rebrac
 import tasks
 from mujoco210 import d4rl
@@ -120,7 +122,7 @@ def test_without_timeouts_an_episode_ends_at_the_time_limit(cheetah, write_datas
         np.testing.assert_array_equal(getattr(ours, key), theirs[key])
 
 
-@pytest.mark.parametrize("frac", [0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("frac", [0.05, 0.1, 0.25, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("seed", [None, 0])
 def test_validation_holds_out_whole_episodes(cheetah, write_dataset, frac, seed):
     columns = random_columns(1)
@@ -136,6 +138,18 @@ def test_validation_holds_out_whole_episodes(cheetah, write_dataset, frac, seed)
     everything = rebrac.make_dataset(CONFIG, raw_from(columns, cheetah, write_dataset))
     assert sorted([*data["train"], *data["validation"]]) == list(everything["train"])
     assert len(everything["validation"]) == 0
+
+
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_as_few_episodes_as_d4rls_smallest_files_have_can_be_split_at_0_9(cheetah, write_dataset, script, capsys):
+    columns = random_columns(0, size=250, ends=0)
+    columns["timeouts"][9::10] = True  # 25 episodes, as in the four human datasets
+    config = replace(script.tuned(script.Config()), validation_frac=0.9)
+    data = script.make_dataset(config, raw_from(columns, cheetah, write_dataset))
+    assert (len(data["train"]), len(data["validation"])) == (3 * 9, 22 * 9)
+    assert capsys.readouterr().out == "training on 3 episodes, 27 transitions; held out: the last 22, 198 transitions\n"
+    script.make_dataset(replace(config, validation_seed=7), raw_from(columns, cheetah, write_dataset))
+    assert "held out: by validation_seed 7, 22, 198 transitions" in capsys.readouterr().out
 
 
 def test_validation_seed_shuffles(cheetah, write_dataset):
