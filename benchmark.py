@@ -39,6 +39,7 @@ VARIANTS = {  # by the paper's abbreviations, at its chosen strengths for ReBRAC
 @dataclass
 class Config:
     scripts: List[str] = field(default_factory=lambda: ["rebrac", "iql"])
+    variants: List[str] = field(default_factory=lambda: list(VARIANTS))
     dataset_name: str = "hopper-medium-v2"  # whose hyperparameters are taken
     batch_size: int = 256
     updates: int = 100  # in one timing
@@ -94,19 +95,20 @@ def machine():
 
 
 def main(config):
-    if unknown := set(config.scripts) - {"rebrac", "iql"}:
-        sys.exit(f"error: unknown scripts {', '.join(sorted(unknown))}; there are rebrac and iql")
+    for words, known in ((config.scripts, ["rebrac", "iql"]), (config.variants, VARIANTS)):
+        if unknown := set(words) - set(known):
+            sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if min(config.rounds, config.updates // 2, config.batch_size) < 1:
         sys.exit("error: rounds and batch_size must be 1 or more, updates 2 or more")
     print(f"{machine()}; batch {config.batch_size}, {config.rounds} rounds of {config.updates} updates\n")
     print("| | updates/s | time against none, median | least and most |\n| --- | --- | --- | --- |")
-    data = jax.device_put(random_data())
+    data, chosen = jax.device_put(random_data()), {key: VARIANTS[key] for key in ["none", *config.variants]}
     for name in config.scripts:
         script = importlib.import_module(name)
         fields = dict(dataset_name=config.dataset_name, batch_size=config.batch_size, log_every=config.updates)
         fields |= dict(v_min=-10.0, v_max=10.0) if name == "rebrac" else {}
         plain = script.tuned(script.Config(**fields))
-        functions = {key: trainer(script, replace(plain, **flags), data) for key, flags in VARIANTS.items()}
+        functions = {key: trainer(script, replace(plain, **flags), data) for key, flags in chosen.items()}
         seconds = interleaved(functions, config.rounds)
         for key, times in seconds.items():
             ratios, speed = times / seconds["none"], config.updates / np.median(times)

@@ -123,6 +123,7 @@ def run_directory(algorithm, config, tuned):
     left_open = {key: None for key, value in defaults.items() if value is None}
     defaults |= {key: vars(tuned(dataclasses.replace(config, **left_open)))[key] for key in left_open}
     changed = [key for key, value in fields.items() if value != identity(defaults)[key]]
+    changed.sort(key=lambda key: not key.startswith("actor_"))
     words = [f"seed={config.seed}"]
     for key in changed:
         if key not in ("seed", "dataset_name"):
@@ -534,9 +535,11 @@ def load(script, directory):
 
 def load_policy(script, directory, seed=None):
     """The policy of a run of `script`, which is rebrac or iql: a function from states (..., S), as the environment
-    gives them, to actions (..., A). `seed` is one of the run's, by default its first."""
+    gives them, to actions (..., A). `seed` is one of the run's, by default its first; ValueError if it isn't."""
     config, _, policies = load(script, directory)
     index = 0 if seed is None else seed - config.seed
+    if not 0 <= index < config.num_seeds:
+        raise ValueError(f"{directory} has the seeds {config.seed} to {config.seed + config.num_seeds - 1}, not {seed}")
 
     def policy(observations):
         observations = np.asarray(observations, np.float32)

@@ -577,6 +577,8 @@ def test_a_runs_policy_loads_as_a_function_from_states_to_actions(start, script)
         np.testing.assert_allclose(policy(states[seed - 3]), expected[seed - 3], atol=1e-6)
         np.testing.assert_allclose(policy(states[seed - 3, 0]), expected[seed - 3, 0], atol=1e-6)
     assert runs.load_policy(module, directory)(states).shape == (2, 4, 6)
+    with pytest.raises(ValueError, match="has the seeds 3 to 4, not 2"):
+        runs.load_policy(module, directory, seed=2)
     raw = tasks.load_dataset(config)
     data = module.make_dataset(config, raw)
     arrays, _ = runs.read_checkpoint(os.path.join(directory, "checkpoint.npz"))
