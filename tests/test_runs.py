@@ -698,7 +698,7 @@ def test_an_unreachable_wandb_neither_stops_nor_slows_a_run(start, monkeypatch, 
     began = time.monotonic()
     directory = start()
     assert contents(directory) == plain
-    assert epochs[0] - began < 10 and epochs[-1] - epochs[0] < 10 and time.monotonic() - epochs[-1] < 15
+    assert epochs[0] - began < 30 and epochs[-1] - epochs[0] < 30 and time.monotonic() - epochs[-1] < 30
     output = capsys.readouterr().out
     assert "W&B: offline after all" in output or "W&B has not taken everything" in output
     assert glob.glob(os.path.join(directory, "wandb", "*run-*", "run-*.wandb"))
