@@ -13,6 +13,7 @@ import netrc
 import os
 import queue
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -151,14 +152,15 @@ FORMAT = 1  # of checkpoints
 
 
 def write_file(path, write, keep=None):
-    """Writes a file so that a kill at any time leaves a whole one: the new, or the old, which is kept under the name
-    `keep` if there is one."""
+    """Writes a file so that a kill at any time leaves a whole one under its name: the new, or the old, of which a copy
+    is kept under the name `keep`."""
     with open(path + ".partial", "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
     if keep and os.path.exists(path):
-        os.replace(path, keep)
+        shutil.copyfile(path, keep + ".partial")
+        os.replace(keep + ".partial", keep)
     os.replace(path + ".partial", path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(folder)
@@ -423,6 +425,8 @@ class Run:
                     f"error: {path} is of another version of the script: {key} has shape {stored.get(key)} there and "
                     f"{shapes.get(key)} here; go on with that version, or remove {self.directory} to start anew"
                 )
+        with self.disk_errors():
+            os.replace(path, self.path("checkpoint.npz"))  # if that was damaged, it must not become the one before
         if about["dataset"] != self.dataset:
             sys.exit(f"error: this is not the dataset with which {self.directory} began; get that, or remove this")
         for table, size in about["tables"].items():
