@@ -7,6 +7,8 @@
 `medium-replay` and `full-replay` are all that SAC saw up to then; `medium-expert` is one file after the other. The
 files bear D4RL's names: `D4RL_DATASET_DIR=data python rebrac.py --dataset_name halfcheetah-medium-replay-v2` finds the
 one above, which takes about 15 minutes on two cores. SAC is sbx-rl's, with its defaults and 10,000 random first steps.
+Adroit's tasks, for which D4RL has no such kinds, get files like pen_medium_replay-v1.hdf5, to be named by
+`--dataset_path`.
 """
 
 import os
@@ -24,12 +26,14 @@ import pyrallis
 from sbx import SAC
 from tqdm import tqdm
 
+ENVS = {env: f"{env}-medium-v2" for env in ("halfcheetah", "hopper", "walker2d")}
+ENVS |= {env: f"{env}-human-v1" for env in ("pen", "door", "hammer", "relocate")}
 KINDS = ("random", "medium-replay", "medium", "full-replay", "expert", "medium-expert")
 
 
 @dataclass
 class Config:
-    env: str = "halfcheetah"  # halfcheetah, hopper or walker2d
+    env: str = "halfcheetah"  # see ENVS
     kinds: List[str] = field(default_factory=lambda: ["medium-replay"])  # which datasets to write: see KINDS
     medium_steps: int = 80_000  # environment steps of SAC up to the medium policy
     expert_steps: int = 1_000_000  # and up to the expert
@@ -90,8 +94,8 @@ def summary(data, name):
 
 
 def write(config, kind, data):
-    name = f"{config.env}-{kind}-v2"
-    path = os.path.join(config.directory, os.path.basename(d4rl.infos.DATASET_URLS[name]))
+    name = ENVS[config.env]
+    path = os.path.join(config.directory, f"{config.env}_{kind.replace('-', '_')}-{name[-2:]}.hdf5")
     os.makedirs(config.directory, exist_ok=True)
     with h5py.File(path + ".partial", "w") as file:
         for key, column in data.items():
@@ -105,10 +109,10 @@ def write(config, kind, data):
 
 
 def main(config):
-    for values, known in (([config.env], ("halfcheetah", "hopper", "walker2d")), (config.kinds, KINDS)):
+    for values, known in (([config.env], ENVS), (config.kinds, KINDS)):
         if unknown := set(values) - set(known):
             sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    name, wanted, data = f"{config.env}-medium-v2", set(config.kinds), {}
+    name, wanted, data = ENVS[config.env], set(config.kinds), {}
     env = Recorder(name, config.seed)
     model = SAC("MlpPolicy", env, learning_starts=10_000, seed=config.seed)
     if "random" in wanted:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runs import Run, check, evaluate_run, parse, with_pca_ranks
+from runs import Run, check, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
 from tasks import episode_returns, evaluate, load_dataset, make_envs, make_samples
 
 # --- Config ---
@@ -55,6 +55,7 @@ class Config:
     actor_layers: int = 2  # hidden layers
     critic_layers: int = 2  # of Q and of V
     # Actor regularisers; 0 or false is exactly off
+    regularisers: str = "none"  # names of CHOSEN such as DO+LN; best or best-L1: as tuned for the dataset
     actor_dropout: Optional[float] = None  # share of the hidden units dropped in the actor's loss (none: 0.1 on Adroit)
     actor_wd: float = 0.0  # decoupled weight decay
     actor_l1_ratio: float = 0.0  # share of L1 in the weight decay: 0 is L2, 1 is L1, 0.5 the paper's elastic net
@@ -94,44 +95,47 @@ class Config:
     video: Optional[str] = None  # of one episode of that, .mp4 or .gif
 
 
-# The paper's tuned values. Columns: expectile, temperature, tau, normalize_reward
+# The names of `regularisers`, at the strengths that the paper chose for all datasets
+CHOSEN = named_regularisers(DO=0.1, L2=0.1, L1=0.01, EN=0.01, InN=0.01, BCN=0.3, GrN=0.01)
+
+# The paper's tuned values: expectile, temperature, tau, normalize_reward | best-L1's wd | best's ln, dropout, wd (EN)
 TUNED = {
-    "halfcheetah-random-v2": (0.95, 10.0, 0.005, False),
-    "halfcheetah-medium-v2": (0.95, 3.0, 0.005, False),
-    "halfcheetah-expert-v2": (0.7, 6.0, 0.005, False),
-    "halfcheetah-medium-replay-v2": (0.9, 6.0, 0.005, False),
-    "halfcheetah-medium-expert-v2": (0.5, 0.5, 0.005, False),
-    "halfcheetah-full-replay-v2": (0.5, 0.5, 0.005, False),
-    "hopper-random-v2": (0.95, 10.0, 0.005, False),
-    "hopper-medium-v2": (0.7, 0.5, 0.001, True),
-    "hopper-expert-v2": (0.9, 0.5, 0.005, False),
-    "hopper-medium-replay-v2": (0.7, 0.5, 0.001, True),
-    "hopper-medium-expert-v2": (0.7, 10.0, 0.005, False),
-    "hopper-full-replay-v2": (0.7, 3.0, 0.005, False),
-    "walker2d-random-v2": (0.9, 0.5, 0.005, False),
-    "walker2d-medium-v2": (0.5, 1.0, 0.005, False),
-    "walker2d-expert-v2": (0.7, 6.0, 0.005, False),
-    "walker2d-medium-replay-v2": (0.7, 1.0, 0.005, False),
-    "walker2d-medium-expert-v2": (0.7, 3.0, 0.005, False),
-    "walker2d-full-replay-v2": (0.7, 10.0, 0.005, False),
-    "antmaze-umaze-v2": (0.7, 10.0, 0.005, True),
-    "antmaze-umaze-diverse-v2": (0.9, 10.0, 0.005, True),
-    "antmaze-medium-play-v2": (0.9, 6.0, 0.005, True),
-    "antmaze-medium-diverse-v2": (0.9, 6.0, 0.005, True),
-    "antmaze-large-play-v2": (0.9, 10.0, 0.005, True),
-    "antmaze-large-diverse-v2": (0.9, 6.0, 0.005, True),
-    "pen-human-v1": (0.7, 0.5, 0.005, False),
-    "pen-cloned-v1": (0.9, 10.0, 0.005, False),
-    "pen-expert-v1": (0.9, 0.5, 0.005, False),
-    "door-human-v1": (0.95, 1.0, 0.005, False),
-    "door-cloned-v1": (0.7, 1.0, 0.005, False),
-    "door-expert-v1": (0.9, 10.0, 0.005, False),
-    "hammer-human-v1": (0.9, 10.0, 0.005, False),
-    "hammer-cloned-v1": (0.7, 6.0, 0.005, False),
-    "hammer-expert-v1": (0.95, 0.5, 0.005, False),
-    "relocate-human-v1": (0.7, 10.0, 0.005, False),
-    "relocate-cloned-v1": (0.7, 1.0, 0.005, False),
-    "relocate-expert-v1": (0.5, 0.5, 0.005, False),
+    "halfcheetah-random-v2": (0.95, 10.0, 0.005, False, 0.001, False, 0.0, 0.01),
+    "halfcheetah-medium-v2": (0.95, 3.0, 0.005, False, 0.0001, True, 0.0, 0.01),
+    "halfcheetah-expert-v2": (0.7, 6.0, 0.005, False, 0.0001, True, 0.0, 0.0),
+    "halfcheetah-medium-replay-v2": (0.9, 6.0, 0.005, False, 0.01, True, 0.1, 0.01),
+    "halfcheetah-medium-expert-v2": (0.5, 0.5, 0.005, False, 0.0001, False, 0.0, 0.001),
+    "halfcheetah-full-replay-v2": (0.5, 0.5, 0.005, False, 0.0001, False, 0.0, 0.001),
+    "hopper-random-v2": (0.95, 10.0, 0.005, False, 0.01, True, 0.1, 0.001),
+    "hopper-medium-v2": (0.7, 0.5, 0.001, True, 0.01, False, 0.2, 0.01),
+    "hopper-expert-v2": (0.9, 0.5, 0.005, False, 0.001, False, 0.0, 0.0),
+    "hopper-medium-replay-v2": (0.7, 0.5, 0.001, True, 0.01, True, 0.1, 0.01),
+    "hopper-medium-expert-v2": (0.7, 10.0, 0.005, False, 1e-05, False, 0.0, 0.0),
+    "hopper-full-replay-v2": (0.7, 3.0, 0.005, False, 0.0001, True, 0.2, 0.001),
+    "walker2d-random-v2": (0.9, 0.5, 0.005, False, 0.0001, False, 0.0, 0.0),
+    "walker2d-medium-v2": (0.5, 1.0, 0.005, False, 0.01, False, 0.1, 0.001),
+    "walker2d-expert-v2": (0.7, 6.0, 0.005, False, 0.01, False, 0.1, 0.01),
+    "walker2d-medium-replay-v2": (0.7, 1.0, 0.005, False, 0.0001, True, 0.1, 0.001),
+    "walker2d-medium-expert-v2": (0.7, 3.0, 0.005, False, 0.0001, False, 0.1, 0.01),
+    "walker2d-full-replay-v2": (0.7, 10.0, 0.005, False, 0.01, True, 0.2, 0.001),
+    "antmaze-umaze-v2": (0.7, 10.0, 0.005, True, 0.0001, True, 0.0, 0.001),
+    "antmaze-umaze-diverse-v2": (0.9, 10.0, 0.005, True, 1e-05, True, 0.0, 0.0),
+    "antmaze-medium-play-v2": (0.9, 6.0, 0.005, True, 1e-05, False, 0.1, 0.01),
+    "antmaze-medium-diverse-v2": (0.9, 6.0, 0.005, True, 0.001, False, 0.0, 0.0),
+    "antmaze-large-play-v2": (0.9, 10.0, 0.005, True, 0.001, True, 0.0, 0.001),
+    "antmaze-large-diverse-v2": (0.9, 6.0, 0.005, True, 0.001, True, 0.1, 0.01),
+    "pen-human-v1": (0.7, 0.5, 0.005, False, 0.01, False, 0.1, 0.01),
+    "pen-cloned-v1": (0.9, 10.0, 0.005, False, 0.1, False, 0.1, 0.01),
+    "pen-expert-v1": (0.9, 0.5, 0.005, False, 0.1, True, 0.0, 0.001),
+    "door-human-v1": (0.95, 1.0, 0.005, False, 0.01, True, 0.0, 0.001),
+    "door-cloned-v1": (0.7, 1.0, 0.005, False, 0.1, True, 0.2, 0.001),
+    "door-expert-v1": (0.9, 10.0, 0.005, False, 0.0001, False, 0.2, 0.01),
+    "hammer-human-v1": (0.9, 10.0, 0.005, False, 0.001, False, 0.0, 0.01),
+    "hammer-cloned-v1": (0.7, 6.0, 0.005, False, 0.01, True, 0.0, 0.01),
+    "hammer-expert-v1": (0.95, 0.5, 0.005, False, 0.0001, False, 0.1, 0.0),
+    "relocate-human-v1": (0.7, 10.0, 0.005, False, 0.001, False, 0.0, 0.0),
+    "relocate-cloned-v1": (0.7, 1.0, 0.005, False, 0.001, True, 0.2, 0.0),
+    "relocate-expert-v1": (0.5, 0.5, 0.005, False, 0.01, True, 0.1, 0.01),
 }
 
 
@@ -142,7 +146,9 @@ def tuned(config):
         near = difflib.get_close_matches(name, TUNED, n=3, cutoff=0)
         sys.exit(f"error: unknown dataset {name!r}; the nearest names are {', '.join(near)}")
     antmaze, adroit = "antmaze" in name, name.endswith("-v1")
-    expectile, temperature, tau, normalize_reward = TUNED[name]
+    expectile, temperature, tau, normalize_reward, l1, ln, dropout, wd = TUNED[name]
+    best = dict(actor_ln=ln, actor_dropout=dropout, actor_wd=wd, actor_l1_ratio=0.5)
+    config = with_regularisers(config, CHOSEN | {"best-L1": dict(actor_wd=l1, actor_l1_ratio=1.0), "best": best})
     values = dict(
         normalize_reward=normalize_reward,
         tau=tau,
@@ -157,9 +163,7 @@ def tuned(config):
 
 def rules(config):
     """What must hold beside the bounds that `check` knows, by the message if it doesn't."""
-    return {
-        "log_std_min must be below log_std_max": config.log_std_min < config.log_std_max,
-    }
+    return {"log_std_min must be below log_std_max": config.log_std_min < config.log_std_max}
 
 
 # --- Data ---

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runs import Run, check, evaluate_run, parse, with_pca_ranks
+from runs import Run, check, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
 from tasks import episode_returns, evaluate, load_dataset, make_envs, make_samples
 
 # --- Config ---
@@ -60,6 +60,7 @@ class Config:
     actor_layers: int = 3  # hidden layers
     critic_layers: int = 3
     # Actor regularisers; 0 or false is exactly off
+    regularisers: str = "none"  # names of CHOSEN such as DO+LN; best or best-L2: as tuned for the dataset
     actor_dropout: float = 0.0  # share of the hidden units dropped in the actor's loss
     actor_wd: float = 0.0  # decoupled weight decay
     actor_l1_ratio: float = 0.0  # share of L1 in the weight decay: 0 is L2, 1 is L1, 0.5 the paper's elastic net
@@ -99,44 +100,48 @@ class Config:
     video: Optional[str] = None  # of one episode of that, .mp4 or .gif
 
 
-# The paper's tuned values. Columns: hl_gauss actor_bc_coef, n_classes, v_expand | mse actor_bc_coef, critic_bc_coef
+# The names of `regularisers`, at the strengths that the paper chose for all datasets
+CHOSEN = named_regularisers(DO=0.1, L2=1e-3, L1=1e-5, EN=1e-4, InN=0.003, BCN=0.01, GrN=0.01)
+
+# The paper's tuned values. Columns: hl_gauss actor_bc_coef, n_classes, v_expand | mse actor_bc_coef, critic_bc_coef |
+# best-L2 actor_wd | best actor_ln, actor_dropout, actor_grad_noise
 TUNED = {
-    "halfcheetah-random-v2": (0.001, 201, 0.05, 0.001, 0.1),
-    "halfcheetah-medium-v2": (0.001, 201, 0.1, 0.001, 0.01),
-    "halfcheetah-expert-v2": (0.01, 201, 0.05, 0.01, 0.01),
-    "halfcheetah-medium-replay-v2": (0.001, 201, 0.1, 0.01, 0.001),
-    "halfcheetah-medium-expert-v2": (0.01, 201, 0.1, 0.01, 0.1),
-    "halfcheetah-full-replay-v2": (0.001, 201, -0.05, 0.001, 0.1),
-    "hopper-random-v2": (0.001, 401, -0.05, 0.001, 0.01),
-    "hopper-medium-v2": (0.01, 201, -0.05, 0.01, 0.01),
-    "hopper-expert-v2": (0.05, 401, 0.1, 0.1, 0.1),
-    "hopper-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.5),
-    "hopper-medium-expert-v2": (0.05, 401, 0.05, 0.1, 0.01),
-    "hopper-full-replay-v2": (0.01, 201, 0.05, 0.01, 0.01),
-    "walker2d-random-v2": (0.05, 201, 0.05, 0.01, 0.0),
-    "walker2d-medium-v2": (0.05, 201, 0.1, 0.05, 0.1),
-    "walker2d-expert-v2": (0.01, 401, 0.05, 0.01, 0.5),
-    "walker2d-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.01),
-    "walker2d-medium-expert-v2": (0.05, 401, 0.05, 0.01, 0.01),
-    "walker2d-full-replay-v2": (0.001, 201, 0.1, 0.01, 0.01),
-    "antmaze-umaze-v2": (0.05, 401, 0.1, 0.003, 0.002),
-    "antmaze-umaze-diverse-v2": (0.01, 201, 0.1, 0.003, 0.001),
-    "antmaze-medium-play-v2": (0.001, 401, 0.05, 0.001, 0.0005),
-    "antmaze-medium-diverse-v2": (0.01, 401, 0.1, 0.001, 0.0),
-    "antmaze-large-play-v2": (0.01, 401, 0.1, 0.002, 0.001),
-    "antmaze-large-diverse-v2": (0.01, 401, 0.1, 0.002, 0.002),
-    "pen-human-v1": (0.05, 201, -0.05, 0.1, 0.5),
-    "pen-cloned-v1": (0.05, 401, 0.05, 0.05, 0.5),
-    "pen-expert-v1": (0.01, 401, -0.05, 0.01, 0.01),
-    "door-human-v1": (0.001, 401, -0.05, 0.1, 0.1),
-    "door-cloned-v1": (0.05, 201, 0.1, 0.01, 0.1),
-    "door-expert-v1": (0.05, 401, -0.05, 0.05, 0.01),
-    "hammer-human-v1": (0.05, 201, -0.05, 0.01, 0.5),
-    "hammer-cloned-v1": (0.05, 401, 0.05, 0.1, 0.5),
-    "hammer-expert-v1": (0.01, 401, 0.1, 0.01, 0.01),
-    "relocate-human-v1": (0.05, 201, 0.05, 0.1, 0.01),
-    "relocate-cloned-v1": (0.05, 201, 0.1, 0.1, 0.01),
-    "relocate-expert-v1": (0.05, 401, 0.05, 0.05, 0.01),
+    "halfcheetah-random-v2": (0.001, 201, 0.05, 0.001, 0.1, 0.1, False, 0.2, 0.01),
+    "halfcheetah-medium-v2": (0.001, 201, 0.1, 0.001, 0.01, 0.1, True, 0.1, 0.01),
+    "halfcheetah-expert-v2": (0.01, 201, 0.05, 0.01, 0.01, 1e-05, True, 0.0, 0.003),
+    "halfcheetah-medium-replay-v2": (0.001, 201, 0.1, 0.01, 0.001, 1e-05, True, 0.2, 0.01),
+    "halfcheetah-medium-expert-v2": (0.01, 201, 0.1, 0.01, 0.1, 1e-05, True, 0.0, 0.003),
+    "halfcheetah-full-replay-v2": (0.001, 201, -0.05, 0.001, 0.1, 0.01, True, 0.0, 0.01),
+    "hopper-random-v2": (0.001, 401, -0.05, 0.001, 0.01, 0.001, False, 0.2, 0.01),
+    "hopper-medium-v2": (0.01, 201, -0.05, 0.01, 0.01, 0.01, True, 0.2, 0.01),
+    "hopper-expert-v2": (0.05, 401, 0.1, 0.1, 0.1, 1e-05, False, 0.2, 0.003),
+    "hopper-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.5, 1e-05, True, 0.0, 0.003),
+    "hopper-medium-expert-v2": (0.05, 401, 0.05, 0.1, 0.01, 0.0001, False, 0.0, 0.003),
+    "hopper-full-replay-v2": (0.01, 201, 0.05, 0.01, 0.01, 0.01, False, 0.0, 0.003),
+    "walker2d-random-v2": (0.05, 201, 0.05, 0.01, 0.0, 0.0001, True, 0.1, 0.01),
+    "walker2d-medium-v2": (0.05, 201, 0.1, 0.05, 0.1, 0.01, False, 0.1, 0.0),
+    "walker2d-expert-v2": (0.01, 401, 0.05, 0.01, 0.5, 0.1, False, 0.2, 0.003),
+    "walker2d-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.01, 0.001, False, 0.2, 0.0),
+    "walker2d-medium-expert-v2": (0.05, 401, 0.05, 0.01, 0.01, 0.1, False, 0.2, 0.01),
+    "walker2d-full-replay-v2": (0.001, 201, 0.1, 0.01, 0.01, 0.1, True, 0.1, 0.0),
+    "antmaze-umaze-v2": (0.05, 401, 0.1, 0.003, 0.002, 1e-05, False, 0.2, 0.01),
+    "antmaze-umaze-diverse-v2": (0.01, 201, 0.1, 0.003, 0.001, 1e-05, True, 0.1, 0.0),
+    "antmaze-medium-play-v2": (0.001, 401, 0.05, 0.001, 0.0005, 0.0001, True, 0.2, 0.003),
+    "antmaze-medium-diverse-v2": (0.01, 401, 0.1, 0.001, 0.0, 0.1, True, 0.2, 0.003),
+    "antmaze-large-play-v2": (0.01, 401, 0.1, 0.002, 0.001, 1e-05, True, 0.0, 0.0),
+    "antmaze-large-diverse-v2": (0.01, 401, 0.1, 0.002, 0.002, 0.0001, True, 0.0, 0.003),
+    "pen-human-v1": (0.05, 201, -0.05, 0.1, 0.5, 0.1, True, 0.1, 0.01),
+    "pen-cloned-v1": (0.05, 401, 0.05, 0.05, 0.5, 1e-05, False, 0.1, 0.003),
+    "pen-expert-v1": (0.01, 401, -0.05, 0.01, 0.01, 0.001, True, 0.1, 0.0),
+    "door-human-v1": (0.001, 401, -0.05, 0.1, 0.1, 0.1, True, 0.1, 0.01),
+    "door-cloned-v1": (0.05, 201, 0.1, 0.01, 0.1, 0.1, False, 0.2, 0.003),
+    "door-expert-v1": (0.05, 401, -0.05, 0.05, 0.01, 0.01, True, 0.1, 0.0),
+    "hammer-human-v1": (0.05, 201, -0.05, 0.01, 0.5, 0.1, True, 0.2, 0.0),
+    "hammer-cloned-v1": (0.05, 401, 0.05, 0.1, 0.5, 0.001, True, 0.2, 0.01),
+    "hammer-expert-v1": (0.01, 401, 0.1, 0.01, 0.01, 0.0001, True, 0.1, 0.003),
+    "relocate-human-v1": (0.05, 201, 0.05, 0.1, 0.01, 0.1, True, 0.2, 0.01),
+    "relocate-cloned-v1": (0.05, 201, 0.1, 0.1, 0.01, 0.01, False, 0.2, 0.01),
+    "relocate-expert-v1": (0.05, 401, 0.05, 0.05, 0.01, 0.01, True, 0.2, 0.003),
 }
 
 
@@ -147,7 +152,9 @@ def tuned(config):
         near = difflib.get_close_matches(name, TUNED, n=3, cutoff=0)
         sys.exit(f"error: unknown dataset {name!r}; the nearest names are {', '.join(near)}")
     hl_gauss, antmaze, adroit = config.critic_loss == "hl_gauss", "antmaze" in name, name.endswith("-v1")
-    actor_bc_coef, n_classes, v_expand, mse_actor_bc_coef, mse_critic_bc_coef = TUNED[name]
+    actor_bc_coef, n_classes, v_expand, mse_actor_bc_coef, mse_critic_bc_coef, wd, ln, dropout, noise = TUNED[name]
+    best = dict(actor_ln=ln, actor_dropout=dropout, actor_grad_noise=noise)
+    config = with_regularisers(config, CHOSEN | {"best-L2": dict(actor_wd=wd, actor_l1_ratio=0.0), "best": best})
     small = adroit or (antmaze and not hl_gauss)
     values = dict(
         normalize_reward=antmaze,

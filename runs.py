@@ -106,9 +106,42 @@ def check(config, rules):
             sys.exit(f"error: {message}")
 
 
+def named_regularisers(DO, L2, L1, EN, InN, BCN, GrN):
+    """The flags of each of the paper's regularisers of the actor by its abbreviation, at the strengths given."""
+    return dict(
+        DO=dict(actor_dropout=DO),
+        **{
+            name: dict(actor_wd=wd, actor_l1_ratio=rho)
+            for name, wd, rho in (("L2", L2, 0.0), ("L1", L1, 1.0), ("EN", EN, 0.5))
+        },
+        **{name: {f"actor_{name.lower()}": True} for name in ("LN", "FN", "GN", "BN", "SN")},
+        InN=dict(actor_input_noise=InN),
+        BCN=dict(actor_bc_noise=BCN),
+        GrN=dict(actor_grad_noise=GrN),
+    )
+
+
+def with_regularisers(config, known):
+    """The config with the flags that its `regularisers` stand for, names of `known` joined by +; an error if a name is
+    unknown, or if two of them, or one and a flag, contradict each other."""
+    names, flags = config.regularisers.split("+"), {}
+    if config.regularisers == "none":
+        return config
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(
+            f"error: unknown regulariser {unknown[0]!r}; there are none, {', '.join(known)}, and DO+LN and the like"
+        )
+    for key, value in [flag for name in names for flag in known[name].items()]:
+        if getattr(config, key) not in (getattr(type(config), key), value) or flags.setdefault(key, value) != value:
+            sys.exit(
+                f"error: regularisers {config.regularisers} has {key} {value}, but another value is asked for, too"
+            )
+    return dataclasses.replace(config, regularisers="none", **flags)
+
+
 # --- Names of runs ---
 
-NOT_IN_NAME = ("results", "evaluate", "video")  # fields that say where and how, not what
+NOT_IN_NAME = ("results", "evaluate", "video", "regularisers")  # that say where and how, or what other fields say
 
 
 def identity(fields):

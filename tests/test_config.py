@@ -37,6 +37,10 @@ BAD = {
     "--video a.mp4": "video needs --evaluate RUN",
     "--evaluate nowhere": "nowhere/config.yaml is not the config of a run ([Errno 2] No such file",
     "--config_path nowhere.yaml": "[Errno 2] No such file",
+    "--regularisers DO+XN": "unknown regulariser 'XN'; there are none, DO, L2, L1, EN, LN, FN, GN,",
+    "--regularisers DO+none": "unknown regulariser 'none'",
+    "--regularisers L2+EN": "regularisers L2+EN has actor_",
+    "--regularisers DO --actor_dropout 0.2": "regularisers DO has actor_dropout 0.1, but another value is asked for",
     "--dataset_name hopper-medium-v3": "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2",
 }
 BAD_REBRAC = {
@@ -77,6 +81,32 @@ def test_values_are_read_as_they_are_meant(monkeypatch):
     config = runs.parse(rebrac.Config)
     assert (config.actor_ln, config.actor_bn, config.num_updates, config.actor_wd) == (True, False, 100_000, 1e-4)
     assert (config.validation_seed, config.dataset_path, config.gamma) == (3, "a.hdf5", None)
+
+
+# The paper's chosen strengths, ReBRAC's and IQL's
+STRENGTHS = {
+    "DO": ({"actor_dropout": 0.1}, {"actor_dropout": 0.1}),
+    "L2": ({"actor_wd": 1e-3}, {"actor_wd": 0.1}),
+    "L1": ({"actor_wd": 1e-5, "actor_l1_ratio": 1.0}, {"actor_wd": 0.01, "actor_l1_ratio": 1.0}),
+    "EN": ({"actor_wd": 1e-4, "actor_l1_ratio": 0.5}, {"actor_wd": 0.01, "actor_l1_ratio": 0.5}),
+    "InN": ({"actor_input_noise": 0.003}, {"actor_input_noise": 0.01}),
+    "BCN": ({"actor_bc_noise": 0.01}, {"actor_bc_noise": 0.3}),
+    "GrN": ({"actor_grad_noise": 0.01}, {"actor_grad_noise": 0.01}),
+    **{name: 2 * ({f"actor_{name.lower()}": True},) for name in ("LN", "FN", "GN", "BN", "SN")},
+}
+
+
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_a_regularisers_name_stands_for_its_flags_at_the_papers_strength(script):
+    assert set(script.CHOSEN) == set(STRENGTHS)
+    plain = script.Config(dataset_name="pen-human-v1")
+    for name, flags in STRENGTHS.items():
+        expected = script.tuned(dataclasses.replace(plain, **flags[script is iql]))
+        assert script.tuned(dataclasses.replace(plain, regularisers=name)) == expected
+        assert script.tuned(dataclasses.replace(plain, regularisers=name, **flags[script is iql])) == expected
+    named = script.tuned(dataclasses.replace(plain, regularisers="LN+DO"))
+    assert named == script.tuned(dataclasses.replace(plain, actor_dropout=0.1, actor_ln=True))
+    assert runs.run_directory("a", named, script.tuned).rsplit("/", 1)[1].startswith("seed=0,actor_")
 
 
 @pytest.mark.parametrize("script", [rebrac, iql])

@@ -258,6 +258,18 @@ def test_each_dataset_gets_the_papers_values():
         assert config.normalize_states and (config.batch_size, config.actor_learning_rate) == (256, 3e-4)
 
 
+def test_the_best_regularisers_of_each_dataset_are_the_papers():
+    for name, file, rho in (("best-L1", "iql_best_l1.csv", 1.0), ("best", "iql_best_combination.csv", 0.5)):
+        with open(os.path.join(ROOT, "tests", "paper", file)) as lines:
+            rows = list(csv.DictReader(lines))
+        assert [row["dataset"] for row in rows] == sorted(iql.TUNED)
+        for row in rows:
+            plain = iql.Config(dataset_name=row.pop("dataset"))
+            flags = {key: text == "true" if text.isalpha() else float(text) for key, text in row.items()}
+            expected = iql.tuned(replace(plain, actor_l1_ratio=rho, **flags))
+            assert iql.tuned(replace(plain, regularisers=name)) == expected
+
+
 def sections(script):
     with open(os.path.join(ROOT, script)) as file:
         parts = re.split(r"^# --- (.*) ---$", file.read(), flags=re.MULTILINE)

@@ -339,6 +339,16 @@ def test_each_dataset_gets_the_papers_values(critic_loss):
             assert value is None if text == "" else str(value).lower() == text or value == float(text), (key, value)
 
 
+def test_the_best_regularisers_of_each_dataset_are_the_papers():
+    for name, file in (("best-L2", "rebrac_hl_gauss_best_l2.csv"), ("best", "rebrac_hl_gauss_best_combination.csv")):
+        rows = paper_rows(file)
+        assert [row["dataset"] for row in rows] == sorted(rebrac.TUNED)
+        for row in rows:
+            plain = rebrac.Config(dataset_name=row.pop("dataset"))
+            flags = {key: text == "true" if text.isalpha() else float(text) for key, text in row.items()}
+            assert rebrac.tuned(replace(plain, regularisers=name)) == rebrac.tuned(replace(plain, **flags))
+
+
 def test_what_the_user_sets_wins():
     chosen = dict(actor_bc_coef=0.0, batch_size=7, normalize_reward=False, v_min=-1.0, eval_episodes=3, gamma=0.5)
     config = rebrac.tuned(rebrac.Config(dataset_name="antmaze-umaze-v2", **chosen))
