@@ -7,7 +7,7 @@
 `medium-replay` and `full-replay` are all that SAC saw up to then; `medium-expert` is one file after the other. The
 files bear D4RL's names: `D4RL_DATASET_DIR=data python rebrac.py --dataset_name halfcheetah-medium-replay-v2` finds the
 one above, which takes about 15 minutes on two cores. SAC is sbx-rl's, with its defaults and 10,000 random first steps.
-Adroit's tasks, for which D4RL has no such kinds, get files like pen_medium_replay-v1.hdf5, to be named by
+Adroit's tasks, of whose kinds D4RL has only `expert`, get files such as pen-medium-replay-v1.hdf5, too, to be named by
 `--dataset_path`.
 """
 
@@ -95,7 +95,8 @@ def summary(data, name):
 
 def write(config, kind, data):
     name = ENVS[config.env]
-    path = os.path.join(config.directory, f"{config.env}_{kind.replace('-', '_')}-{name[-2:]}.hdf5")
+    file = f"{config.env}-{kind}-{name[-2:]}"
+    path = os.path.join(config.directory, os.path.basename(d4rl.infos.DATASET_URLS.get(file, f"{file}.hdf5")))
     os.makedirs(config.directory, exist_ok=True)
     with h5py.File(path + ".partial", "w") as file:
         for key, column in data.items():

@@ -49,17 +49,21 @@ pyrallis.decode.register(bool, _strict_bool)  # pyrallis itself takes any word f
 pyrallis.decode.register(int, _strict_int)  # and cuts 0.5 to 0
 
 
-def parse(config_class):
-    """The config that the command line gives; ends the program with one line if a value can't be read."""
+@functools.cache
+def parser(config_class):
+    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # which pyrallis reads for each field
+        return pyrallis.argparsing.ArgumentParser(config_class)
+
+
+def parse(config_class, arguments=None):
+    """The config that the command line, or these arguments, give; ends the program with one line if a value can't be
+    read."""
     jax.config.update(
         "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
     )
-    try:  # pyrallis reads the class's source anew for each field, which would take a second
-        with (
-            mock.patch("inspect.getsource", functools.cache(inspect.getsource)),
-            mock.patch("yaml.full_load", yaml.safe_load),
-        ):
-            return pyrallis.parse(config_class=config_class)
+    try:
+        with mock.patch("yaml.full_load", yaml.safe_load):
+            return parser(config_class).parse_args(arguments)
     except pyrallis.utils.ParsingError as error:
         found = re.search(r"value='(.*)' into field .*\.(\w+)\" of type", str(error))
         if not found:
@@ -155,8 +159,9 @@ def run_directory(algorithm, config, tuned):
     fields = identity(vars(config))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     left_open = {key: None for key, value in defaults.items() if value is None}
-    defaults |= {key: vars(tuned(dataclasses.replace(config, **left_open)))[key] for key in left_open}
-    changed = [key for key, value in fields.items() if value != identity(defaults)[key]]
+    filled = vars(tuned(dataclasses.replace(config, **left_open)))
+    defaults = identity(defaults | {key: filled[key] for key in left_open})
+    changed = [key for key, value in fields.items() if value != defaults[key]]
     changed.sort(key=lambda key: not key.startswith("actor_"))
     words = [f"seed={config.seed}"]
     for key in changed:
@@ -351,7 +356,8 @@ class Run:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                sys.exit(f"error: another process is training {self.directory}")
+                print(f"error: another process is training {self.directory}", file=sys.stderr)
+                sys.exit(os.EX_TEMPFAIL)
             text = yaml.safe_dump(identity(vars(config)), sort_keys=False)
             write_file(self.path("config.yaml"), lambda file: file.write(text.encode()))
             with contextlib.suppress(FileNotFoundError):

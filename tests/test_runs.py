@@ -365,10 +365,11 @@ def stopped(start, monkeypatch, epochs=3, **flags):
     return start.output
 
 
-def test_a_second_process_on_the_same_run_says_so_and_stops(start, tmp_path):
+def test_a_second_process_on_the_same_run_says_so_and_stops(start, tmp_path, capsys):
     config = rebrac.tuned(rebrac.Config(results=str(tmp_path)))
     with runs.Run("rebrac.py", config, rebrac.tuned) as run:
-        exits("another process is training " + re.escape(run.directory), runs.Run, "rebrac.py", config, rebrac.tuned)
+        exits(os.EX_TEMPFAIL, runs.Run, "rebrac.py", config, rebrac.tuned)
+        assert capsys.readouterr().err == f"error: another process is training {run.directory}\n"
     runs.Run("rebrac.py", config, rebrac.tuned)
 
 

@@ -1,16 +1,22 @@
-"""A stand-in for W&B's server on this machine: as much of its protocol as runs need. It keeps what they send."""
+"""A stand-in for W&B's server on this machine: as much of its protocol as runs, sweeps and agents need. It keeps what
+they send, and hands out a sweep's runs as W&B's own engine expands its grid."""
 
 import gzip
 import http.server
 import json
+import re
 import threading
+
+import sweeps
+import yaml
 
 
 class Server:
-    """As a context manager, listens on a port of its own; `runs` maps a run's id to its config, history and state."""
+    """As a context manager, listens on a port of its own; `runs` maps a run's id to its config, history and state, and
+    `sweeps` a sweep's to its config and the runs that were handed out."""
 
     def __init__(self):
-        self.runs = {}
+        self.runs, self.sweeps, self.agents, self.lock = {}, {}, {}, threading.Lock()
         handler = type("Handler", (Handler,), {"owner": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -45,7 +51,7 @@ class Server:
         run = self.runs.setdefault(name, dict(config={}, history=[], state=None, exit=None, started=False))
         run["started"] |= config is not None
         run["config"] |= json.loads(config or "{}")
-        run["state"], run["sweep"] = state or run["state"], sweep
+        run["state"], run["sweep"] = state or run["state"], sweep or run.get("sweep")
         bucket = dict(
             id=name, name=name, displayName=rest.get("displayName") or name, description="", sweepName=sweep,
             config=json.dumps(run["config"]), historyLineCount=len(run["history"]),
@@ -56,6 +62,42 @@ class Server:
     def CreateRunFiles(self, run, files, **_):
         files = [dict(name=name, uploadUrl=f"{self.url}/upload/{run}/{name}") for name in files]
         return {"createRunFiles": dict(runID=run, uploadHeaders=[], files=files)}
+
+    def Viewer(self):
+        return {"viewer": dict(id="v", entity="team", username="me", email="", flags="{}", teams=dict(edges=[]))}
+
+    def UpsertSweep(self, config, projectName, **_):
+        name = f"sweep{len(self.sweeps)}"
+        self.sweeps[name] = dict(config=yaml.safe_load(config), runs=[])
+        project = dict(id=projectName, name=projectName, entity=dict(id="e", name="team"))
+        return {"upsertSweep": dict(sweep=dict(name=name, project=project), configValidationWarnings=[])}
+
+    def SweepWithRuns(self, sweep, **_):
+        found = dict(id=sweep, name=sweep, config=yaml.safe_dump(self.sweeps[sweep]["config"]), runs=dict(edges=[]))
+        return {"project": dict(sweep=found)}
+
+    def CreateAgent(self, sweep, **_):
+        self.agents[f"agent{len(self.agents)}"] = sweep
+        return {"createAgent": dict(agent=dict(id=f"agent{len(self.agents) - 1}"))}
+
+    def Heartbeat(self, id, runState, **_):
+        """When the agent has no run, one that was preempted, or else a new one; at the grid's end the order to exit."""
+        commands, sweep = [], self.sweeps[self.agents[id]]
+        with self.lock:
+            if not json.loads(runState):
+                names = [f"{self.agents[id]}-run{i}" for i in range(len(sweep["runs"]) + 1)]
+                preempted = [name for name in names[:-1] if self.runs.get(name, {}).get("state") == "preempting"]
+                if preempted:
+                    self.runs[preempted[0]]["state"] = "running"
+                elif run := sweeps.next_run(sweep["config"], sweep["runs"]):
+                    sweep["runs"].append(run)
+                if preempted or run:
+                    name = (preempted or names[-1:])[0]
+                    config = sweep["runs"][names.index(name)].config
+                    commands = [dict(type="run", run_id=name, program=sweep["config"]["program"], args=config)]
+                else:
+                    commands = [dict(type="exit")]
+        return {"agentHeartbeat": dict(agent=dict(id=id), commands=json.dumps(commands))}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -78,7 +120,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.read()
         if self.path == "/graphql":
             body = json.loads(body)
-            operation = getattr(self.owner, body.get("operationName") or "", lambda **_: None)
+            name = body.get("operationName") or re.search(r"(?:query|mutation)\s+(\w*)", body["query"])[1]
+            operation = getattr(self.owner, name, lambda **_: None)
             return self.answer({"data": operation(**body.get("variables") or {})})
         if self.path.endswith("/file_stream"):
             body = json.loads(body)

@@ -1,0 +1,116 @@
+"""Writes the paper's experiments as W&B sweeps, sweeps/<algorithm>/<domain>/<experiment>.yaml.
+
+python sweeps/generate.py                # as they are in the repository: each seed is a run of its own
+python sweeps/generate.py --num_seeds 5  # five seeds in a run, for a GPU that has room for them; results are the same
+"""
+
+import itertools
+import os
+import sys
+from dataclasses import dataclass
+
+import pyrallis
+import yaml
+
+NAMES = {"rebrac": "ReBRAC", "iql": "IQL", "gym": "Gym-MuJoCo", "antmaze": "AntMaze", "adroit": "Adroit"}
+KINDS = "random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"
+MAZES = "umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"
+DEMONSTRATIONS = "human", "cloned", "expert"
+DATASETS = {
+    "gym": [f"{env}-{kind}-v2" for env in ("halfcheetah", "hopper", "walker2d") for kind in KINDS],
+    "antmaze": [f"antmaze-{maze}-v2" for maze in MAZES],
+    "adroit": [f"{hand}-{kind}-v1" for hand in ("pen", "door", "hammer", "relocate") for kind in DEMONSTRATIONS],
+}
+DECAYS, NORMS, NOISES = ("L2", "L1", "EN"), ("LN", "FN", "GN", "BN", "SN"), ("InN", "BCN", "GrN")
+ALL = ("DO", *DECAYS, *NORMS, *NOISES)
+# Of the weight decays at most one, since L2, L1 and the elastic net are one flag's values
+PAIRS = [f"{a}+{b}" for a, b in itertools.combinations(ALL, 2) if not {a, b} <= set(DECAYS)]
+TRIPLES = [f"DO+{norm}+{other}" for norm in NORMS for other in DECAYS + NOISES]
+NOISE_GRID = [0.003, 0.01, 0.03, 0.1, 0.3]
+DROPOUT_GRID = [0.1, 0.2, 0.3, 0.5, 0.75, 0.9]
+WD_GRID = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+ROBUSTNESS = [[0.2, 0.0], [0.0, 0.05]]  # standard deviations of the noise on actions and on states
+
+
+def experiments(algorithm):
+    """By the experiment's name: what it is, the number of seeds, and its grid, flags by their values."""
+    best = ["none", {"rebrac": "best-L2", "iql": "best-L1"}[algorithm], "best"]
+    third = {
+        "rebrac": dict(actor_grad_noise=[0, 0.003, 0.01]),
+        "iql": dict(actor_wd=[0, 0.001, 0.01], actor_l1_ratio=0.5),
+    }
+    tuning = dict(validation_frac=0.05)
+    return {
+        "baseline": ("no regulariser", 5, tuning),
+        "dropout": ("dropout", 5, dict(actor_dropout=DROPOUT_GRID, **tuning)),
+        "weight_decay": ("L2, L1 and the elastic net", 5, dict(actor_wd=WD_GRID, actor_l1_ratio=[0, 1, 0.5], **tuning)),
+        "normalisation": ("each normalisation", 5, dict(regularisers=[*NORMS], **tuning)),
+        "input_noise": ("input noise", 5, dict(actor_input_noise=NOISE_GRID, **tuning)),
+        "objective_noise": ("objective noise", 5, dict(actor_bc_noise=NOISE_GRID, **tuning)),
+        "gradient_noise": ("gradient noise", 5, dict(actor_grad_noise=NOISE_GRID, **tuning)),
+        "pairs": ("pairs of regularisers at their chosen strengths", 5, dict(regularisers=PAIRS, **tuning)),
+        "triples": ("dropout, a normalisation, and one more", 5, dict(regularisers=TRIPLES, **tuning)),
+        "tuning": (
+            "the combination that is tuned for each dataset",
+            5,
+            dict(actor_ln=[False, True], actor_dropout=[0, 0.1, 0.2], **third[algorithm], **tuning),
+        ),
+        "final": ("the tuned ones against none, on all data", 10, dict(regularisers=best)),
+        "robustness": ("scores under noise", 5, dict(regularisers=["none", *ALL], eval_noise=ROBUSTNESS)),
+        "data_scaling": ("less data", 5, dict(regularisers=best, validation_frac=[0.1, 0.25, 0.5, 0.75, 0.9])),
+        "critic": (
+            "regularised critics, the actor plain",
+            5,
+            dict(critic_ln=[False, True], critic_dropout=[0, 0.1], critic_wd=[0, 0.001], **tuning),
+        ),
+    }  # fmt: skip
+
+
+def sweep(algorithm, domain, experiment, num_seeds=1):
+    """The text of a sweep's YAML, and its number of runs."""
+    about, seeds, grid = experiments(algorithm)[experiment]
+    parameters = {
+        key: dict(values=value) if isinstance(value, list) and key != "eval_noise" else dict(value=value)
+        for key, value in grid.items()
+    }
+    parameters["seed"] = dict(values=[*range(0, seeds, num_seeds)])
+    if num_seeds > 1:
+        parameters["num_seeds"] = dict(value=num_seeds)
+    parameters["dataset_name"] = dict(values=DATASETS[domain])
+    runs = 1
+    for values in parameters.values():
+        runs *= len(values.get("values", [0]))
+    lines = [
+        f"# {NAMES[algorithm]} on {NAMES[domain]}: {about}. {runs:,} runs of 1,000,000 updates. See generate.py.",
+        f"name: {algorithm}-{domain}-{experiment}",
+        "project: regularised-actors",
+        f"program: {algorithm}.py",
+        "method: grid",
+        "metric: {name: score, goal: maximize}",
+        'command: ["${env}", "${interpreter}", "${program}", "${args}"]',
+        "parameters:",
+    ]
+    for key, value in parameters.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=90)
+        lines.append(f"  {key}: " + text.strip().replace("\n", "\n  "))
+    return "\n".join(lines) + "\n", runs
+
+
+@dataclass
+class Config:
+    num_seeds: int = 1  # seeds in a run; 1 or 5
+    directory: str = os.path.dirname(os.path.abspath(__file__))
+
+
+def main(config):
+    if config.num_seeds not in (1, 5):
+        sys.exit("error: num_seeds must be 1 or 5, which divide the experiments' 5 and 10 seeds")
+    for algorithm, domain in itertools.product(("rebrac", "iql"), DATASETS):
+        os.makedirs(os.path.join(config.directory, algorithm, domain), exist_ok=True)
+        for experiment in experiments(algorithm):
+            with open(os.path.join(config.directory, algorithm, domain, f"{experiment}.yaml"), "w") as file:
+                file.write(sweep(algorithm, domain, experiment, config.num_seeds)[0])
+
+
+if __name__ == "__main__":
+    main(pyrallis.parse(config_class=Config))

@@ -1,0 +1,30 @@
+#!/bin/bash
+# A sweep on a SLURM cluster, here with at most 16 of 64 agents at once, each on a GPU:
+#
+#   wandb sweep sweeps/rebrac/gym/final.yaml                      # prints the sweep's name, team/project/id
+#   sbatch --array=1-64%16 sweeps/slurm.sh team/project/id        # from the checkout; results/ must be on a shared disk
+#
+# An agent trains one run after the other until the sweep has no more. Two minutes before its time is up it gets SIGTERM:
+# the run makes a checkpoint and tells W&B that it was preempted, and the job is queued again. W&B gives the run
+# to an agent again, where it goes on from the checkpoint.
+#SBATCH --job-name=sweep
+#SBATCH --output=slurm-%A_%a.txt
+#SBATCH --open-mode=append
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+set -eu
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+source .venv/bin/activate
+again() {
+    kill -TERM "$agent"
+    wait "$agent" || true
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+}
+trap again TERM
+wandb agent --forward-signals "$1" &
+agent=$!
+wait "$agent"
