@@ -448,6 +448,7 @@ class Run:
             with self.disk_errors(), open(self.path(table), "ab"):
                 pass
         found = last_checkpoint(self.directory)
+        self.wandb.begin()
         if not found:
             if any(os.path.getsize(self.path(table)) for table in TABLES):
                 sys.exit(f"error: {self.directory} has lost its checkpoints; remove it to start anew")
@@ -659,7 +660,12 @@ class WandB(threading.Thread):
         )  # fmt: skip
         if not os.getenv("WANDB_SWEEP_ID"):
             self.settings["project"] = os.getenv("WANDB_PROJECT", "regularised-actors")
-        self.start()
+
+    def begin(self):
+        """Starts the thread. Not before a checkpoint is read: wandb's import and NumPy's reading of arrays both use
+        Python's `ast`, which can fail if two threads do."""
+        if self.mode != "disabled" and self.ident is None:
+            self.start()
 
     def send(self, rows):
         if self.mode != "disabled":
@@ -669,6 +675,7 @@ class WandB(threading.Thread):
         """Waits at most WANDB_SECONDS for what was not sent yet."""
         if self.mode == "disabled":
             return
+        self.begin()
         self.rows.put((exit_code, preempted))
         self.join(WANDB_SECONDS)
         if self.is_alive():

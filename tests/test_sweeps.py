@@ -292,7 +292,8 @@ def test_slurms_job_goes_on_after_it_was_stopped(tmp_path, write_sweep):
         assert list(server.runs) == ["sweep0-run0"]
         assert [json.loads(row)["_step"] for row in run["history"]] == [*range(1000, 101_000, 1000)]
         assert run["exit"] == 0
-    assert "going on from update" in (tmp_path / "output.txt").read_text()
+    text = (tmp_path / "output.txt").read_text()
+    assert "going on from update" in text and "W&B: off" not in text
 
 
 def test_slurm_takes_the_jobs_options():
