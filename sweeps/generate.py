@@ -1,10 +1,11 @@
-"""Writes the paper's experiments as W&B sweeps, sweeps/<algorithm>/<domain>/<experiment>.yaml.
+"""Writes the paper's experiments as W&B sweeps, sweeps/<algorithm>/<domain>/<experiment>.yaml, and the README's study.
 
 python sweeps/generate.py                # as they are in the repository: each seed is a run of its own
 python sweeps/generate.py --num_seeds 5  # five seeds in a run, for a GPU that has room for them; results are the same
 """
 
 import itertools
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ DATASETS = {
     "antmaze": [f"antmaze-{maze}-v2" for maze in MAZES],
     "adroit": [f"{hand}-{kind}-v1" for hand in ("pen", "door", "hammer", "relocate") for kind in DEMONSTRATIONS],
 }
+STUDY = ["halfcheetah-medium-replay-v2", "hopper-medium-replay-v2", "pen-expert-v1"]
 DECAYS, NORMS, NOISES = ("L2", "L1", "EN"), ("LN", "FN", "GN", "BN", "SN"), ("InN", "BCN", "GrN")
 ALL = ("DO", *DECAYS, *NORMS, *NOISES)
 # Of the weight decays at most one, since L2, L1 and the elastic net are one flag's values
@@ -66,23 +68,25 @@ def experiments(algorithm):
     }  # fmt: skip
 
 
-def sweep(algorithm, domain, experiment, num_seeds=1):
-    """The text of a sweep's YAML, and its number of runs."""
-    about, seeds, grid = experiments(algorithm)[experiment]
-    parameters = {
-        key: dict(values=value) if isinstance(value, list) and key != "eval_noise" else dict(value=value)
-        for key, value in grid.items()
-    }
-    parameters["seed"] = dict(values=[*range(0, seeds, num_seeds)])
-    if num_seeds > 1:
-        parameters["num_seeds"] = dict(value=num_seeds)
-    parameters["dataset_name"] = dict(values=DATASETS[domain])
-    runs = 1
-    for values in parameters.values():
-        runs *= len(values.get("values", [0]))
+def study(algorithm):
+    """The grid of the README's study, which two cores can train; collect.py makes two of its datasets."""
+    combination = {"rebrac": "DO+LN+GrN", "iql": "DO+LN+EN"}[algorithm]
+    return dict(
+        regularisers=["none", *NORMS, "DO", *DECAYS, *NOISES, combination],
+        batch_size=256, num_updates=20_000, eval_every=5000, validation_frac=0.1, validation_seed=0,
+    )  # fmt: skip
+
+
+def write(config, algorithm, path, about, datasets, seeds, grid):
+    """Writes a sweep's YAML."""
+    values = {**grid, "seed": [*range(0, seeds, config.num_seeds)], "dataset_name": datasets}
+    if config.num_seeds > 1:
+        values["num_seeds"] = config.num_seeds
+    varied = {key: value for key, value in values.items() if isinstance(value, list) and key != "eval_noise"}
+    runs, updates = math.prod(map(len, varied.values())), grid.get("num_updates", 1_000_000)
     lines = [
-        f"# {NAMES[algorithm]} on {NAMES[domain]}: {about}. {runs:,} runs of 1,000,000 updates. See generate.py.",
-        f"name: {algorithm}-{domain}-{experiment}",
+        f"# {NAMES[algorithm]}{about}. {runs:,} runs of {updates:,} updates. See generate.py.",
+        f"name: {algorithm}-{path.replace('/', '-')}",
         "project: regularised-actors",
         f"program: {algorithm}.py",
         "method: grid",
@@ -90,10 +94,13 @@ def sweep(algorithm, domain, experiment, num_seeds=1):
         'command: ["${env}", "${interpreter}", "${program}", "${args}"]',
         "parameters:",
     ]
-    for key, value in parameters.items():
-        text = yaml.safe_dump(value, default_flow_style=True, width=90)
+    for key, value in values.items():
+        text = yaml.safe_dump({"values" if key in varied else "value": value}, default_flow_style=True, width=90)
         lines.append(f"  {key}: " + text.strip().replace("\n", "\n  "))
-    return "\n".join(lines) + "\n", runs
+    file = os.path.join(config.directory, algorithm, f"{path}.yaml")
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "w") as output:
+        output.write("\n".join(lines) + "\n")
 
 
 @dataclass
@@ -105,11 +112,11 @@ class Config:
 def main(config):
     if config.num_seeds not in (1, 5):
         sys.exit("error: num_seeds must be 1 or 5, which divide the experiments' 5 and 10 seeds")
-    for algorithm, domain in itertools.product(("rebrac", "iql"), DATASETS):
-        os.makedirs(os.path.join(config.directory, algorithm, domain), exist_ok=True)
-        for experiment in experiments(algorithm):
-            with open(os.path.join(config.directory, algorithm, domain, f"{experiment}.yaml"), "w") as file:
-                file.write(sweep(algorithm, domain, experiment, config.num_seeds)[0])
+    for algorithm in ("rebrac", "iql"):
+        for domain, (experiment, (about, seeds, grid)) in itertools.product(DATASETS, experiments(algorithm).items()):
+            about = f" on {NAMES[domain]}: {about}"
+            write(config, algorithm, f"{domain}/{experiment}", about, DATASETS[domain], seeds, grid)
+        write(config, algorithm, "study", ": the README's study", STUDY, 5, study(algorithm))
 
 
 if __name__ == "__main__":

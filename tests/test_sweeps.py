@@ -22,6 +22,7 @@ import runs
 import sweep
 
 FILES = sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "sweeps", "*", "*", "*.yaml")))
+STUDIES = ["sweeps/rebrac/study.yaml", "sweeps/iql/study.yaml"]
 SCRIPTS = {"rebrac.py": rebrac, "iql.py": iql}
 ALL = {"DO", "L2", "L1", "EN", "LN", "FN", "GN", "BN", "SN", "InN", "BCN", "GrN"}
 SEEDS, TEN = set(range(5)), set(range(10))
@@ -76,7 +77,7 @@ def load(path):
 def stated(path):
     """The number of runs that a file's first line says."""
     with open(os.path.join(ROOT, path)) as file:
-        return int(re.search(r"([\d,]+) runs of 1,000,000 updates", file.readline())[1].replace(",", ""))
+        return int(re.search(r"([\d,]+) runs of [\d,]+ updates", file.readline())[1].replace(",", ""))
 
 
 # --- The files ---
@@ -86,11 +87,12 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     command = [sys.executable, "sweeps/generate.py", "--directory", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     written = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.yaml")}
-    assert written == {os.path.relpath(path, "sweeps"): open(os.path.join(ROOT, path)).read() for path in FILES}
+    files = [*FILES, *STUDIES]
+    assert written == {os.path.relpath(path, "sweeps"): open(os.path.join(ROOT, path)).read() for path in files}
     assert len(FILES) == 2 * 3 * 14
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", FILES + STUDIES)
 def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
     config = load(path)
     assert sweeps.schema_violations_from_proposed_config(config) == []
@@ -106,7 +108,7 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
         if plain not in tuned:
             tuned[plain] = script.tuned(runs.parse(script.Config, command[2:]))
             runs.check(tuned[plain], script.rules(tuned[plain]))
-            assert tuned[plain].num_updates == 1_000_000
+            assert tuned[plain].num_updates == (20_000 if path in STUDIES else 1_000_000)
     for key, values in config["parameters"].items():  # each value reaches its field
         given = values.get("values", [values.get("value")])
         if key not in ("seed", "regularisers", "eval_noise"):

@@ -66,6 +66,23 @@ class Server:
     def Viewer(self):
         return {"viewer": dict(id="v", entity="team", username="me", email="", flags="{}", teams=dict(edges=[]))}
 
+    def GetDefaultEntity(self):
+        return self.Viewer()
+
+    def Runs(self, project, **_):
+        nodes = [dict(
+            id=name, name=name, displayName=name, state="finished" if run["exit"] == 0 else run["state"],
+            config=json.dumps(run["config"]), projectId="1", tags=[], createdAt="2026-01-01T00:00:00", readOnly=False,
+            historyLineCount=len(run["history"]), summaryMetrics="{}", systemMetrics="{}",
+        ) for name, run in self.runs.items()]  # fmt: skip
+        edges = [dict(node=node, cursor=node["id"]) for node in nodes]
+        pages = dict(endCursor=None, hasNextPage=False)
+        runs = dict(edges=edges, pageInfo=pages)
+        return {"project": dict(internalId="1", runCount=len(nodes), readOnly=False, runs=runs)}
+
+    def RunFullHistory(self, name, **_):
+        return {"project": dict(run=dict(history=self.runs[name]["history"]))}
+
     def UpsertSweep(self, config, projectName, **_):
         name = f"sweep{len(self.sweeps)}"
         self.sweeps[name] = dict(config=yaml.safe_load(config), runs=[])
