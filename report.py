@@ -79,7 +79,11 @@ class Seed(NamedTuple):
     updates: np.ndarray  # (N,) of the evaluations
     scores: np.ndarray  # (N,)
     last: dict  # the last evaluation's row
-    finished: bool
+    status: str  # finished, unfinished or failed
+
+    @property
+    def finished(self):
+        return self.status == "finished"
 
 
 def domain(dataset):
@@ -149,7 +153,7 @@ class Unreadable(Exception):
     """Says why a run is left out."""
 
 
-def split_seeds(algorithm, config, rows, finished):
+def split_seeds(algorithm, config, rows, status):
     """The seeds of a run: `rows` are its evaluations, dictionaries of numbers. Unreadable if they make no sense."""
     settings, name, labels = describe(algorithm, config)
     by_seed = defaultdict(list)
@@ -158,14 +162,14 @@ def split_seeds(algorithm, config, rows, finished):
     for seed in range(config["seed"], config["seed"] + config["num_seeds"]):
         mine = by_seed.get(seed, [])
         updates, scores = (np.array([row[key] for row in mine], float) for key in ("update", "score"))
-        if finished and (not len(updates) or updates[-1] != config["num_updates"]):
+        if status == "finished" and (not len(updates) or updates[-1] != config["num_updates"]):
             raise Unreadable("it is said to be finished, but its last evaluation is missing")
         if not np.isfinite(scores).all() or (np.diff(updates) <= 0).any():
             raise Unreadable("its scores are not finite, or its updates out of order")
         last = dict(mine[-1]) if mine else {}
         if "plasticity/before" in last and last["plasticity/before"]:
             last["plasticity"] = last["plasticity/after"] / last["plasticity/before"]
-        yield Seed(algorithm, settings, name, labels, seed, updates, scores, last, finished)
+        yield Seed(algorithm, settings, name, labels, seed, updates, scores, last, status)
 
 
 def read_directory(path):
@@ -177,28 +181,28 @@ def read_directory(path):
         with open(os.path.join(path, "config.yaml")) as file:
             config = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         config = identity(vars(SCRIPTS[algorithm].Config())) | config
-        finished = os.path.exists(os.path.join(path, "finished.json"))
+        marks = {"finished.json": "finished", "failed.txt": "failed", "": "unfinished"}
+        status = next(word for file, word in marks.items() if os.path.exists(os.path.join(path, file)))
         rows = []
         if os.path.exists(os.path.join(path, "evaluations.csv")):
             with open(os.path.join(path, "evaluations.csv"), newline="") as file:
                 header, *lines = [line for line in csv.reader(file)] or [[]]
             whole = [line for line in lines if len(line) == len(header)]
-            if len(whole) < len(lines) and (finished or len(whole) < len(lines) - 1):
+            if len(whole) < len(lines) and (status == "finished" or len(whole) < len(lines) - 1):
                 raise Unreadable("evaluations.csv is damaged")
             rows = [dict(zip(header, map(float, line))) for line in whole]
-        seeds = list(split_seeds(algorithm, config, rows, finished))
+        seeds = list(split_seeds(algorithm, config, rows, status))
     except Unreadable:
         raise
     except Exception as error:  # whatever a damaged file brings about
         raise Unreadable(" ".join(f"it is damaged: {type(error).__name__} {error}".split())[:150]) from error
     reason = None
-    if not finished:
-        failed = os.path.join(path, "failed.txt")
+    if status == "unfinished":
         done = max((int(seed.updates[-1]) for seed in seeds if len(seed.updates)), default=0)
         reason = f"not finished: its last evaluation is that of update {done:,} of {config['num_updates']:,}"
-        if os.path.exists(failed):
-            with open(failed, errors="replace") as file:
-                reason = f"failed: {' '.join(file.read().split())[:150]}"
+    elif status == "failed":
+        with open(os.path.join(path, "failed.txt"), errors="replace") as file:
+            reason = f"failed: {' '.join(file.read().split())[:150]}"
     return seeds, reason
 
 
@@ -249,9 +253,9 @@ def read_wandb(project):
                     values = {key.removeprefix(prefix): v for key, v in row.items() if key.startswith(prefix)}
                     values = {key: v for key, v in values.items() if isinstance(v, (int, float))}
                     rows.append(values | {"seed": seed, "update": row["_step"]})
-            finished = run.state == "finished"
-            own = list(split_seeds(config["algorithm"], config, rows, finished))
-            if not finished:
+            status = {"finished": "finished", "failed": "failed", "crashed": "failed"}.get(run.state, "unfinished")
+            own = list(split_seeds(config["algorithm"], config, rows, status))
+            if status != "finished":
                 left_out.append((f"{project}/{run.id}", f"not finished: W&B says it is {run.state}"))
             keep(own, f"{project}/{run.id}", seeds, seen, left_out)
         except Unreadable as error:
@@ -285,22 +289,22 @@ def final_score(config, seed):
 
 
 def collect(config, seeds):
-    """Final scores, and unfinished runs, by label, then by dataset: lists of (seed, score) and numbers of seeds."""
-    scores, unfinished = defaultdict(lambda: defaultdict(list)), defaultdict(Counter)
+    """Final scores, and what has none, by label, then dataset: lists of (seed, score); numbers of seeds by status."""
+    scores, others = defaultdict(lambda: defaultdict(list)), defaultdict(lambda: defaultdict(Counter))
     for seed in seeds:
         for name in seed.labels:
             if seed.finished:
                 scores[name][seed.dataset].append((seed.seed, final_score(config, seed)))
             else:
-                unfinished[name][seed.dataset] += 1
+                others[name][seed.dataset][seed.status] += 1
     covers = {name: {(d, s) for d, values in by.items() for s, _ in values} for name, by in scores.items()}
     for name in list(scores):  # a label all of whose runs also count under one with more datasets says nothing new
         if any(
             covers[name] <= covers[o] and len(scores[o]) > len(scores[name]) and o.startswith("best") for o in scores
         ):
             del scores[name]
-    order = sorted(set(scores) | set(unfinished), key=lambda name: rank(name))
-    return {name: dict(scores[name]) for name in order}, unfinished
+    order = sorted(set(scores) | set(others), key=rank)
+    return {name: dict(scores[name]) for name in order}, others
 
 
 WORDS = ["none", "DO", "L2", "L1", "EN", "LN", "FN", "GN", "BN", "SN", "InN", "BCN", "GrN"]
@@ -408,20 +412,23 @@ def as_html(table):
     return f"<h3>{html.escape(table.title)}</h3><div class=wide><table><tr>{head}</tr>{body}</table></div>{note}"
 
 
-def score_table(title, scores, unfinished, datasets):
+def score_table(title, scores, others, datasets):
     """Mean and standard deviation over seeds: a row for each label, a column for each dataset, and their mean."""
-    expected = max((len(values) for by in scores.values() for values in by.values()), default=0)
-    expected = max([expected, *(n for counts in unfinished.values() for n in counts.values())])
+    expected = max(
+        len(scores[name].get(dataset, [])) + others[name][dataset].total() for name in scores for dataset in datasets
+    )
     means, cells = {}, {}
+    for name, dataset in itertools.product(scores, datasets):
+        values = [value for _, value in scores[name].get(dataset, [])]
+        rest = ", ".join(f"{n} {status}" for status, n in sorted(others[name][dataset].items()))
+        cells[name, dataset] = rest or "missing"
+        if values:
+            means[name, dataset] = np.mean(values)
+            count = (
+                f" ({', '.join(filter(None, (f'{len(values)}/{expected}', rest)))})" if len(values) < expected else ""
+            )
+            cells[name, dataset] = f"{np.mean(values):.1f} ± {np.std(values):.1f}{count}"
     for name in scores:
-        for dataset in datasets:
-            values, rest = [value for _, value in scores[name].get(dataset, [])], unfinished[name][dataset]
-            if values:
-                means[name, dataset] = np.mean(values)
-                counts = f" ({len(values)}/{expected})" if len(values) < expected else ""
-                cells[name, dataset] = f"{np.mean(values):.1f} ± {np.std(values):.1f}{counts}"
-            else:
-                cells[name, dataset] = "unfinished" if rest else "missing"
         if all((name, dataset) in means for dataset in datasets):
             means[name, "mean"] = np.mean([means[name, dataset] for dataset in datasets])
         cells[name, "mean"] = f"{means[name, 'mean']:.1f}" if (name, "mean") in means else "incomplete"
@@ -431,7 +438,7 @@ def score_table(title, scores, unfinished, datasets):
     rows = [
         [name, *(mark(name, column) + cells[name, column] for column in columns)]
         for name in scores
-        if any((name, dataset) in means or unfinished[name][dataset] for dataset in datasets)
+        if any(cells[name, dataset] != "missing" for dataset in datasets)
     ]
     note = f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: (finished/{expected})."
     return Table(title, ["regularisers", *columns], rows, note)
@@ -632,7 +639,7 @@ def section(config, settings, seeds, emit):
     curves = {}
     for algorithm in [name for name in SCRIPTS if any(seed.algorithm == name for seed in seeds)]:
         mine = [seed for seed in seeds if seed.algorithm == algorithm]
-        scores, unfinished = collect(config, mine)
+        scores, others = collect(config, mine)
         everything = sorted({seed.dataset for seed in mine}, key=lambda d: (DOMAINS.index(domain(d)), d))
         for part in [*dict.fromkeys(map(domain, everything)), "all domains"]:
             datasets = [d for d in everything if part in (domain(d), "all domains")]
@@ -640,7 +647,7 @@ def section(config, settings, seeds, emit):
                 continue
             title = f"{NAMES[algorithm]}, {part}"
             if part != "all domains":
-                emit(score_table(f"{title}: scores", scores, unfinished, datasets))
+                emit(score_table(f"{title}: scores", scores, others, datasets))
             matrices = {name: matrix(by, datasets) for name, by in scores.items()}
             matrices = {name: values for name, values in matrices.items() if values is not None}
             if not matrices:

@@ -294,7 +294,8 @@ def test_errors_reach_the_screen_as_one_line_before_any_work(tmp_path):
         (["--dataset_path", str(tmp_path / "none.hdf5")], "there is no file"),
         (["--dataset_path", BUNDLED, "--validation_frac", "0.001"], "validation_frac 0.001 of 80 episodes"),
     ]:
-        run = subprocess.run([sys.executable, "rebrac.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "rebrac.py", "--results", str(tmp_path), *arguments]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
         assert message in run.stderr
 

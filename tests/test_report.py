@@ -108,8 +108,8 @@ def test_missing_unfinished_and_failed_runs_are_shown_as_such(make_run, tmp_path
     table = found["ReBRAC, Gym-MuJoCo: scores"]
     assert table.header == ["regularisers", HOPPER, WALKER, "mean"]
     assert table.rows == [
-        ["none", "50.0 ± 8.2", "unfinished", "incomplete"],
-        ["LN", "*70.5 ± 0.5 (2/3)", "missing", "incomplete"],
+        ["none", "50.0 ± 8.2", "1 unfinished", "incomplete"],
+        ["LN", "*70.5 ± 0.5 (2/3, 1 failed)", "missing", "incomplete"],
     ]
     page = (tmp_path / "report" / "index.html").read_text()
     assert "failed: error: q is nan" in page and "its last evaluation is that of update 2,000 of 2,000" in page
