@@ -1,0 +1,44 @@
+"""What the compiled programs show about their speed where it can't be measured here: an epoch on a GPU."""
+
+import re
+from dataclasses import replace
+
+import jax
+import pytest
+
+import benchmark
+import iql
+import rebrac
+
+
+def epoch_for(script, platform, **flags):
+    """The StableHLO of an epoch, for a platform that needn't be there, and the states that it takes."""
+    fields = dict(dataset_name="hopper-medium-v2", batch_size=8, hidden_dim=64, log_every=10, num_seeds=2)
+    config = script.tuned(script.Config(**fields | flags))
+    if script is rebrac:
+        config = replace(config, v_min=-10.0, v_max=10.0)
+    data = benchmark.random_data(size=100)
+    states = jax.eval_shape(lambda: script.init_states(config, data))
+    static, traced = script.split_config(config)
+    return script.epoch.trace(static, traced, states, data).lower(lowering_platforms=(platform,)).as_text(), states
+
+
+EVERYTHING = dict(
+    actor_dropout=0.1, actor_wd=0.01, actor_ln=True, actor_fn=True, actor_gn=True, actor_bn=True, actor_sn=True,
+    actor_input_noise=0.1, actor_bc_noise=0.1, actor_grad_noise=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [{}, EVERYTHING])
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_an_epoch_on_a_gpu_never_asks_the_host_and_reuses_its_states_memory(script, flags):
+    text, states = epoch_for(script, "cuda", **flags)
+    assert not re.search("callback|infeed|outfeed|send|recv", text)
+    assert len(re.findall("tf.aliasing_output|jax.buffer_donor", text)) == len(jax.tree.leaves(states))
+
+
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_a_callback_would_be_seen(script, monkeypatch):
+    transitions = script.transitions
+    monkeypatch.setattr(script, "transitions", lambda *a: jax.debug.print("here") or transitions(*a))
+    assert "callback" in epoch_for(script, "cpu", critic_dropout=0.25)[0]  # a config that isn't in jit's cache
