@@ -28,7 +28,20 @@ def test_every_variant_is_a_config_of_its_own(script):
 
 
 def test_the_command_prints_a_row_for_each_variant():
-    flags = ["--scripts", "[iql]", "--variants", "[LN, DO]", "--rounds", "1", "--updates", "2", "--batch_size", "32"]
+    flags = [
+        "--parts",
+        "[regularisers]",
+        "--scripts",
+        "[iql]",
+        "--variants",
+        "[LN, DO]",
+        "--rounds",
+        "1",
+        "--updates",
+        "2",
+        "--batch_size",
+        "32",
+    ]
     run = subprocess.run([sys.executable, "benchmark.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| iql")]
@@ -38,3 +51,49 @@ def test_the_command_prints_a_row_for_each_variant():
         [sys.executable, "benchmark.py", "--scripts", "[sac]"], cwd=ROOT, capture_output=True, text=True
     )
     assert wrong.stderr == "error: unknown sac; there are rebrac, iql\n"
+
+
+@pytest.mark.parametrize("script, networks", [(rebrac, 2), (iql, 1)])
+def test_the_ceiling_has_the_updates_products(script, networks):
+    """Counted by hand: layers' multiply-adds for a row, forward once, backward once for inputs and once for weights."""
+    flags = dict(critic_loss="mse", v_min=-1.0, v_max=1.0) if script is rebrac else {}
+    config = script.tuned(
+        script.Config(dataset_name="hopper-medium-v2", batch_size=8, hidden_dim=16, log_every=2, **flags)
+    )
+    compute, flops = benchmark.ceiling(script, config, benchmark.random_data(size=100))
+    compute()
+    layers = lambda sizes: np.array([a * b for a, b in zip(sizes, sizes[1:])])
+    hidden = [16] * (3 if script is rebrac else 2)
+    critic, actor = layers([14, *hidden, 1]), layers([11, *hidden, 3])
+    if script is rebrac:
+        target = actor.sum() + 2 * critic.sum()
+        of_critics = 2 * (3 * critic.sum() - critic[0])  # nothing needs the first layer's gradient by its inputs
+        of_actor = 3 * actor.sum() - actor[0] + 2 * 2 * critic.sum()
+        expected = target + of_critics + of_actor / 2
+    else:
+        value, heads = layers([11, *hidden, 1]), 16 * 3
+        of_value = 3 * value.sum() - value[0] + 2 * critic.sum()
+        of_actor = 3 * (actor.sum() + heads) - actor[0] + value.sum()
+        expected = of_value + of_actor + 2 * (3 * critic.sum() - critic[0]) + value.sum()
+    assert flops == 2 * 8 * expected
+
+
+def test_the_other_parts_print_their_tables():
+    flags = [
+        "--parts",
+        "[updates, seeds]",
+        "--scripts",
+        "[iql]",
+        "--rounds",
+        "1",
+        "--updates",
+        "2",
+        "--batch_size",
+        "8",
+    ]
+    run = subprocess.run([sys.executable, "benchmark.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows if row[0].startswith("IQL")] == ["IQL, batch 256"]
+    assert [row[0] for row in rows if row[0].startswith("iql")] == [f"iql, {n} seeds" for n in (1, 2, 4, 8)]
+    assert all(0 < float(row[1]) for row in rows if row[0].lower().startswith("iql"))
