@@ -172,8 +172,9 @@ def updates_part(config, data):
             functions[title + ", products"], flops[title] = ceiling(script, own, data)
     seconds = interleaved(functions, config.rounds)
     rate = flops_of_large / seconds["large"]
-    print("| | updates/s | least and most | GFLOP | share of its products alone | least and most | share of a large one's rate "
-          "| least and most |\n|" + " --- |" * 8)  # fmt: skip
+    columns = ("", "updates/s", "least and most", "GFLOP", "share of its products alone", "least and most",
+               "share of a large one's rate", "least and most")  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for title, work in flops.items():
         own, alone = seconds[title], seconds[title + ", products"]
         cells = spread(config.updates / own, "{:.0f}"), f"{work / 1e9:.2f}", spread(alone / own)
