@@ -368,6 +368,22 @@ def test_flags_go_to_every_run_and_equal_runs_are_one(write_sweep, monkeypatch, 
     assert len(others) == 2 and all("num_updates=30" in line for line in others)
 
 
+def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkeypatch):
+    started, cores = [], os.sched_getaffinity(0)
+    popen = lambda command, env, **_: started.append((env, os.sched_getaffinity(0)))
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    job = sweep.Job(next(sweep.expand(write_sweep(seed=dict(values=[0])))))
+    for slot in range(3):
+        job.start(slot, 3)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env, _ in started] == ["3", "5", "3"]
+    assert all(env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false" for env, _ in started)
+    assert set.union(*(share for _, share in started)) == cores == os.sched_getaffinity(0)
+    assert max(len(share) for _, share in started) - min(len(share) for _, share in started) <= 1
+    job.start(0, 1)
+    assert started[-1][1] == cores and "XLA_PYTHON_CLIENT_PREALLOCATE" not in started[-1][0]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
