@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import wandb
 import yaml
 from conftest import ROOT
 from rliable import library, metrics
@@ -353,6 +354,8 @@ def test_a_wandb_project_gives_the_same_report(make_run, tmp_path, monkeypatch):
                 exit=0 if os.path.exists(os.path.join(path, "finished.json")) else None, started=True,
             )  # fmt: skip
         server.runs["other"] = dict(config={}, history=[], state="crashed", exit=1, started=True)
+        wandb.teardown()  # which keeps its server's address
         found = tables([], monkeypatch, tmp_path, wandb="team/project")
+        wandb.teardown()
     assert found == expected
     assert "it is no run of this project" in (tmp_path / "report" / "index.html").read_text()

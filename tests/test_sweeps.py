@@ -178,7 +178,7 @@ SHAPES |= {"pen": (45, 24), "door": (39, 28), "hammer": (46, 26), "relocate": (3
 SMALL = "--num_updates=4 --log_every=2 --eval_every=4 --eval_episodes=1 --hidden_dim=64 --batch_size=8 --n_classes=11"
 
 
-@pytest.mark.parametrize("path", [FILES[i] for i in range(0, len(FILES), 5)])
+@pytest.mark.parametrize("path", [FILES[i] for i in range(0, len(FILES), 7)])
 def test_a_sampled_run_trains(path, tmp_path, monkeypatch, write_dataset):
     commands = list(sweep.expand(os.path.join(ROOT, path)))
     command = commands[FILES.index(path) * 7919 % len(commands)]
