@@ -19,24 +19,9 @@ import jax
 import numpy as np
 import pyrallis
 
-VARIANTS = {  # by the paper's abbreviations, at its chosen strengths for ReBRAC
-    "none": {},
-    "DO": dict(actor_dropout=0.1),
-    "L2": dict(actor_wd=1e-3),
-    "L1": dict(actor_wd=1e-5, actor_l1_ratio=1.0),
-    "EN": dict(actor_wd=1e-4, actor_l1_ratio=0.5),
-    "LN": dict(actor_ln=True),
-    "FN": dict(actor_fn=True),
-    "GN": dict(actor_gn=True),
-    "BN": dict(actor_bn=True),
-    "SN": dict(actor_sn=True),
-    "InN": dict(actor_input_noise=0.003),
-    "BCN": dict(actor_bc_noise=0.01),
-    "GrN": dict(actor_grad_noise=0.01),
-    "DO+LN+GrN": dict(actor_dropout=0.1, actor_ln=True, actor_grad_noise=0.01),
-}
+import rebrac
 
-
+VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN"]  # by the paper's abbreviations, at its chosen strengths
 PARTS = ("updates", "regularisers", "seeds")
 UPDATES = {  # what the part `updates` compares: a script and its flags
     "ReBRAC (mse), batch 1024": ("rebrac", dict(critic_loss="mse", batch_size=1024)),
@@ -189,7 +174,7 @@ def regularisers_part(config, data):
     for name in config.scripts:
         functions = {}
         for key in dict.fromkeys(["none", *config.variants]):
-            functions[key] = trainer(*make_config(config, name, **VARIANTS[key]), data)
+            functions[key] = trainer(*make_config(config, name, regularisers=key), data)
         seconds = interleaved(functions, config.rounds)
         for key, times in seconds.items():
             speed = config.updates / np.median(times)

@@ -128,9 +128,9 @@ def describe(algorithm, config):
         plain = script.Config(**{k: config[k] for k in ("dataset_name", "critic_loss") if k in config})
         best = "best", {"rebrac": "best-L2", "iql": "best-L1"}[algorithm]
         tuned = {word: strengths(vars(script.tuned(replace(plain, regularisers=word)))) for word in best}
-        default = identity(vars(script.tuned(plain))) | {
-            k: script.Config.critic_loss for k in config if k == "critic_loss"
-        }
+        default = identity(vars(script.tuned(plain)))
+        if "critic_loss" in config:
+            default["critic_loss"] = script.Config.critic_loss
         TUNED[key] = default, tuned
     default, tuned = TUNED[key]
     found, base = strengths(config), strengths(default)
@@ -298,7 +298,7 @@ def collect(config, seeds):
             else:
                 others[name][seed.dataset][seed.status] += 1
     covers = {name: {(d, s) for d, values in by.items() for s, _ in values} for name, by in scores.items()}
-    for name in list(scores):  # a label all of whose runs also count under one with more datasets says nothing new
+    for name in list(scores):  # those all of whose runs also count as a tuned one say nothing new
         if any(
             covers[name] <= covers[o] and len(scores[o]) > len(scores[name]) and o.startswith("best") for o in scores
         ):
@@ -405,7 +405,7 @@ def latex(table):
 def as_html(table):
     cell = lambda text: (
         f"<td class=best>{html.escape(text[1:])}</td>" if text.startswith("*") else f"<td>{html.escape(text)}</td>"
-    )  # noqa: E501
+    )
     head = "".join(f"<th>{html.escape(text)}</th>" for text in table.header)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table.rows)
     note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
@@ -718,7 +718,7 @@ def main(config):
             texts["md"].append(f"![{thing}]({name}.png)\n")
             texts["html"].append(
                 f'<h3>{html.escape(thing)}</h3><img alt="{html.escape(thing)}" src="data:image/png;base64,{data}">'
-            )  # noqa: E501
+            )
 
     by_settings = defaultdict(list)
     for seed in seeds:
