@@ -1,28 +1,45 @@
-"""Times both algorithms' updates: against their matrix products alone, with each regulariser, and with several seeds.
+"""Times this project on the machine it runs on, and another checkout of it beside this one.
 
-    python benchmark.py                                                    # about 20 minutes on two cores
+    python benchmark.py                                                    # everything; about an hour on two cores
     python benchmark.py --parts '[regularisers]' --scripts '[iql]' --rounds 3
+    python benchmark.py --parts '[start, updates]' --against ../another_checkout
 
-In each of `rounds` rounds every variant trains for `updates` updates, in turn. Ratios are taken within a round, so that
-they do not depend on how fast the machine is at the moment.
+load: from a file as D4RL has them to data on the device. start: from the command to the first update, with an empty
+cache of compiled programs and with a full one. memory: the most a run needs. updates: both algorithms against their
+matrix products alone. evaluation: an evaluation's steps a second against the bare environment, which is given the same
+actions. regularisers: what each costs. seeds: several trained at once.
+
+Everything is timed in `rounds` rounds, in each of which everything that a table compares has its turn. Ratios are taken
+within a round, so that they do not depend on how fast the machine is at the moment.
 """
 
+import contextlib
 import importlib
+import io
+import os
 import platform
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import List
+from types import SimpleNamespace
+from typing import List, Optional
 
+import h5py
 import jax
 import numpy as np
 import pyrallis
 
+import iql
 import rebrac
+import tasks
 
 VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN"]  # by the paper's abbreviations, at its chosen strengths
-PARTS = ("updates", "regularisers", "seeds")
+PARTS = ("load", "start", "memory", "updates", "evaluation", "regularisers", "seeds")
+EVALUATED = "halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"  # a task of each domain
 UPDATES = {  # what the part `updates` compares: a script and its flags
     "ReBRAC (mse), batch 1024": ("rebrac", dict(critic_loss="mse", batch_size=1024)),
     "ReBRAC (mse), batch 256": ("rebrac", dict(critic_loss="mse", batch_size=256)),
@@ -41,6 +58,10 @@ class Config:
     batch_size: int = 256
     updates: int = 100  # in one timing
     rounds: int = 7
+    transitions: List[int] = field(
+        default_factory=lambda: [1_000_000, 2_000_000]
+    )  # in load and memory; start has the first
+    against: Optional[str] = None  # directory of another checkout, for load, start, updates and evaluation
 
 
 def random_data(size=100_000, states=11, actions=3):
@@ -57,10 +78,34 @@ def random_data(size=100_000, states=11, actions=3):
     )
 
 
+def write_dataset(path, size):
+    """Such data as a file like D4RL's, compressed, in episodes of 1,000 steps; returns its arrays' size in bytes."""
+    columns = random_data(size)
+    columns = {key: columns[key] for key in ("observations", "actions", "rewards", "terminals")}
+    columns["timeouts"] = np.arange(size) % 1000 == 999
+    with h5py.File(path, "w") as file:
+        for key, column in columns.items():
+            file.create_dataset(key, data=column, compression="gzip")
+    return sum(column.nbytes for column in columns.values())
+
+
+def checkouts(config):
+    """The scripts of this checkout, and of another one, by what their rows are called. mujoco210 is this one's."""
+    here = SimpleNamespace(directory=os.path.dirname(os.path.abspath(__file__)), rebrac=rebrac, iql=iql, tasks=tasks)
+    if not config.against:
+        return {"": here}
+    modules = {name: sys.modules.pop(name) for name in ("runs", "tasks", "rebrac", "iql")}
+    sys.path.insert(0, config.against)
+    others = {name: importlib.import_module(name) for name in modules}
+    sys.path.remove(config.against)
+    sys.modules.update(modules)
+    return {"": here, f" in {config.against}": SimpleNamespace(directory=config.against, **others)}
+
+
 def trainer(script, config, data):
     """A function that trains on for `log_every` updates and returns when they are done."""
     static, traced = script.split_config(config)
-    states = [script.init_states(config, data)]
+    states = [jax.jit(partial(script.init_states, config, data))(config.seed + jax.numpy.arange(config.num_seeds))]
 
     def train():
         states[0], _ = jax.block_until_ready(script.epoch(static, traced, states[0], data))
@@ -134,11 +179,10 @@ def large_product():
     return lambda: [multiply(a).block_until_ready() for _ in range(10)], 10 * 2 * 1024**3
 
 
-def make_config(config, name, **flags):
+def make_config(config, script, **flags):
     fields = dict(dataset_name=config.dataset_name, batch_size=config.batch_size, log_every=config.updates) | flags
-    fields |= dict(v_min=-10.0, v_max=10.0) if name == "rebrac" else {}
-    script = importlib.import_module(name)
-    return script, script.tuned(script.Config(**fields))
+    fields |= dict(v_min=-10.0, v_max=10.0) if hasattr(script, "hl_gauss") else {}
+    return script.tuned(script.Config(**fields))
 
 
 def spread(values, form="{:.2f}"):
@@ -146,52 +190,197 @@ def spread(values, form="{:.2f}"):
     return " | ".join([form.format(np.median(values)), f"{form} to {form}".format(values.min(), values.max())])
 
 
-def updates_part(config, data):
+def header(*columns):
+    """Prints the head of a table; each column but the first has two, for a median and for least and most."""
+    cells = [cell for column in columns for cell in (column, "least and most")]
+    print(f"\n| | {' | '.join(cells)} |\n|{' --- |' * (len(cells) + 1)}")
+
+
+def compare(config, functions, unit, form, value):
+    """Times functions by their names, and prints a row for each: the `value` of the seconds that it took, and where it
+    is of another checkout its time against this one's."""
+    seconds = interleaved(functions, config.rounds)
+    header(unit, *(["time against this checkout"] if config.against else []))
+    for name, times in seconds.items():
+        own = seconds[name.removesuffix(f" in {config.against}")]
+        cells = [spread(value(name, times), form), *([spread(times / own)] if config.against else [])]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def load_part(config, folder):
+    """Seconds until a file's transitions are ready on the device."""
+
+    def load(its, path):
+        settings = its.rebrac.tuned(its.rebrac.Config(dataset_name=config.dataset_name, dataset_path=path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            data = its.rebrac.make_dataset(settings, its.rebrac.load_dataset(settings))
+        its.rebrac.make_samples(data)
+        its.rebrac.with_value_range(settings, jax.block_until_ready(jax.device_put(data)))
+
+    functions = {}
+    for size in config.transitions:
+        write_dataset(path := os.path.join(folder, f"{size}.hdf5"), size)
+        for label, its in checkouts(config).items():
+            functions[f"{size:,} transitions{label}"] = partial(load, its, path)
+    compare(config, functions, "seconds until they are ready", "{:.2f}", lambda _, times: times)
+
+
+def command(config, folder, script, path):
+    """A run of two updates, and an evaluation of one episode."""
+    flags = dict(dataset_name=config.dataset_name, dataset_path=path, results=os.path.join(folder, "results"))
+    flags |= dict(log_every=2, num_updates=2, eval_every=2, eval_episodes=1)
+    return [sys.executable, f"{script}.py", *[str(word) for key in flags for word in (f"--{key}", flags[key])]]
+
+
+def start_part(config, folder):
+    """Seconds from the command to the first update, which is in train.csv then."""
+    cache = os.path.join(folder, "cache")
+    write_dataset(path := os.path.join(folder, "start.hdf5"), config.transitions[0])
+
+    def start(its, script, warm):
+        if not warm:
+            shutil.rmtree(cache, ignore_errors=True)
+        shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
+        environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=cache, WANDB_MODE="disabled")
+        arguments = command(config, folder, script, path)
+        process = subprocess.Popen(arguments, cwd=its.directory, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            written = [os.path.join(*parts[:1], "train.csv") for parts in os.walk(os.path.join(folder, "results"))]
+            if any(os.path.exists(name) and os.path.getsize(name) for name in written):
+                break
+            time.sleep(0.01)
+        process.kill()
+        if process.wait() > 0:
+            sys.exit(f"error: {' '.join(arguments)} in {its.directory} has failed")
+
+    functions = {}
+    for script in config.scripts:
+        for label, its in checkouts(config).items():
+            functions[f"{script}, empty cache{label}"] = partial(start, its, script, False)
+            functions[f"{script}, full cache{label}"] = partial(start, its, script, True)
+    compare(config, functions, "seconds from the command to the first update", "{:.1f}", lambda _, times: times)
+
+
+def memory_part(config, folder):
+    """The most memory that a run has had, above what the same run has with 1,000 transitions."""
+    sizes = {n: write_dataset(os.path.join(folder, f"{n}.hdf5"), n) for n in (1000, *config.transitions)}
+    environment = dict(os.environ, WANDB_MODE="disabled", JAX_COMPILATION_CACHE_DIR=os.path.join(folder, "cache"))
+    peaks = {(script, n): [] for script in config.scripts for n in sizes}
+    for i in range(config.rounds + 1):  # the first fills the cache
+        for script, n in peaks:
+            shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
+            process = subprocess.Popen(
+                command(config, folder, script, os.path.join(folder, f"{n}.hdf5")),
+                cwd=os.path.dirname(os.path.abspath(__file__)), env=environment, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            _, process.returncode, usage = os.wait4(process.pid, 0)
+            if i:
+                peaks[script, n].append(usage.ru_maxrss / 1e6 * (1 if sys.platform == "darwin" else 1024))
+    header("MB at most", "above that with 1,000", "as a multiple of the data's size")
+    for (script, n), peak in peaks.items():
+        above = np.array(peak) - peaks[script, 1000]
+        cells = spread(np.array(peak), "{:.0f}"), spread(above, "{:.0f}"), spread(above / sizes[n] * 1e6)
+        print(f"| {script}, {n:,} transitions | {' | '.join(cells)} |", flush=True)
+
+
+def updates_part(config, folder):
     """Updates a second, and their share of what the update's matrix products alone would allow."""
+    data = jax.device_put(random_data())
     multiply, flops_of_large = large_product()
     functions, flops = {"large": multiply}, {}
     for title, (name, flags) in UPDATES.items():
         if name in config.scripts:
-            script, own = make_config(config, name, **flags)
-            functions[title] = trainer(script, own, data)
-            functions[title + ", products"], flops[title] = ceiling(script, own, data)
+            for label, its in checkouts(config).items():
+                script = getattr(its, name)
+                settings = make_config(config, script, **flags)
+                functions[title + label] = trainer(script, settings, data)
+                functions[title + label + ", products"], flops[title + label] = ceiling(script, settings, data)
     seconds = interleaved(functions, config.rounds)
     rate = flops_of_large / seconds["large"]
-    columns = ("", "updates/s", "least and most", "GFLOP", "share of its products alone", "least and most",
-               "share of a large one's rate", "least and most")  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    header("updates/s", "share of its products alone", "share of a large one's rate")
     for title, work in flops.items():
         own, alone = seconds[title], seconds[title + ", products"]
-        cells = spread(config.updates / own, "{:.0f}"), f"{work / 1e9:.2f}", spread(alone / own)
-        print(f"| {title} | {' | '.join(cells)} | {spread(work * config.updates / own / rate)} |", flush=True)
+        cells = spread(config.updates / own, "{:.0f}"), spread(alone / own)
+        print(
+            f"| {title}: {work / 1e9:.2f} GFLOP | {' | '.join(cells)} | {spread(work * config.updates / own / rate)} |"
+        )
     print(f"\nA product of matrices (1024, 1024): {np.median(rate) / 1e9:.0f} GFLOP/s ({rate.min() / 1e9:.0f} to "
-          f"{rate.max() / 1e9:.0f}).\n")  # fmt: skip
+          f"{rate.max() / 1e9:.0f}).", flush=True)  # fmt: skip
 
 
-def regularisers_part(config, data):
+def evaluation_part(config, folder):
+    """Steps a second of an evaluation of 10 episodes, and 10 more under noise, and of a bare environment that is given
+    the same actions, resets included."""
+    for name in EVALUATED:
+        functions, steps = {}, []
+        for label, its in checkouts(config).items():
+            settings = make_config(config, its.rebrac, dataset_name=name, eval_episodes=10)
+            env, rows = its.tasks.make_env(name), its.tasks.conditions(settings)
+            data = jax.device_put(random_data(100, env.observation_space.shape[0], env.action_space.shape[0]))
+            static, traced = its.rebrac.split_config(settings)
+            states = jax.jit(partial(its.rebrac.init_states, settings, data))(np.arange(1))
+            policy = partial(its.rebrac.act_all, static, traced, states.actor, data)
+            envs = its.rebrac.make_envs(settings)
+            played = record_actions(envs, partial(its.tasks.evaluate, settings, policy, envs, 0), len(rows))
+            steps.append(sum(map(len, played)))
+            functions[f"{name}{label}"] = partial(its.tasks.evaluate, settings, policy, envs, 0)
+            if not label:
+                functions[f"{name}, bare"] = partial(replay, its, env, rows, played)
+        seconds = interleaved(functions, config.rounds)
+        if name == EVALUATED[0]:
+            header("steps/s", "share of the bare environment's")
+        for title, times in seconds.items():
+            cells = spread(steps[0] / times, "{:.0f}"), spread(seconds[f"{name}, bare"] / times)
+            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+def record_actions(envs, run, number):
+    """The actions of each of a number of environments while run() steps them."""
+    played, step = [[] for _ in range(number)], envs.step
+
+    def recording(running, actions):
+        for i, action in zip(running, actions):
+            played[i].append(action.copy())
+        return step(running, actions)
+
+    envs.step = recording
+    run()
+    del envs.step
+    return played
+
+
+def replay(its, env, rows, played):
+    for row, actions in zip(rows, played):
+        its.tasks.reset(env, 0, 0, row[0])
+        for action in actions:
+            env.step(action)
+
+
+def regularisers_part(config, folder):
     """The time with each regulariser against none."""
-    print("| | updates/s | time against none, median | least and most |\n| --- | --- | --- | --- |")
+    data = jax.device_put(random_data())
+    header("updates/s", "time against none")
     for name in config.scripts:
-        functions = {}
+        script, functions = globals()[name], {}
         for key in dict.fromkeys(["none", *config.variants]):
-            functions[key] = trainer(*make_config(config, name, regularisers=key), data)
+            functions[key] = trainer(script, make_config(config, script, regularisers=key), data)
         seconds = interleaved(functions, config.rounds)
         for key, times in seconds.items():
-            speed = config.updates / np.median(times)
-            print(f"| {name} {key} | {speed:.0f} | {spread(times / seconds['none'])} |", flush=True)
-    print()
+            cells = spread(config.updates / times, "{:.0f}"), spread(times / seconds["none"])
+            print(f"| {name} {key} | {' | '.join(cells)} |", flush=True)
 
 
-def seeds_part(config, data):
+def seeds_part(config, folder):
     """Updates a second of all seeds together, trained at once."""
-    print("| | updates/s of all seeds | least and most | against one seed | least and most |\n" + "| --- " * 5 + "|")
+    data = jax.device_put(random_data())
+    header("updates/s of all seeds", "against one seed")
     for name in config.scripts:
-        functions = {n: trainer(*make_config(config, name, num_seeds=n), data) for n in (1, 2, 4, 8)}
+        script = globals()[name]
+        functions = {n: trainer(script, make_config(config, script, num_seeds=n), data) for n in (1, 2, 4, 8)}
         seconds = interleaved(functions, config.rounds)
         for n, times in seconds.items():
             speed = n * config.updates / times
             print(f"| {name}, {n} seeds | {spread(speed, '{:.0f}')} | {spread(n * seconds[1] / times)} |", flush=True)
-    print()
 
 
 def main(config):
@@ -199,15 +388,17 @@ def main(config):
     for words, those in known:
         if unknown := set(words) - set(those):
             sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(those)}")
-    if min(config.rounds, config.updates // 2, config.batch_size) < 1:
-        sys.exit("error: rounds and batch_size must be 1 or more, updates 2 or more")
-    print(
-        f"{machine()}; {config.rounds} rounds of {config.updates} updates; batch {config.batch_size} unless it says\n"
-    )
-    data = jax.device_put(random_data())
+    if min(config.rounds, config.updates // 2, config.batch_size, len(config.transitions)) < 1:
+        sys.exit("error: rounds and batch_size must be 1 or more, updates 2 or more, and transitions a list of numbers")
+    if min(config.transitions) < 1000:
+        sys.exit("error: transitions must be 1000 or more")
+    if config.against and not os.path.isfile(os.path.join(config.against, "rebrac.py")):
+        sys.exit(f"error: {config.against} is no checkout of this project: it has no rebrac.py")
+    print(f"{machine()}; {config.rounds} rounds; {config.updates} updates; batch {config.batch_size} unless it says")
     for part in PARTS:
         if part in config.parts:
-            globals()[f"{part}_part"](config, data)
+            with tempfile.TemporaryDirectory() as folder:
+                globals()[f"{part}_part"](config, folder)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runs import Run, check, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
+from runs import Run, check, compiling, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
 from tasks import episode_returns, evaluate, load_dataset, make_envs, make_samples
 
 # --- Config ---
@@ -90,6 +90,7 @@ class Config:
     eval_episodes: Optional[int] = None  # episodes in an evaluation (none: 10; AntMaze: 100)
     eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # robustness: on actions and on states
     analysis: bool = True  # what is inside the actor is measured in each evaluation
+    deterministic: bool = False  # the same bits each time on a GPU, too, at some cost in speed
     results: str = "results"  # where runs have their directories
     evaluate: Optional[str] = None  # directory of a run: no training, its policies are evaluated
     video: Optional[str] = None  # of one episode of that, .mp4 or .gif
@@ -520,11 +521,10 @@ def epoch(static, traced, states, data):
 # --- Seeds and compilation ---
 
 
-def init_states(config, data):
-    """`init_state` for each seed of the run, along a first axis."""
-    first = {key: data[key][:1] for key in ("observations", "actions")}  # for the shapes, not the whole data
-    init = partial(jax.lax.map, partial(init_state, config, first))  # with vmap, JAX's QR can hang on a CPU
-    return jax.jit(init)(config.seed + jnp.arange(config.num_seeds))
+def init_states(config, data, seeds):
+    """`init_state` for each of the seeds, along a first axis."""
+    first = {key: np.zeros_like(data[key], shape=(1, *data[key].shape[1:])) for key in ("observations", "actions")}
+    return jax.lax.map(partial(init_state, config, first), seeds)  # with vmap, JAX's QR can hang on a CPU
 
 
 def over_seeds(function, *arrays):
@@ -625,13 +625,14 @@ def act_all(static, traced, actors, data, observations):
 
 def train(config, run):
     """A run, from its last checkpoint if there is one, to its end."""
-    raw = load_dataset(config)
-    data = make_dataset(config, raw)
+    data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
     data = jax.device_put(data)
     static, traced = split_config(config)
     envs = make_envs(config)
-    states, update, evaluated = run.restore(partial(init_states, config, data), raw, data)
+    init, seeds = partial(init_states, config, data), config.seed + jnp.arange(config.num_seeds)
+    with compiling(epoch, static, traced, jax.eval_shape(init, seeds), data):
+        states, update, evaluated = run.restore(init, seeds, data)
     while True:
         due = update > evaluated and (update % config.eval_every == 0 or update == config.num_updates)
         run.checkpoint(states, update, evaluated, now=due)  # where a signal ends the run

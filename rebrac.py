@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runs import Run, check, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
+from runs import Run, check, compiling, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
 from tasks import episode_returns, evaluate, load_dataset, make_envs, make_samples
 
 # --- Config ---
@@ -95,6 +95,7 @@ class Config:
     eval_episodes: Optional[int] = None  # episodes in an evaluation (none: 10; AntMaze: 100)
     eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # robustness: on actions and on states
     analysis: bool = True  # what is inside the actor is measured in each evaluation
+    deterministic: bool = False  # the same bits each time on a GPU, too, at some cost in speed
     results: str = "results"  # where runs have their directories
     evaluate: Optional[str] = None  # directory of a run: no training, its policies are evaluated
     video: Optional[str] = None  # of one episode of that, .mp4 or .gif
@@ -409,13 +410,10 @@ def act(config, actor, data, observations):
 
 def with_value_range(config, data):
     """The config with v_min and v_max, unless given: the smallest and largest discounted return to go in the data."""
-
-    def then(later, now):  # G_t = r_t + discount_t G_t+1, as affine maps that are composed from the end
-        return now[0] + now[1] * later[0], now[1] * later[1]
-
-    discounts = config.gamma * (1.0 - data["ends"])
-    scan = jax.jit(partial(jax.lax.associative_scan, then, reverse=True))
-    returns, _ = scan((data["rewards"], discounts))
+    returns, discounts, step = np.array(data["rewards"], np.float64), config.gamma * (1.0 - np.array(data["ends"])), 1
+    while discounts.any():  # from the returns over 1, 2, 4, ... steps those over twice as many
+        returns[:-step] += discounts[:-step] * returns[step:]
+        discounts, step = np.append(discounts[:-step] * discounts[step:], np.zeros(step)), 2 * step
     v_min = float(returns.min()) if config.v_min is None else config.v_min
     v_max = float(returns.max()) if config.v_max is None else config.v_max
     if config.critic_loss == "hl_gauss" and not (v_min < v_max and config.v_expand > -1):
@@ -566,12 +564,11 @@ def epoch(static, traced, states, data):
     config = replace(static, **traced)
 
     def step(state, _):
-        infos = {}
+        key, batch_key = jax.random.split(state.key)
+        indices = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
+        state, infos = state._replace(key=key), {}
         for i in range(config.policy_freq):
-            key, batch_key = jax.random.split(state.key)
-            index = jax.random.choice(batch_key, data["train"], (config.batch_size,))
-            batch = transitions(data, index)
-            state, info = update(config, state._replace(key=key), batch, update_actor=i == config.policy_freq - 1)
+            state, info = update(config, state, transitions(data, indices[i]), update_actor=i == config.policy_freq - 1)
             infos |= info
         return state, infos
 
@@ -584,11 +581,10 @@ def epoch(static, traced, states, data):
 # --- Seeds and compilation ---
 
 
-def init_states(config, data):
-    """`init_state` for each seed of the run, along a first axis."""
-    first = {key: data[key][:1] for key in ("observations", "actions")}  # for the shapes, not the whole data
-    init = partial(jax.lax.map, partial(init_state, config, first))  # with vmap, JAX's QR can hang on a CPU
-    return jax.jit(init)(config.seed + jnp.arange(config.num_seeds))
+def init_states(config, data, seeds):
+    """`init_state` for each of the seeds, along a first axis."""
+    first = {key: np.zeros_like(data[key], shape=(1, *data[key].shape[1:])) for key in ("observations", "actions")}
+    return jax.lax.map(partial(init_state, config, first), seeds)  # with vmap, JAX's QR can hang on a CPU
 
 
 def over_seeds(function, *arrays):
@@ -689,14 +685,15 @@ def act_all(static, traced, actors, data, observations):
 
 def train(config, run):
     """A run, from its last checkpoint if there is one, to its end."""
-    raw = load_dataset(config)
-    data = make_dataset(config, raw)
+    data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
     data = jax.device_put(data)
     config = with_value_range(config, data)
     static, traced = split_config(config)
     envs = make_envs(config)
-    states, update, evaluated = run.restore(partial(init_states, config, data), raw, data)
+    init, seeds = partial(init_states, config, data), config.seed + jnp.arange(config.num_seeds)
+    with compiling(epoch, static, traced, jax.eval_shape(init, seeds), data):
+        states, update, evaluated = run.restore(init, seeds, data)
     while True:
         due = update > evaluated and (update % config.eval_every == 0 or update == config.num_updates)
         run.checkpoint(states, update, evaluated, now=due)  # where a signal ends the run

@@ -1,5 +1,6 @@
 """What is not the algorithm: the command line, and a run's directory, from which it resumes."""
 
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -58,12 +59,9 @@ def parser(config_class):
 def parse(config_class, arguments=None):
     """The config that the command line, or these arguments, give; ends the program with one line if a value can't be
     read."""
-    jax.config.update(
-        "jax_compilation_cache_dir", os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
-    )
     try:
         with mock.patch("yaml.full_load", yaml.safe_load):
-            return parser(config_class).parse_args(arguments)
+            config = parser(config_class).parse_args(arguments)
     except pyrallis.utils.ParsingError as error:
         found = re.search(r"value='(.*)' into field .*\.(\w+)\" of type", str(error))
         if not found:
@@ -73,6 +71,19 @@ def parse(config_class, arguments=None):
         sys.exit(f"error: {found[2]} can't be {found[1]!r}; it is of type {kind}")
     except (OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    configure_jax(config.deterministic)
+    return config
+
+
+def configure_jax(deterministic):
+    """What JAX must know before it uses a device: compiled programs are kept on disk; a GPU's memory is taken as it
+    is needed, and its operations are deterministic if so asked, as a CPU's always are."""
+    cache = os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if deterministic:
+        os.environ["XLA_FLAGS"] = os.getenv("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
 
 BOUNDS = {  # of the fields that either script has
@@ -143,9 +154,24 @@ def with_regularisers(config, known):
     return dataclasses.replace(config, regularisers="none", **flags)
 
 
+@contextlib.contextmanager
+def compiling(function, *arguments):
+    """Compiles a jitted function for arguments, of which shapes are enough, in a thread while the body runs."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(lambda: function.lower(*arguments).compile())
+        yield
+        compiled.result()
+
+
 # --- Names of runs ---
 
-NOT_IN_NAME = ("results", "evaluate", "video", "regularisers")  # that say where and how, or what other fields say
+NOT_IN_NAME = (
+    "results",
+    "evaluate",
+    "video",
+    "regularisers",
+    "deterministic",
+)  # that say where and how, or what other fields say
 
 
 def identity(fields):
@@ -186,7 +212,7 @@ def load_config(config_class, directory):
 
 # --- Checkpoints ---
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 
 
 def write_file(path, write, keep=None):
@@ -287,9 +313,9 @@ SHOWN = "train/action_error", "validation/action_error", "evaluation/dead_neuron
 
 @jax.jit
 def finite(tree):
-    """Whether all numbers are finite, (seeds,), of each array of floats (seeds, ...) in a tree."""
-    floats = {key: x for key, x in flatten(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    return {key: jnp.isfinite(x).reshape(len(x), -1).all(1) for key, x in floats.items()}
+    """Whether all floats in a tree of arrays (seeds, ...) are finite, (seeds,)."""
+    floats = [x.reshape(len(x), -1) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.isfinite(jnp.concatenate(floats, 1)).all(1)
 
 
 def with_pca_ranks(measured):
@@ -439,10 +465,10 @@ class Run:
             print(f"stopped at update {update}; the same command goes on from there", flush=True)
             sys.exit(128 + self.stopping)
 
-    def restore(self, init, raw, data):
+    def restore(self, init, seeds, data):
         """The states, the update and the last evaluation's update to go on from: those of the last checkpoint that is
-        whole, or at first init(). The tables are cut to what they were then."""
-        self.dataset = fingerprint(raw)
+        whole, or at first init(seeds). The tables are cut to what they were then."""
+        self.dataset = fingerprint(data)
         self.policy_data = {"mean": data["mean"], "std": data["std"], "actions": data["actions"][:1]}
         for table in TABLES:
             with self.disk_errors(), open(self.path(table), "ab"):
@@ -452,11 +478,12 @@ class Run:
         if not found:
             if any(os.path.getsize(self.path(table)) for table in TABLES):
                 sys.exit(f"error: {self.directory} has lost its checkpoints; remove it to start anew")
-            states = init()
+            init = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})  # since it runs once
+            states = init(seeds)
             self.checkpoint(states, 0, 0, now=True)
             return states, 0, 0
         path, arrays, about = found
-        like = jax.eval_shape(init)
+        like = jax.eval_shape(init, seeds)
         shapes = {f"states/{key}": leaf.shape for key, leaf in flatten(jax.eval_shape(without_keys, like)).items()}
         stored = {key: array.shape for key, array in arrays.items() if key.startswith("states/")}
         for key in {**shapes, **stored}:
@@ -529,9 +556,10 @@ class Run:
         for key, values in infos.items():
             for seed, step in np.argwhere(~np.isfinite(values)):
                 self.diverged(key, values[seed, step], seed, update - epoch + (step + 1) * epoch // values.shape[1])
-        for key, good in finite(states).items():
-            for seed in np.flatnonzero(~np.asarray(good)):
-                self.diverged(key, "NaN or infinite", seed, update)
+        for seed in np.flatnonzero(~np.asarray(finite(states))):
+            arrays = flatten(without_keys(states)).items()
+            key = next(key for key, array in arrays if not np.isfinite(np.asarray(array[seed])).all())
+            self.diverged(key, "NaN or infinite", seed, update)
         means = {key: values.mean(1) for key, values in infos.items()}
         self.write("train.csv", self.rows(update, means))
         self.losses = {key: f"{value.mean():.4g}" for key, value in means.items()}
@@ -609,7 +637,7 @@ def evaluate_run(script, given):
     for name, index in noises(config).items():
         print(f"{name} {summary(scores[:, index])}")
     if given.video:
-        record(given.video, load_policy(script, given.evaluate), envs[0], config.seed, update, 0)
+        record(given.video, load_policy(script, given.evaluate), envs.own[0], config.seed, update, 0)
 
 
 # --- Weights & Biases ---

@@ -86,9 +86,7 @@ class Job:
         """Starts the run with its share of the cores and GPUs."""
         cores, gpus = sorted(os.sched_getaffinity(0)), os.getenv("CUDA_VISIBLE_DEVICES", "").split(",")
         share = cores[slot::slots] or [cores[slot % len(cores)]]
-        env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ} if slots > 1 else {**os.environ}
-        if gpus[0]:
-            env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus[0] else {**os.environ}
         os.makedirs(self.directory, exist_ok=True)
         with open(self.path("output.txt"), "ab") as output:
             os.sched_setaffinity(0, share)  # which the child inherits

@@ -4,12 +4,15 @@ import contextlib
 import functools
 import http.client
 import io
+import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import urllib.request
 import zlib
+from multiprocessing.connection import Connection
 
 import h5py
 import imageio
@@ -29,7 +32,7 @@ def make_env(name):
 
 def make_envs(config):
     """The environments for an evaluation, one for each episode of each seed."""
-    return [make_env(config.dataset_name) for _ in range(config.num_seeds * len(conditions(config)))]
+    return Envs(config.dataset_name, config.num_seeds * len(conditions(config)))
 
 
 # --- Datasets ---
@@ -128,16 +131,17 @@ def load_dataset(config):
 def make_samples(data):
     """In what the actor is watched, the same in each evaluation: the indices of at most NUM_STATES steps, `train` and
     `validation`, and `random` states (NUM_STATES, S), uniform in the range of the normalised states for training."""
-    rng, seen = np.random.default_rng(0), data["observations"][data["train"]]
+    rng, columns = np.random.default_rng(0), (column[data["train"]] for column in data["observations"].T)
+    low, high = np.array([(column.min(), column.max()) for column in columns]).T  # by column, to spare memory
     parts = [part for part in ("train", "validation") if len(data[part])]
     samples = {part: rng.choice(data[part], min(len(data[part]), NUM_STATES), replace=False) for part in parts}
-    random = rng.uniform(seen.min(0), seen.max(0), (NUM_STATES, seen.shape[1]))
+    random = rng.uniform(low, high, (NUM_STATES, len(low)))
     return samples | {"random": random.astype(np.float32)}
 
 
-def fingerprint(raw):
-    """A checksum of a dataset's arrays."""
-    return functools.reduce(lambda value, key: zlib.crc32(np.ascontiguousarray(raw[key]), value), sorted(raw), 0)
+def fingerprint(data):
+    """A checksum of a dictionary of arrays."""
+    return functools.reduce(lambda value, key: zlib.crc32(np.ascontiguousarray(data[key]), value), sorted(data), 0)
 
 
 # --- Episodes of a policy ---
@@ -161,6 +165,74 @@ def reset(env, *numbers):
         return env.reset()
 
 
+def reset_all(envs, numbers):
+    return [np.stack([reset(env, *row) for env, row in zip(envs, numbers)]).astype(np.float32)]
+
+
+def step_all(envs, index, actions):
+    observations, rewards, done, _ = zip(*[envs[i].step(action) for i, action in zip(index, actions)])
+    return np.stack(observations).astype(np.float32), np.array(rewards), np.array(done)
+
+
+class Envs:
+    """Copies of an environment that are stepped together: by this process, and where it has more cores also by others,
+    which start at the first reset. How many they are changes no result."""
+
+    def __init__(self, name, number, processes=None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processes = processes or max(1, min(cores, number // 4, 8))
+        self.name, self.own, self.others = name, [], []
+        self.starts = np.arange(processes) * number // processes  # of the processes' shares; the first is this one's
+        self.sizes = np.diff(self.starts, append=number)
+
+    def start(self):
+        for size in self.sizes[1:]:
+            connection, end = multiprocessing.Pipe()
+            command = [sys.executable, __file__, self.name, str(size), str(end.fileno())]
+            process = subprocess.Popen(command, pass_fds=[end.fileno()], start_new_session=True)  # which Ctrl-C spares
+            end.close()
+            self.others.append((process, connection))
+        self.own = [make_env(self.name) for _ in range(self.sizes[0])]
+
+    def __del__(self):
+        for process, connection in self.others:
+            connection.close()
+            process.wait()
+
+    def each(self, function, shares):
+        """The results of a function of environments and more, for each process's share of the latter."""
+        others = [(other, share) for (_, other), share in zip(self.others, shares[1:]) if len(share[0])]
+        try:
+            for other, share in others:
+                other.send((function.__name__, share))
+            results = [function(self.own, *shares[0])] if len(shares[0][0]) else []
+            results += [other.recv() for other, _ in others]
+        except (EOFError, ConnectionError):
+            sys.exit("error: a process that steps environments has died; the same command goes on")
+        return [np.concatenate(part) for part in zip(*results)]
+
+    def reset(self, numbers):
+        """Resets each environment by its row of `numbers`; returns the observations (E, S)."""
+        if not self.own:
+            self.start()
+        return self.each(reset_all, [(share,) for share in np.split(np.array(numbers), self.starts[1:])])[0]
+
+    def step(self, running, actions):
+        """Steps the environments `running` (R,); returns their observations (R, S), rewards and ends (R,)."""
+        cuts = np.searchsorted(running, self.starts[1:])
+        parts = zip(self.starts, np.split(running, cuts), np.split(actions, cuts))
+        return self.each(step_all, [(index - start, part) for start, index, part in parts])
+
+
+def serve(name, number, descriptor):
+    """What another process of `Envs` does, until that is gone."""
+    envs, connection = [make_env(name) for _ in range(number)], Connection(descriptor)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            function, arguments = connection.recv()
+            connection.send(globals()[function](envs, *arguments))
+
+
 def evaluate(config, policy, envs, update):
     """Episodes of a policy that maps states (seeds, E, S) to actions (seeds, E, A), for the E rows of `conditions`.
 
@@ -175,12 +247,12 @@ def evaluate(config, policy, envs, update):
     rows = conditions(config)
     shape = config.num_seeds, len(rows)
     numbers = [(config.seed + seed, update, row[0]) for seed in range(shape[0]) for row in rows]
-    observations = np.stack([reset(env, *key) for env, key in zip(envs, numbers)]).astype(np.float32)
-    seen, dims = observations.copy(), (observations.shape[1], *envs[0].action_space.shape)
+    observations = envs.reset(numbers)
+    seen, dims = observations.copy(), (observations.shape[1], *envs.own[0].action_space.shape)
     action_noise, state_noise = np.tile(np.array(rows, np.float32)[:, 1:], (shape[0], 1)).T
     noisy = (action_noise > 0) | (state_noise > 0)
     rngs = [np.random.default_rng(key) if noise else None for key, noise in zip(numbers, noisy)]
-    returns, running, visited = np.zeros(len(envs)), np.arange(len(envs)), []
+    returns, running, visited = np.zeros(len(numbers)), np.arange(len(numbers)), []
     while len(running):
         visited.append((running, observations[running]))
         seen[running] = observations[running]
@@ -188,14 +260,13 @@ def evaluate(config, policy, envs, update):
         if len(shaken):
             draws = np.stack([rngs[i].standard_normal(sum(dims), np.float32) for i in shaken])
             seen[shaken] += state_noise[shaken, None] * draws[:, : dims[0]]
-        actions = np.array(policy(seen.reshape(*shape, -1))).reshape(len(envs), -1)
+        actions = np.array(policy(seen.reshape(*shape, -1))).reshape(len(numbers), -1)
         if len(shaken):
             actions[shaken] += action_noise[shaken, None] * draws[:, dims[0] :]
             actions[shaken] = actions[shaken].clip(-1, 1)
-        steps = [envs[i].step(actions[i]) for i in running]
-        observations[running] = [step[0] for step in steps]
-        returns[running] += [step[1] for step in steps]
-        running = running[[not step[2] for step in steps]]
+        observations[running], rewards, done = envs.step(running, actions[running])
+        returns[running] += rewards
+        running = running[~done]
     index, states = (np.concatenate(part) for part in zip(*visited))
     states = [states[~noisy[index] & (index // shape[1] == seed)] for seed in range(shape[0])]
     draw = np.random.default_rng(update).integers
@@ -222,3 +293,7 @@ def record(path, policy, env, *numbers):
                 steps += 1
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: can't write {path}: {error}")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -41,6 +41,11 @@ def write_dataset(tmp_path):
     return write
 
 
+def init_states(script, config, data):
+    """The states of a run's seeds before the first update."""
+    return script.init_states(config, data, config.seed + np.arange(config.num_seeds))
+
+
 def random_columns(seed, size=200, states=17, actions=6, ends=0.1):
     """Columns of a file whose episodes end at random, by a terminal, a timeout, or both at once."""
     rng = np.random.default_rng(seed)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import test_iql
 import test_rebrac
+from conftest import init_states
 from test_iql import head
 from test_rebrac import mlp, numpy_actor, numpy_actor_back, numpy_adam, same_bits, small_data
 from test_regularisers import ON, SCRIPTS, SMALL
@@ -176,7 +177,7 @@ def test_plasticitys_steps_move_the_actor_even_when_its_learning_rate_has_decaye
     module, config = SCRIPTS[script]
     config, data = replace(config, actor_lr_decay=True, num_updates=4), split_data()
     static, traced = module.split_config(config)
-    states = module.init_states(config, jax.device_put(data))
+    states = init_states(module, config, jax.device_put(data))
     for _ in range(2):
         states, _ = module.epoch(static, traced, states, data)
     before = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
@@ -191,7 +192,7 @@ def test_every_regulariser_at_once_can_be_measured(script):
     module, _ = SCRIPTS[script]
     config = replace(SCRIPTS[script][1], hidden_dim=64, **ON)
     data = split_data()
-    states = module.init_states(config, jax.device_put(data))
+    states = init_states(module, config, jax.device_put(data))
     info = module.analyse(*module.split_config(config), states, data, tasks.make_samples(data), VISITED[:1])
     assert all(np.isfinite(value).all() for value in info.values())
 

@@ -38,8 +38,9 @@ def policy_for(name):
 
 def make_envs(config, limit=60):
     """The environments of an evaluation, with short episodes; AntMaze pays the distance to the target."""
-    envs = tasks.make_envs(config)
-    for env in envs:
+    envs = tasks.Envs(config.dataset_name, config.num_seeds * len(tasks.conditions(config)), processes=1)
+    envs.start()
+    for env in envs.own:
         env._max_episode_steps = limit
         getattr(env.unwrapped, "_wrapped_env", env.unwrapped).reward_type = "dense"
     return envs
@@ -53,7 +54,7 @@ def test_lock_step_returns_are_those_of_one_episode_after_another(name):
     config, policy = config_for(name, seed=5, eval_noise=NOISE), policy_for(name)
     envs = make_envs(config)
     together, visited = tasks.evaluate(config, policy, envs, update=100)
-    env, met = envs[0], [set(), set()]
+    env, met = envs.own[0], [set(), set()]
     for seed in range(2):
         for i, (episode, action_noise, state_noise) in enumerate(tasks.conditions(config)):
             numbers = (config.seed + seed, 100, episode)
@@ -77,6 +78,36 @@ def test_lock_step_returns_are_those_of_one_episode_after_another(name):
     again, _ = tasks.evaluate(config, policy, envs, update=100)
     other, _ = tasks.evaluate(config, policy, envs, update=200)
     assert np.array_equal(together, again) and not np.array_equal(together, other)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_more_processes_give_the_same_episodes(name):
+    config, policy = config_for(name, eval_episodes=2, eval_noise=NOISE[2:], num_seeds=1), policy_for(name)
+    alone, shared = tasks.Envs(name, 4, processes=1), tasks.Envs(name, 4, processes=3)
+    returns, visited = tasks.evaluate(config, policy, alone, update=100)
+    again, seen = tasks.evaluate(config, policy, shared, update=100)
+    assert np.array_equal(again, returns) and np.array_equal(seen, visited)
+    processes = [process for process, _ in shared.others]
+    assert len(processes) == 2 and all(process.poll() is None for process in processes)
+    del shared
+    assert all(process.poll() == 0 for process in processes)
+
+
+def test_a_process_that_dies_ends_the_run_with_a_line():
+    envs = tasks.Envs("hopper-medium-v2", 4, processes=2)
+    envs.reset([(0, 0, i) for i in range(4)])
+    envs.others[0][0].kill()
+    envs.others[0][0].wait()
+    with pytest.raises(SystemExit, match="error: a process that steps environments has died"):
+        envs.step(np.arange(4), np.zeros((4, 3)))
+
+
+def test_as_many_processes_as_cores_but_four_environments_each(monkeypatch):
+    sizes = lambda number: list(tasks.Envs("hopper-medium-v2", number).sizes)
+    for cores, expected in {1: [20], 2: [10, 10], 3: [6, 7, 7], 64: [4, 4, 4, 4, 4]}.items():
+        monkeypatch.setattr(tasks.os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        assert sizes(20) == expected
+    assert sizes(3) == [3] and len(sizes(110)) == 8
 
 
 def test_an_episodes_noise_does_not_depend_on_the_other_pairs():

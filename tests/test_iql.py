@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import ROOT
+from conftest import ROOT, init_states
 from scipy import stats
 from test_rebrac import ACTIONS, mlp, mlp_back, numpy_adam, same_bits, small_data
 from test_regularisers import BATCH, IQL, KEYS, ON
@@ -21,7 +21,7 @@ update = jax.jit(iql.update, static_argnums=0)
 
 def small_state(config, seed=0, spread=0.3):
     """A state whose parameters, the target's included, are all different and far from their initial values."""
-    state = jax.tree.map(lambda x: x[0], iql.init_states(replace(config, seed=seed), small_data()))
+    state = jax.tree.map(lambda x: x[0], init_states(iql, replace(config, seed=seed), small_data()))
     keys = iter(jax.random.split(jax.random.key(seed + 100), 1000))
     shaken = {}
     for name in ("actor", "critic", "target_critic", "value"):
@@ -206,7 +206,7 @@ def test_the_actors_flags_leave_v_and_q_alone():
 def run(config, epochs=2):
     data = jax.device_put(small_data())
     static, traced = iql.split_config(config)
-    states = iql.init_states(config, data)
+    states = init_states(iql, config, data)
     for _ in range(epochs):
         states, _ = iql.epoch(static, traced, states, data)
     return jax.device_get(states._replace(key=jax.random.key_data(states.key)))

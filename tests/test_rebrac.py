@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, init_states
 from scipy import stats
 
 import rebrac
@@ -38,7 +38,7 @@ def small_data(size=64, seed=0):
 
 def small_state(config, seed=0, spread=0.3):
     """A state whose parameters, targets included, are all different and far from their small initial values."""
-    state = jax.tree.map(lambda x: x[0], rebrac.init_states(replace(config, seed=seed), small_data()))
+    state = jax.tree.map(lambda x: x[0], init_states(rebrac, replace(config, seed=seed), small_data()))
     keys = iter(jax.random.split(jax.random.key(seed + 100), 1000))
 
     def shake(tree):
@@ -250,7 +250,7 @@ def test_hl_gauss_shrinks_the_support_with_a_negative_v_expand():
 def run(config, epochs=2):
     static, traced = rebrac.split_config(config)
     data = jax.device_put(small_data())
-    states = rebrac.init_states(config, data)
+    states = init_states(rebrac, config, data)
     for _ in range(epochs):
         states, _ = rebrac.epoch(static, traced, states, data)
     return jax.device_get(states._replace(key=jax.random.key_data(states.key)))

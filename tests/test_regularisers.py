@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import init_states
 from test_rebrac import ACTIONS, SMALL, same_bits, small_data, small_state, update
 
 import iql
@@ -212,7 +213,7 @@ both = pytest.mark.parametrize("script", SCRIPTS)
 def program(script, **flags):
     module, config = SCRIPTS[script]
     config, data = replace(config, **flags), small_data()
-    state = jax.eval_shape(lambda: module.init_states(config, data))
+    state = jax.eval_shape(lambda: init_states(module, config, data))
     static, traced = module.split_config(config)
     return module.epoch.lower(static, traced, state, data).as_text()
 
@@ -287,7 +288,7 @@ def test_all_regularisers_work_together(script):
     module, config = SCRIPTS[script]
     config = replace(config, hidden_dim=64, critic_layers=1, **ON, **CRITIC_ON, actor_l1_ratio=0.5, critic_l1_ratio=1.0)
     data = jax.device_put(small_data())
-    states = module.init_states(config, data)
+    states = init_states(module, config, data)
     static, traced = module.split_config(config)
     for _ in range(3):
         states, infos = module.epoch(static, traced, states, data)

@@ -1,10 +1,14 @@
 """What the compiled programs show about their speed where it can't be measured here: an epoch on a GPU."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import pytest
+from conftest import ROOT, init_states
 
 import benchmark
 import iql
@@ -18,7 +22,7 @@ def epoch_for(script, platform, **flags):
     if script is rebrac:
         config = replace(config, v_min=-10.0, v_max=10.0)
     data = benchmark.random_data(size=100)
-    states = jax.eval_shape(lambda: script.init_states(config, data))
+    states = jax.eval_shape(lambda: init_states(script, config, data))
     static, traced = script.split_config(config)
     return script.epoch.trace(static, traced, states, data).lower(lowering_platforms=(platform,)).as_text(), states
 
@@ -42,3 +46,22 @@ def test_a_callback_would_be_seen(script, monkeypatch):
     transitions = script.transitions
     monkeypatch.setattr(script, "transitions", lambda *a: jax.debug.print("here") or transitions(*a))
     assert "callback" in epoch_for(script, "cpu", critic_dropout=0.25)[0]  # a config that isn't in jit's cache
+
+
+def test_flags_for_the_gpu_are_set_before_jax_uses_a_device(tmp_path):
+    """XLA ends a program whose XLA_FLAGS it does not know."""
+    code = """
+import os, jax, rebrac
+from jax._src import xla_bridge
+rebrac.parse(rebrac.Config, ["--deterministic", "WORD"])
+assert not xla_bridge.backends_are_initialized()
+print(os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"], os.environ["XLA_FLAGS"], jax.numpy.arange(3).sum())
+"""
+    words = {}
+    for flag in ("false", "true"):
+        env = {key: value for key, value in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+        command = [sys.executable, "-c", code.replace("WORD", flag)]
+        run = subprocess.run(command, env=env | {"XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        words[flag] = run.stdout.split()
+    assert words == {"false": ["false", "3"], "true": ["false", "--xla_gpu_deterministic_ops=true", "3"]}
