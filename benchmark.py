@@ -39,7 +39,6 @@ import tasks
 
 VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN"]  # by the paper's abbreviations, at its chosen strengths
 PARTS = ("load", "start", "memory", "updates", "evaluation", "regularisers", "seeds")
-EVALUATED = "halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"  # a task of each domain
 UPDATES = {  # what the part `updates` compares: a script and its flags
     "ReBRAC (mse), batch 1024": ("rebrac", dict(critic_loss="mse", batch_size=1024)),
     "ReBRAC (mse), batch 256": ("rebrac", dict(critic_loss="mse", batch_size=256)),
@@ -61,6 +60,7 @@ class Config:
     transitions: List[int] = field(
         default_factory=lambda: [1_000_000, 2_000_000]
     )  # in load and memory; start has the first
+    tasks: List[str] = field(default_factory=lambda: ["halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"])
     against: Optional[str] = None  # directory of another checkout, for load, start, updates and evaluation
 
 
@@ -79,10 +79,10 @@ def random_data(size=100_000, states=11, actions=3):
 
 
 def write_dataset(path, size):
-    """Such data as a file like D4RL's, compressed, in episodes of 1,000 steps; returns its arrays' size in bytes."""
+    """Such data as a file like D4RL's, compressed, in episodes of 100 steps; returns its arrays' size in bytes."""
     columns = random_data(size)
     columns = {key: columns[key] for key in ("observations", "actions", "rewards", "terminals")}
-    columns["timeouts"] = np.arange(size) % 1000 == 999
+    columns["timeouts"] = np.arange(size) % 100 == 99
     with h5py.File(path, "w") as file:
         for key, column in columns.items():
             file.create_dataset(key, data=column, compression="gzip")
@@ -269,11 +269,12 @@ def memory_part(config, folder):
     for i in range(config.rounds + 1):  # the first fills the cache
         for script, n in peaks:
             shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
-            process = subprocess.Popen(
-                command(config, folder, script, os.path.join(folder, f"{n}.hdf5")),
-                cwd=os.path.dirname(os.path.abspath(__file__)), env=environment, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            arguments = command(config, folder, script, os.path.join(folder, f"{n}.hdf5"))
+            directory = os.path.dirname(os.path.abspath(__file__))
+            process = subprocess.Popen(arguments, cwd=directory, env=environment, stdout=subprocess.DEVNULL)
             _, process.returncode, usage = os.wait4(process.pid, 0)
+            if process.returncode:
+                sys.exit(f"error: {' '.join(arguments)} has failed")
             if i:
                 peaks[script, n].append(usage.ru_maxrss / 1e6 * (1 if sys.platform == "darwin" else 1024))
     header("MB at most", "above that with 1,000", "as a multiple of the data's size")
@@ -311,7 +312,7 @@ def updates_part(config, folder):
 def evaluation_part(config, folder):
     """Steps a second of an evaluation of 10 episodes, and 10 more under noise, and of a bare environment that is given
     the same actions, resets included."""
-    for name in EVALUATED:
+    for i, name in enumerate(config.tasks):
         functions, steps = {}, []
         for label, its in checkouts(config).items():
             settings = make_config(config, its.rebrac, dataset_name=name, eval_episodes=10)
@@ -327,7 +328,7 @@ def evaluation_part(config, folder):
             if not label:
                 functions[f"{name}, bare"] = partial(replay, its, env, rows, played)
         seconds = interleaved(functions, config.rounds)
-        if name == EVALUATED[0]:
+        if not i:
             header("steps/s", "share of the bare environment's")
         for title, times in seconds.items():
             cells = spread(steps[0] / times, "{:.0f}"), spread(seconds[f"{name}, bare"] / times)
@@ -384,7 +385,12 @@ def seeds_part(config, folder):
 
 
 def main(config):
-    known = ((config.parts, PARTS), (config.scripts, ["rebrac", "iql"]), (config.variants, VARIANTS))
+    known = (
+        (config.parts, PARTS),
+        (config.scripts, ["rebrac", "iql"]),
+        (config.variants, VARIANTS),
+        (config.tasks, rebrac.TUNED),
+    )
     for words, those in known:
         if unknown := set(words) - set(those):
             sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(those)}")

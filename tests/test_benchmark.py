@@ -1,5 +1,7 @@
 """The benchmark runs, and what it compares are the programs that it names."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -78,22 +80,45 @@ def test_the_ceiling_has_the_updates_products(script, networks):
     assert flops == 2 * 8 * expected
 
 
-def test_the_other_parts_print_their_tables():
-    flags = [
-        "--parts",
-        "[updates, seeds]",
-        "--scripts",
-        "[iql]",
-        "--rounds",
-        "1",
-        "--updates",
-        "2",
-        "--batch_size",
-        "8",
-    ]
-    run = subprocess.run([sys.executable, "benchmark.py", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("rebrac.py", "iql.py", "runs.py", "tasks.py", "mujoco210.py"):
+        shutil.copy(os.path.join(ROOT, name), other)
+    flags = dict(
+        parts="[load, start, memory, updates, evaluation, seeds]", scripts="[iql]", rounds=1, updates=2, batch_size=8,
+        transitions="[2000]", tasks="[pen-human-v1]", against=other,
+    )  # fmt: skip
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    run = subprocess.run([sys.executable, "benchmark.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
     rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows if row[0].startswith("IQL")] == ["IQL, batch 256"]
-    assert [row[0] for row in rows if row[0].startswith("iql")] == [f"iql, {n} seeds" for n in (1, 2, 4, 8)]
-    assert all(0 < float(row[1]) for row in rows if row[0].lower().startswith("iql"))
+    names = [row[0] for row in rows if row[0] not in ("", "---")]
+    twice = lambda *titles: [title + label for label in ("", f" in {other}") for title in titles]
+    pen = "pen-human-v1"
+    assert names == [
+        *twice("2,000 transitions"),
+        *twice("iql, empty cache", "iql, full cache"),
+        "iql, 1,000 transitions",
+        "iql, 2,000 transitions",
+        *twice("IQL, batch 256: 0.56 GFLOP"),
+        *(pen, f"{pen}, bare", f"{pen} in {other}"),
+        *[f"iql, {n} seeds" for n in (1, 2, 4, 8)],
+    ]
+    assert all(float(row[1]) > 0 for row in rows if row[0] in names)
+
+
+def test_a_bare_environment_is_given_what_an_evaluation_played():
+    config = iql.tuned(iql.Config(dataset_name="hopper-medium-v2", eval_episodes=2))
+    envs = benchmark.tasks.make_envs(config)
+    policy = lambda states: np.tanh(states[..., :3])
+    results, total = [], []
+
+    def run():
+        results.append(benchmark.tasks.evaluate(config, policy, envs, 0)[0])
+
+    played, env = benchmark.record_actions(envs, run, 6), benchmark.tasks.make_env("hopper-medium-v2")
+    step = env.step
+    env.step = lambda action: (answer := step(action), total.append(answer[1]))[0]
+    benchmark.replay(benchmark, env, benchmark.tasks.conditions(config), played)
+    np.testing.assert_allclose(sum(total), results[0].sum(), rtol=1e-9)
