@@ -86,7 +86,7 @@ def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
     for name in ("rebrac.py", "iql.py", "runs.py", "tasks.py", "mujoco210.py"):
         shutil.copy(os.path.join(ROOT, name), other)
     flags = dict(
-        parts="[load, start, memory, updates, evaluation, seeds]", scripts="[iql]", rounds=1, updates=2, batch_size=8,
+        parts="[load, start, evaluation]", scripts="[iql]", rounds=1, updates=2, batch_size=8,
         transitions="[2000]", tasks="[pen-human-v1]", against=other,
     )  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
@@ -99,13 +99,24 @@ def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
     assert names == [
         *twice("2,000 transitions"),
         *twice("iql, empty cache", "iql, full cache"),
-        "iql, 1,000 transitions",
-        "iql, 2,000 transitions",
-        *twice("IQL, batch 256: 0.56 GFLOP"),
         *(pen, f"{pen}, bare", f"{pen} in {other}"),
-        *[f"iql, {n} seeds" for n in (1, 2, 4, 8)],
     ]
     assert all(float(row[1]) > 0 for row in rows if row[0] in names)
+
+
+def test_the_other_parts_print_their_tables():
+    flags = dict(
+        parts="[memory, updates, seeds]", scripts="[iql]", rounds=1, updates=2, batch_size=8, transitions="[2000]"
+    )
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    run = subprocess.run([sys.executable, "benchmark.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.lower().startswith("| iql")]
+    memory = ["iql, 1,000 transitions", "iql, 2,000 transitions"]
+    assert [row[0] for row in rows] == [
+        *memory, "IQL, batch 256: 0.56 GFLOP", *[f"iql, {n} seeds" for n in (1, 2, 4, 8)]
+    ]  # fmt: skip
+    assert all(float(row[1]) > 0 for row in rows)
 
 
 def test_a_bare_environment_is_given_what_an_evaluation_played():
