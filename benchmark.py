@@ -57,9 +57,7 @@ class Config:
     batch_size: int = 256
     updates: int = 100  # in one timing
     rounds: int = 7
-    transitions: List[int] = field(
-        default_factory=lambda: [1_000_000, 2_000_000]
-    )  # in load and memory; start has the first
+    transitions: List[int] = field(default_factory=lambda: [1_000_000, 2_000_000])  # of load, memory; start: the first
     tasks: List[str] = field(default_factory=lambda: ["halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"])
     against: Optional[str] = None  # directory of another checkout, for load, start, updates and evaluation
 
@@ -196,14 +194,14 @@ def header(*columns):
     print(f"\n| | {' | '.join(cells)} |\n|{' --- |' * (len(cells) + 1)}")
 
 
-def compare(config, functions, unit, form, value):
-    """Times functions by their names, and prints a row for each: the `value` of the seconds that it took, and where it
-    is of another checkout its time against this one's."""
+def compare(config, functions, title, form):
+    """Times functions by their names, and prints a row of seconds for each; of another checkout's also the time
+    against this one's."""
     seconds = interleaved(functions, config.rounds)
-    header(unit, *(["time against this checkout"] if config.against else []))
+    header(title, *(["time against this checkout"] if config.against else []))
     for name, times in seconds.items():
         own = seconds[name.removesuffix(f" in {config.against}")]
-        cells = [spread(value(name, times), form), *([spread(times / own)] if config.against else [])]
+        cells = [spread(times, form), *([spread(times / own)] if config.against else [])]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -222,7 +220,7 @@ def load_part(config, folder):
         write_dataset(path := os.path.join(folder, f"{size}.hdf5"), size)
         for label, its in checkouts(config).items():
             functions[f"{size:,} transitions{label}"] = partial(load, its, path)
-    compare(config, functions, "seconds until they are ready", "{:.2f}", lambda _, times: times)
+    compare(config, functions, "seconds until they are ready", "{:.2f}")
 
 
 def command(config, folder, script, path):
@@ -258,7 +256,7 @@ def start_part(config, folder):
         for label, its in checkouts(config).items():
             functions[f"{script}, empty cache{label}"] = partial(start, its, script, False)
             functions[f"{script}, full cache{label}"] = partial(start, its, script, True)
-    compare(config, functions, "seconds from the command to the first update", "{:.1f}", lambda _, times: times)
+    compare(config, functions, "seconds from the command to the first update", "{:.1f}")
 
 
 def memory_part(config, folder):
@@ -313,7 +311,7 @@ def evaluation_part(config, folder):
     """Steps a second of an evaluation of 10 episodes, and 10 more under noise, and of a bare environment that is given
     the same actions, resets included."""
     for i, name in enumerate(config.tasks):
-        functions, steps = {}, []
+        functions, steps = {}, {}
         for label, its in checkouts(config).items():
             settings = make_config(config, its.rebrac, dataset_name=name, eval_episodes=10)
             env, rows = its.tasks.make_env(name), its.tasks.conditions(settings)
@@ -323,15 +321,17 @@ def evaluation_part(config, folder):
             policy = partial(its.rebrac.act_all, static, traced, states.actor, data)
             envs = its.rebrac.make_envs(settings)
             played = record_actions(envs, partial(its.tasks.evaluate, settings, policy, envs, 0), len(rows))
-            steps.append(sum(map(len, played)))
-            functions[f"{name}{label}"] = partial(its.tasks.evaluate, settings, policy, envs, 0)
+            steps[name + label] = sum(map(len, played))
+            functions[name + label] = partial(its.tasks.evaluate, settings, policy, envs, 0)
             if not label:
+                steps[f"{name}, bare"] = steps[name]
                 functions[f"{name}, bare"] = partial(replay, its, env, rows, played)
         seconds = interleaved(functions, config.rounds)
         if not i:
             header("steps/s", "share of the bare environment's")
         for title, times in seconds.items():
-            cells = spread(steps[0] / times, "{:.0f}"), spread(seconds[f"{name}, bare"] / times)
+            speed, bare = steps[title] / times, steps[name] / seconds[f"{name}, bare"]
+            cells = spread(speed, "{:.0f}"), spread(speed / bare)
             print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 

@@ -165,13 +165,8 @@ def compiling(function, *arguments):
 
 # --- Names of runs ---
 
-NOT_IN_NAME = (
-    "results",
-    "evaluate",
-    "video",
-    "regularisers",
-    "deterministic",
-)  # that say where and how, or what other fields say
+# The fields that say where and how, or what other fields say
+NOT_IN_NAME = ("results", "evaluate", "video", "regularisers", "deterministic")
 
 
 def identity(fields):
