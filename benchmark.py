@@ -111,9 +111,10 @@ def trainer(script, config, data):
     return train
 
 
-def interleaved(functions, rounds):
-    """Seconds (rounds,) of each function, after a first call that compiles; each round calls all of them in turn."""
-    for function in functions.values():
+def interleaved(functions, rounds, compiled=False):
+    """Seconds (rounds,) of each function, if not yet `compiled` after a first call that compiles; each round calls all
+    of them in turn."""
+    for function in () if compiled else functions.values():
         function()
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
@@ -194,10 +195,10 @@ def header(*columns):
     print(f"\n| | {' | '.join(cells)} |\n|{' --- |' * (len(cells) + 1)}")
 
 
-def compare(config, functions, title, form):
+def compare(config, functions, title, form, compiled=False):
     """Times functions by their names, and prints a row of seconds for each; of another checkout's also the time
     against this one's."""
-    seconds = interleaved(functions, config.rounds)
+    seconds = interleaved(functions, config.rounds, compiled)
     header(title, *(["time against this checkout"] if config.against else []))
     for name, times in seconds.items():
         own = seconds[name.removesuffix(f" in {config.against}")]
@@ -256,7 +257,7 @@ def start_part(config, folder):
         for label, its in checkouts(config).items():
             functions[f"{script}, empty cache{label}"] = partial(start, its, script, False)
             functions[f"{script}, full cache{label}"] = partial(start, its, script, True)
-    compare(config, functions, "seconds from the command to the first update", "{:.1f}")
+    compare(config, functions, "seconds from the command to the first update", "{:.1f}", compiled=True)
 
 
 def memory_part(config, folder):
