@@ -143,19 +143,17 @@ def matrix_products(jaxpr):
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from matrix_products(inner)
+                yield from [*matrix_products(inner)] * equation.params.get("length", 1)  # a scan's
 
 
 def ceiling(script, config, data):
     """A function that computes nothing but the matrix products of `log_every` updates, in one compiled scan, and their
     floating-point operations in an update."""
     freq = getattr(config, "policy_freq", 1)
-    variants = [{}] if freq == 1 else [dict(update_actor=i == freq - 1) for i in range(freq)]
+    index = np.zeros((freq, config.batch_size) if hasattr(config, "policy_freq") else config.batch_size, int)
     state = jax.eval_shape(lambda: script.init_state(config, data, 0))
-    batch = jax.eval_shape(script.transitions, data, np.zeros(config.batch_size, int))
-    products = []
-    for flags in variants:
-        products += matrix_products(jax.make_jaxpr(partial(script.update, config, **flags))(state, batch).jaxpr)
+    batch = jax.eval_shape(script.transitions, data, index)
+    products = [*matrix_products(jax.make_jaxpr(partial(script.update, config))(state, batch).jaxpr)]
     rng = np.random.default_rng(0)
     operands = jax.device_put([[rng.normal(size=x).astype(np.float32) for x in shapes] for shapes, _ in products])
 

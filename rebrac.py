@@ -527,32 +527,35 @@ def measured_actor_loss(config, state, batch):
     return actor_loss(state.actor["params"], config, state, batch, None)[0]
 
 
-def update(config, state, batch, update_actor):
-    """One update of the critics, and with `update_actor` one of the actor and of both targets after it.
+def update_critics(config, state, batch):
+    """One update of the critics; returns the new state and a dictionary of scalars."""
+    _, optimizer = optimizers(config)
+    key, target_key, dropout_key, noise_key = jax.random.split(state.key, 4)
+    target = critic_target(config, state, batch, target_key)
+    grads, (critic, info) = jax.grad(critic_loss, has_aux=True)(
+        state.critic["params"], config, state, batch, target, dropout_key
+    )
+    critic, critic_opt = optimize(config, "critic", optimizer, critic, state.critic_opt, grads, noise_key)
+    return state._replace(critic=critic, critic_opt=critic_opt, key=key), info
+
+
+def update(config, state, batches):
+    """An update of the critics on each batch (policy_freq, B), then on the last one of the actor and of both targets.
 
     A pure function of a TrainState and Transitions; returns the new state and a dictionary of scalars.
     """
-    actor_optimizer, critic_optimizer = optimizers(config)
-    key, target_key, critic_key, critic_noise_key, actor_noise_key, *actor_keys = jax.random.split(state.key, 8)
-    target = critic_target(config, state, batch, target_key)
-    grads, (critic, info) = jax.grad(critic_loss, has_aux=True)(
-        state.critic["params"], config, state, batch, target, critic_key
+    state, infos = jax.lax.scan(partial(update_critics, config), state, batches, unroll=True)
+    batch, info = jax.tree.map(lambda x: x[-1], (batches, infos))
+    optimizer, _ = optimizers(config)
+    key, noise_key, *keys = jax.random.split(state.key, 5)
+    grads, (actor, actor_info) = jax.grad(actor_loss, has_aux=True)(state.actor["params"], config, state, batch, keys)
+    actor, actor_opt = optimize(config, "actor", optimizer, actor, state.actor_opt, grads, noise_key)
+    target_actor = optax.incremental_update(actor, state.target_actor, config.tau)
+    target_critic = optax.incremental_update(state.critic, state.target_critic, config.tau)
+    state = state._replace(
+        actor=actor, actor_opt=actor_opt, target_actor=target_actor, target_critic=target_critic, key=key
     )
-    critic, critic_opt = optimize(config, "critic", critic_optimizer, critic, state.critic_opt, grads, critic_noise_key)
-    state = state._replace(critic=critic, critic_opt=critic_opt, key=key)
-    if update_actor:
-        grads, (actor, actor_info) = jax.grad(actor_loss, has_aux=True)(
-            state.actor["params"], config, state, batch, actor_keys
-        )
-        actor, actor_opt = optimize(config, "actor", actor_optimizer, actor, state.actor_opt, grads, actor_noise_key)
-        state = state._replace(
-            actor=actor,
-            actor_opt=actor_opt,
-            target_actor=optax.incremental_update(actor, state.target_actor, config.tau),
-            target_critic=optax.incremental_update(critic, state.target_critic, config.tau),
-        )
-        info |= actor_info
-    return state, info
+    return state, info | actor_info
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -566,11 +569,7 @@ def epoch(static, traced, states, data):
     def step(state, _):
         key, batch_key = jax.random.split(state.key)
         indices = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
-        state, infos = state._replace(key=key), {}
-        for i in range(config.policy_freq):
-            state, info = update(config, state, transitions(data, indices[i]), update_actor=i == config.policy_freq - 1)
-            infos |= info
-        return state, infos
+        return update(config, state._replace(key=key), transitions(data, indices))
 
     def run(state):
         return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)

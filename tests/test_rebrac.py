@@ -20,7 +20,7 @@ SMALL = rebrac.tuned(
     )
 )  # fmt: skip
 STATES, ACTIONS = 5, 3
-update = jax.jit(rebrac.update, static_argnums=(0, 3))
+update, update_critics = (jax.jit(function, static_argnums=0) for function in (rebrac.update, rebrac.update_critics))
 
 
 def small_data(size=64, seed=0):
@@ -138,7 +138,7 @@ def numpy_adam(opt, params, grads, lr):
     return (mu, nu, count), jax.tree.map(step, params, mu, nu)
 
 
-def numpy_update(config, s, batch, noise, update_actor):
+def numpy_update_critics(config, s, batch, noise):
     """The paper's formulas; `s` maps actor, target_actor, critic, target_critic, actor_opt, critic_opt to NumPy."""
     noise = np.clip(config.target_noise * noise, -config.noise_clip, config.noise_clip)
     next_actions = np.clip(numpy_actor(s["target_actor"], batch.next_observations)[0] + noise, -1, 1)
@@ -170,25 +170,31 @@ def numpy_update(config, s, batch, noise, update_actor):
     s = dict(s)
     s["critic_opt"], s["critic"] = numpy_adam(s["critic_opt"], s["critic"], grads, config.critic_learning_rate)
     info = {"critic_loss": np.mean(losses)}
-    if update_actor:
-        actions, actor_cache = numpy_actor(s["actor"], batch.observations)
-        values, slopes = [], []
-        for k in range(2):
-            outputs, cache = numpy_critic(s["critic"], k, batch.observations, actions)
-            value, by_outputs = numpy_values(config, outputs)
-            values.append(value)
-            slopes.append(numpy_critic_back(s["critic"], k, cache, by_outputs)[1])
-        smaller = np.argmin(values, axis=0)
-        value, slope = np.min(values, axis=0), np.array(slopes)[smaller, np.arange(size)]
-        bc = ((actions - batch.actions) ** 2).sum(-1).mean()
-        info["actor_loss"] = config.actor_bc_coef * bc - value.mean() / np.abs(value).mean()
-        grad = (config.actor_bc_coef * 2 * (actions - batch.actions) - slope / np.abs(value).mean()) / size
-        grads = numpy_actor_back(s["actor"], actor_cache, grad)
-        s["actor_opt"], s["actor"] = numpy_adam(s["actor_opt"], s["actor"], grads, config.actor_learning_rate)
-        for name in ("actor", "critic"):
-            s[f"target_{name}"] = jax.tree.map(
-                lambda new, old: config.tau * new + (1 - config.tau) * old, s[name], s[f"target_{name}"]
-            )
+    return s, info
+
+
+def numpy_update(config, s, batches, noises):
+    for batch, noise in zip(batches, noises):
+        s, info = numpy_update_critics(config, s, batch, noise)
+    size = len(batch.rewards)
+    actions, actor_cache = numpy_actor(s["actor"], batch.observations)
+    values, slopes = [], []
+    for k in range(2):
+        outputs, cache = numpy_critic(s["critic"], k, batch.observations, actions)
+        value, by_outputs = numpy_values(config, outputs)
+        values.append(value)
+        slopes.append(numpy_critic_back(s["critic"], k, cache, by_outputs)[1])
+    smaller = np.argmin(values, axis=0)
+    value, slope = np.min(values, axis=0), np.array(slopes)[smaller, np.arange(size)]
+    bc = ((actions - batch.actions) ** 2).sum(-1).mean()
+    info["actor_loss"] = config.actor_bc_coef * bc - value.mean() / np.abs(value).mean()
+    grad = (config.actor_bc_coef * 2 * (actions - batch.actions) - slope / np.abs(value).mean()) / size
+    grads = numpy_actor_back(s["actor"], actor_cache, grad)
+    s["actor_opt"], s["actor"] = numpy_adam(s["actor_opt"], s["actor"], grads, config.actor_learning_rate)
+    for name in ("actor", "critic"):
+        s[f"target_{name}"] = jax.tree.map(
+            lambda new, old: config.tau * new + (1 - config.tau) * old, s[name], s[f"target_{name}"]
+        )
     return s, info
 
 
@@ -205,11 +211,14 @@ def test_updates_are_those_of_a_numpy_rederivation(critic_loss):
             zeros = jax.tree.map(np.zeros_like, ours[name])
             ours[f"{name}_opt"] = (zeros, zeros, 0)
         data = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in small_data().items()}
-        for i in range(4):
-            batch = rebrac.transitions(data, np.arange(8 * i, 8 * i + 8))
-            noise = jax.random.normal(jax.random.split(state.key, 8)[1], batch.actions.shape)
-            ours, expected = numpy_update(config, ours, batch, np.asarray(noise), i % 2 == 1)
-            state, info = update(config, state, jax.tree.map(jnp.asarray, batch), i % 2 == 1)
+        for i in range(2):
+            rows = np.arange(16 * i, 16 * i + 16).reshape(2, 8)
+            batches, each = rebrac.transitions(data, rows), [rebrac.transitions(data, row) for row in rows]
+            key, noise_key, *_ = jax.random.split(state.key, 4)
+            keys = [noise_key, jax.random.split(key, 4)[1]]
+            noises = [np.asarray(jax.random.normal(key, each[0].actions.shape)) for key in keys]
+            ours, expected = numpy_update(config, ours, each, noises)
+            state, info = update(config, state, jax.tree.map(jnp.asarray, batches))
             for key, value in expected.items():
                 np.testing.assert_allclose(info[key], value, rtol=1e-9)
         for name in ("actor", "target_actor", "critic", "target_critic"):
@@ -278,7 +287,7 @@ def test_seeds_trained_together_are_those_trained_alone():
 def test_the_actor_and_the_targets_move_every_second_critic_update():
     batch = jax.tree.map(jnp.asarray, rebrac.transitions(small_data(), np.arange(8)))
     before = small_state(SMALL)
-    after, info = update(SMALL, before, batch, False)
+    after, info = update_critics(SMALL, before, batch)
     for name in ("actor", "target_actor", "target_critic", "actor_opt"):
         assert same_bits(getattr(after, name), getattr(before, name))
     assert not same_bits(after.critic, before.critic) and "actor_loss" not in info
