@@ -276,26 +276,25 @@ class Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        layers, ln, fn, gn, bn, sn, dropout = (
-            getattr(self.config, f"{self.network}_{key}") for key in ("layers", "ln", "fn", "gn", "bn", "sn", "dropout")
-        )
-        for layer in range(layers):
+        flag = lambda key: getattr(self.config, f"{self.network}_{key}")
+        last = flag("layers") - 1
+        for layer in range(flag("layers")):
             dense = nn.Dense(self.config.hidden_dim, kernel_init=hidden_kernel_init, bias_init=hidden_bias_init)
-            x = nn.SpectralNorm(dense)(x, update_stats=train) if sn and layer == layers - 1 else dense(x)
-            if layer == layers - 1:
+            x = nn.SpectralNorm(dense)(x, update_stats=train) if flag("sn") and layer == last else dense(x)
+            if layer == last:
                 self.sow("intermediates", "features", x)
             x = nn.relu(x)
-            if ln:
+            if flag("ln"):
                 x = nn.LayerNorm()(x)
-            if fn:
+            if flag("fn"):
                 x = nn.LayerNorm(use_scale=False, use_bias=False)(x)
-            if gn:
+            if flag("gn"):
                 x = nn.GroupNorm(num_groups=32)(x)
-            if bn:
+            if flag("bn"):
                 x = nn.BatchNorm(use_running_average=not train)(x)
-            if train and is_on(dropout):
-                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - dropout, x.shape)
-                x = jnp.where(kept, x / (1 - dropout), 0)
+            if train and is_on(flag("dropout")):
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - flag("dropout"), x.shape)
+                x = jnp.where(kept, x / (1 - flag("dropout")), 0)
         return x
 
 

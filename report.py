@@ -93,10 +93,8 @@ def domain(dataset):
 def strengths(config):
     """Of a config's fields, its actor's regularisers by the paper's abbreviations, with their strengths."""
     kind = {0.0: "L2", 1.0: "L1", 0.5: "EN"}.get(config["actor_l1_ratio"], f"EN({config['actor_l1_ratio']:g})")
-    found = {"DO": config["actor_dropout"], kind: config["actor_wd"]}
-    found |= {name: config[f"actor_{name.lower()}"] for name in ("LN", "FN", "GN", "BN", "SN")}
-    found |= {"InN": config["actor_input_noise"], "BCN": config["actor_bc_noise"], "GrN": config["actor_grad_noise"]}
-    return {name: value for name, value in found.items() if value}
+    names = {next(iter(flags)): name for name, flags in rebrac.CHOSEN.items()} | {"actor_wd": kind}
+    return {name: config[flag] for flag, name in names.items() if config.get(flag)}
 
 
 def chosen(script, name):
@@ -114,9 +112,7 @@ REGULARISERS = {  # flags that make labels; the others make settings
     flag.name for flag in fields(rebrac.Config)
     if flag.name.startswith(("actor_", "critic_")) and not flag.name.endswith(("rate", "coef", "layers", "loss"))
 }  # fmt: skip
-UNNAMED = {
-    f for f in REGULARISERS if f.startswith("critic_") or f.endswith(("lr_decay", "kernels_only"))
-}  # no abbreviation
+UNNAMED = REGULARISERS - {flag for flags in rebrac.CHOSEN.values() for flag in flags}  # no abbreviation
 TUNED = {}  # by algorithm, dataset and critic's loss: the paper's config, and the regularisers of its tuned variants
 
 

@@ -1,15 +1,26 @@
-"""The numbers in README.md are those of the files in the repository."""
+"""README.md's numbers are those of the files in the repository, its commands run, and its example of a fork works."""
 
 import csv
 import glob
+import importlib.util
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_columns
 from scipy import stats
+from test_mujoco210 import gl_backend
+from test_speed import epoch_for
 
+import iql
 import rebrac
 import runs
 
@@ -71,3 +82,128 @@ def test_the_snippet_that_loads_a_policy_names_what_there_is():
     assert len(snippet.replace("\n\n", "\n").splitlines()) == 3
     with pytest.raises(SystemExit, match="is not the config of a run"):
         exec(snippet, {})
+
+
+# --- Each command is run, by a test or by CI ---
+
+
+def readme():
+    with open(os.path.join(ROOT, "README.md")) as file:
+        return file.read()
+
+
+def commands():
+    """The lines of the README's shell blocks, without comments."""
+    for block in re.findall(r"^```bash\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield " ".join(shlex.quote(word) for word in words)
+
+
+ELSEWHERE = {  # commands by the tests that run them
+    "make test": ".ci/run",
+    "source .venv/bin/activate": ".ci/run",  # the tests' own Python is that one
+    "python sweep.py ": "test_sweeps.test_a_sweep_runs_here_is_stopped_goes_on_and_says_what_failed",
+    "wandb sweep ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
+    "wandb agent ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
+    "sbatch ": "test_sweeps.test_slurms_job_goes_on_after_it_was_stopped",
+    "python report.py": "test_report.test_a_fresh_clone_shows_something_at_once",
+    "python report.py --wandb ": "test_report.test_a_wandb_project_gives_the_same_report",
+    "python benchmark.py": "test_benchmark.test_the_other_parts_print_their_tables",
+    ".venv/bin/python collect.py ": "test_collect.test_collected_files_can_be_learnt_from",
+    ".venv/bin/pip install ": None,  # a GPU's packages, and collect.py's
+    "docker ": None,  # the README says what was tried
+}
+HERE = [command for command in commands() if not command.startswith(tuple(ELSEWHERE))]
+
+
+def test_the_commands_that_run_elsewhere_do():
+    for name in filter(None, ELSEWHERE.values()):
+        path, _, function = name.partition(".test_")
+        if name != ".ci/run":
+            with open(os.path.join(ROOT, "tests", f"{path}.py")) as file:
+                assert f"\ndef test_{function}(" in file.read()
+    assert [start for start in ELSEWHERE if not any(command.startswith(start) for command in commands())] == []
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(HERE))
+def test_a_command_of_the_readme_runs(command, tmp_path, write_dataset):
+    """As it stands, but for the size of the networks, the lengths of the runs, and a run that is evaluated."""
+    small = "--num_updates 4 --log_every 2 --hidden_dim 32 --batch_size 8 --eval_every 2 --eval_episodes 1".split()
+    small += ["--analysis", "false"]
+    short = dict(PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", D4RL_DATASET_DIR=str(tmp_path))
+    run = partial(subprocess.run, cwd=tmp_path, env=os.environ | short, capture_output=True, text=True)
+    for name in ("rebrac.py", "iql.py", "runs.py", "tasks.py", "mujoco210.py", "data"):
+        os.symlink(os.path.join(ROOT, name), tmp_path / name)
+    write_dataset("hopper_medium-v2.hdf5", **random_columns(0, states=11, actions=3))
+    write_dataset("pen-human-v1.hdf5", **random_columns(0, states=45, actions=24))
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "hopper.hdf5").symlink_to(tmp_path / "hopper_medium-v2.hdf5")
+    words = shlex.split(command)
+    if words[0] == "make":
+        made = run(["make", "-C", ROOT, "-n", *words[1:]]).stdout.replace("\\\n", " ").splitlines()
+        words = ["python", *shlex.split(next(line for line in made if "rebrac.py" in line))[1:]]
+    if "--evaluate" in words:
+        made = run(["python", words[1], "--dataset_name", "hopper-medium-v2", *small])
+        assert made.returncode == 0, made.stderr
+        words[words.index("--evaluate") + 1] = glob.glob(str(tmp_path / "results" / "*" / "*" / "*"))[0]
+        small = ["--eval_episodes", "1"]
+    if "--video" in words and not gl_backend():
+        pytest.skip("there is no OpenGL")
+    done = run([*words, *small], env=os.environ | short | ({"MUJOCO_GL": gl_backend()} if "--video" in words else {}))
+    assert done.returncode == 0, done.stderr
+    assert "score" in done.stdout
+
+
+# --- The worked example of a fork ---
+
+
+def fork(path):
+    """A script's source after the README's diff, each of whose hunks must fit in one place."""
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE)
+    with open(path) as file:
+        source = file.read()
+    added = 0
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert source.count(old) == 1, hunk
+        source, added = source.replace(old, new), added + sum(line[0] != " " for line in lines)
+    assert added <= 10
+    return source
+
+
+@pytest.mark.parametrize("original", [rebrac, iql])
+def test_the_worked_example_is_exactly_off_or_divides_by_the_root_mean_square(original, tmp_path):
+    path = tmp_path / "forked.py"
+    path.write_text(fork(original.__file__))
+    spec = importlib.util.spec_from_file_location("forked", path)
+    forked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(forked)
+    support = dict(v_min=-10.0, v_max=10.0) if original is rebrac else {}
+    off, _ = epoch_for(forked, "cpu", **support)
+    assert off == epoch_for(original, "cpu", **support)[0] != epoch_for(forked, "cpu", actor_rms=True, **support)[0]
+    config = forked.Config(hidden_dim=16, actor_layers=1)
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    plain, rms = (forked.Hidden(replace(config, actor_rms=on), "actor") for on in (False, True))
+    variables = forked.init_network(rms, jax.random.key(0), x)
+    y = forked.infer(plain, variables, x)
+    expected = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(forked.infer(rms, variables, x), expected, rtol=1e-5)
+
+
+def test_the_worked_example_trains_by_its_name_and_is_reported_under_it(tmp_path, write_dataset):
+    for file in ("runs.py", "tasks.py", "mujoco210.py", "report.py"):
+        shutil.copy(os.path.join(ROOT, file), tmp_path)
+    for script in ("rebrac.py", "iql.py"):
+        (tmp_path / script).write_text(fork(os.path.join(ROOT, script)))
+    path = write_dataset("hopper_medium-v2.hdf5", **random_columns(0, states=11, actions=3))
+    flags = "--num_updates 4 --log_every 2 --hidden_dim 16 --batch_size 8 --eval_every 4 --eval_episodes 1".split()
+    flags += ["--dataset_name", "hopper-medium-v2", "--dataset_path", path, "--regularisers", "DO+RMS"]
+    for command in (["rebrac.py", *flags], ["iql.py", *flags], ["report.py", "--reps", "50"]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for directory in glob.glob(str(tmp_path / "results" / "*" / "*" / "*")):
+        assert "actor_dropout=0.1,actor_rms=true" in directory
+    assert (tmp_path / "report" / "tables.md").read_text().count("| DO+RMS |") >= 2
