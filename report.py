@@ -30,6 +30,7 @@ import yaml
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from rliable import library  # noqa: E402
+from scipy import stats  # noqa: E402
 
 import iql  # noqa: E402
 import rebrac  # noqa: E402
@@ -48,6 +49,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS, LINES = "os^Dv<>P", ["-", "--", "-.", ":"]
 INSIDE = {  # what is watched inside the actor, in the last evaluation
     "train/dead_neurons": "dead neurons (share, training data)",
+    "evaluation/dead_neurons": "dead neurons (share, evaluation)",
     "train/feature_norm": "feature norm (training data)",
     "train/pca_rank": "PCA rank (training data)",
     "gap/action_error": "gap of the action error",
@@ -465,6 +467,30 @@ def aggregate_table(title, matrices, scores, datasets, reps):
     return Table(title, header, rows, "95 % intervals by rliable's stratified bootstrap, in brackets."), estimates
 
 
+def inside_table(title, seeds, names, datasets):
+    """What is inside the actor in the last evaluation, and the scores under noise: means over datasets and seeds."""
+    seeds = [seed for seed in seeds if seed.finished]
+    scores = sorted({key for seed in seeds for key in seed.last if key.split("/")[0] == "score"})
+    keys = [key for key in [*INSIDE, *scores] if any(key in seed.last for seed in seeds)]
+    rows = []
+    for name in names:
+        cells = []
+        for key in keys:
+            mine = [seed for seed in seeds if name in seed.labels and key in seed.last]
+            found = matrix({d: [(s.seed, s.last[key]) for s in mine if s.dataset == d] for d in datasets}, datasets)
+            if found is None:
+                cells.append("incomplete")
+                continue
+            values = 100 * found.mean(1)  # of each seed
+            half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+            digits = 1 if key in scores or "norm" in key or "rank" in key else 3
+            cells.append(f"{values.mean():.{digits}f} ± {half:.{digits}f}")
+        rows.append([name, *cells])
+    header = [INSIDE.get(key, key.removeprefix("score/").replace("_", " ")) for key in keys]
+    note = "Means over the datasets, and 95 % intervals over the seeds (Student's t)."
+    return Table(title, ["regularisers", *header], [row for row in rows if {*row[1:]} != {"incomplete"}], note)
+
+
 # --- Figures ---
 
 
@@ -662,6 +688,8 @@ def section(config, settings, seeds, emit):
             emit(f"{title}: learning curves", learning_curves(mine, names[: config.variants], everything))
             emit(f"{title}: strength of a regulariser", strength_map(scores, everything))
             emit(f"{title}: pairs of regularisers", pair_map(scores, everything))
+            if (table := inside_table(f"{title}: inside the actor", mine, names, everything)).rows:
+                emit(table)
             emit(f"{title}: inside the actor", distributions(mine, names[:24]))
             emit(f"{title}: robustness", robustness(mine, names[:24]))
     if curves:

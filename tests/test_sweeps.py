@@ -178,7 +178,7 @@ SHAPES |= {"pen": (45, 24), "door": (39, 28), "hammer": (46, 26), "relocate": (3
 SMALL = "--num_updates=4 --log_every=2 --eval_every=4 --eval_episodes=1 --hidden_dim=64 --batch_size=8 --n_classes=11"
 
 
-@pytest.mark.parametrize("path", [FILES[i] for i in range(0, len(FILES), 7)])
+@pytest.mark.parametrize("path", [FILES[i] for i in range(7, len(FILES), 14)])
 def test_a_sampled_run_trains(path, tmp_path, monkeypatch, write_dataset):
     commands = list(sweep.expand(os.path.join(ROOT, path)))
     command = commands[FILES.index(path) * 7919 % len(commands)]
@@ -245,16 +245,16 @@ def start_sweep(server, tmp_path, path):
 
 
 def test_wandbs_sweep_and_agent_run_a_sweep_to_its_end(tmp_path, write_sweep):
-    path = write_sweep(regularisers=dict(values=["none", "LN"]), seed=dict(values=[0, 1]))
+    path = write_sweep(regularisers=dict(values=["none", "LN"]), seed=dict(value=0))
     with Server() as server:
         name = start_sweep(server, tmp_path, path)
         assert name == "team/regularised-actors/sweep0"
         command = [sys.executable, "-m", "wandb", "agent", name]
         agent = subprocess.run(command, cwd=ROOT, env=environment(server, tmp_path), capture_output=True, text=True)
         assert agent.returncode == 0, agent.stderr
-        assert len(server.runs) == 4 and all(run["exit"] == 0 for run in server.runs.values())
+        assert len(server.runs) == 2 and all(run["exit"] == 0 for run in server.runs.values())
         local = tables(tmp_path)
-        assert len(local) == 4
+        assert len(local) == 2
         for run, about in server.runs.items():
             config = {key: value["value"] for key, value in about["config"].items() if key != "_wandb"}
             assert config["actor_ln"] == (config["regularisers"] == "LN") and config["algorithm"] == "iql"
@@ -266,7 +266,7 @@ def test_wandbs_sweep_and_agent_run_a_sweep_to_its_end(tmp_path, write_sweep):
 
 def test_slurms_job_goes_on_after_it_was_stopped(tmp_path, write_sweep):
     """The job's script as SLURM runs it: in the checkout, with SIGTERM before its time is up, then once more."""
-    lengths = dict(num_updates=100_000, log_every=1000, eval_every=50_000)
+    lengths = dict(num_updates=40_000, log_every=1000, eval_every=20_000)
     path = write_sweep(seed=dict(value=0), **{key: dict(value=value) for key, value in lengths.items()})
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={os.path.dirname(sys.executable)}:{tmp_path}:$PATH\n")
@@ -289,10 +289,10 @@ def test_slurms_job_goes_on_after_it_was_stopped(tmp_path, write_sweep):
             (run,) = server.runs.values()
             assert run["state"] == "preempting" and run["exit"] != 0
             before = len(run["history"])
-            assert 0 < before < 100
+            assert 0 < before < 40
             assert subprocess.run(command, env=env, stdout=output, stderr=output, timeout=300).returncode == 0
         assert list(server.runs) == ["sweep0-run0"]
-        assert [json.loads(row)["_step"] for row in run["history"]] == [*range(1000, 101_000, 1000)]
+        assert [json.loads(row)["_step"] for row in run["history"]] == [*range(1000, 41_000, 1000)]
         assert run["exit"] == 0
     text = (tmp_path / "output.txt").read_text()
     assert "going on from update" in text and "W&B: off" not in text
