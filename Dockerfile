@@ -1,11 +1,13 @@
 # JAX=jax[cuda12]==0.10.2 as a build argument adds JAX's build for NVIDIA's GPUs. See the README.
 FROM python:3.11.13-slim-bookworm
 RUN apt-get update && apt-get install --yes --no-install-recommends make libegl1 libosmesa6 \
-    && rm -rf /var/lib/apt/lists/* && useradd --create-home user
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home user && install --directory --owner user /home/user/project /home/user/project/results
 USER user
 WORKDIR /home/user/project
 COPY --chown=user requirements.txt Makefile ./
 ARG JAX
 RUN make install && if [ -n "$JAX" ]; then .venv/bin/pip install --quiet --no-cache-dir "$JAX"; fi
 COPY --chown=user . .
+RUN touch .venv/installed  # newer than the copied requirements.txt, or make would install again
 CMD ["make", "demo"]

@@ -16,6 +16,8 @@ within a round, so that they do not depend on how fast the machine is at the mom
 import contextlib
 import importlib
 import io
+import itertools
+import math
 import os
 import platform
 import shutil
@@ -149,8 +151,8 @@ def matrix_products(jaxpr):
 def ceiling(script, config, data):
     """A function that computes nothing but the matrix products of `log_every` updates, in one compiled scan, and their
     floating-point operations in an update."""
-    freq = getattr(config, "policy_freq", 1)
-    index = np.zeros((freq, config.batch_size) if hasattr(config, "policy_freq") else config.batch_size, int)
+    batches = [config.policy_freq] if hasattr(config, "policy_freq") else []
+    freq, index = math.prod(batches), np.zeros([*batches, config.batch_size], int)
     state = jax.eval_shape(lambda: script.init_state(config, data, 0))
     batch = jax.eval_shape(script.transitions, data, index)
     products = [*matrix_products(jax.make_jaxpr(partial(script.update, config))(state, batch).jaxpr)]
@@ -284,24 +286,23 @@ def memory_part(config, folder):
 def updates_part(config, folder):
     """Updates a second, and their share of what the update's matrix products alone would allow."""
     data = jax.device_put(random_data())
-    multiply, flops_of_large = large_product()
+    programs, (multiply, flops_of_large) = checkouts(config), large_product()
     functions, flops = {"large": multiply}, {}
     for title, (name, flags) in UPDATES.items():
         if name in config.scripts:
-            for label, its in checkouts(config).items():
+            for label, its in programs.items():
                 script = getattr(its, name)
                 settings = make_config(config, script, **flags)
                 functions[title + label] = trainer(script, settings, data)
-                functions[title + label + ", products"], flops[title + label] = ceiling(script, settings, data)
+            script = globals()[name]  # what the products are is this checkout's, whose `update` is known
+            functions[title + ", products"], flops[title] = ceiling(script, make_config(config, script, **flags), data)
     seconds = interleaved(functions, config.rounds)
     rate = flops_of_large / seconds["large"]
     header("updates/s", "share of its products alone", "share of a large one's rate")
-    for title, work in flops.items():
-        own, alone = seconds[title], seconds[title + ", products"]
-        cells = spread(config.updates / own, "{:.0f}"), spread(alone / own)
-        print(
-            f"| {title}: {work / 1e9:.2f} GFLOP | {' | '.join(cells)} | {spread(work * config.updates / own / rate)} |"
-        )
+    for (title, work), label in itertools.product(flops.items(), programs):
+        own, alone = seconds[title + label], seconds[title + ", products"]
+        cells = spread(config.updates / own, "{:.0f}"), spread(alone / own), spread(work * config.updates / own / rate)
+        print(f"| {title}{label}: {work / 1e9:.2f} GFLOP | {' | '.join(cells)} |")
     print(f"\nA product of matrices (1024, 1024): {np.median(rate) / 1e9:.0f} GFLOP/s ({rate.min() / 1e9:.0f} to "
           f"{rate.max() / 1e9:.0f}).", flush=True)  # fmt: skip
 

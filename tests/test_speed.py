@@ -19,7 +19,7 @@ def epoch_for(script, platform, **flags):
     """The StableHLO of an epoch, for a platform that needn't be there, and the states that it takes."""
     fields = dict(dataset_name="hopper-medium-v2", batch_size=8, hidden_dim=64, log_every=10, num_seeds=2)
     config = script.tuned(script.Config(**fields | flags))
-    if script is rebrac:
+    if hasattr(config, "v_min"):
         config = replace(config, v_min=-10.0, v_max=10.0)
     data = benchmark.random_data(size=100)
     states = jax.eval_shape(lambda: init_states(script, config, data))
