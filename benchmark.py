@@ -260,6 +260,12 @@ def start_part(config, folder):
     compare(config, functions, "seconds from the command to the first update", "{:.1f}", compiled=True)
 
 
+PEAK = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""  # in a process of its own: Linux counts what the parent had when it forked as the child's
+
+
 def memory_part(config, folder):
     """The most memory that a run has had, above what the same run has with 1,000 transitions."""
     sizes = {n: write_dataset(os.path.join(folder, f"{n}.hdf5"), n) for n in (1000, *config.transitions)}
@@ -270,12 +276,13 @@ def memory_part(config, folder):
             shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
             arguments = command(config, folder, script, os.path.join(folder, f"{n}.hdf5"))
             directory = os.path.dirname(os.path.abspath(__file__))
-            process = subprocess.Popen(arguments, cwd=directory, env=environment, stdout=subprocess.DEVNULL)
-            _, process.returncode, usage = os.wait4(process.pid, 0)
+            process = subprocess.run(
+                [sys.executable, "-c", PEAK, *arguments], cwd=directory, env=environment, capture_output=True, text=True
+            )
             if process.returncode:
                 sys.exit(f"error: {' '.join(arguments)} has failed")
             if i:
-                peaks[script, n].append(usage.ru_maxrss / 1e6 * (1 if sys.platform == "darwin" else 1024))
+                peaks[script, n].append(int(process.stdout) / 1e6 * (1 if sys.platform == "darwin" else 1024))
     header("MB at most", "above that with 1,000", "as a multiple of the data's size")
     for (script, n), peak in peaks.items():
         above = np.array(peak) - peaks[script, 1000]

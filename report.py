@@ -364,10 +364,9 @@ def expected_online_performance(scores):
     ])  # fmt: skip
 
 
-def improvement(scores, baseline, datasets):
-    """By how many percent the mean score over the datasets is above the baseline's."""
-    mean = lambda by: np.mean([np.mean([value for _, value in by[name]]) for name in datasets])
-    return 100 * (mean(scores) / mean(baseline) - 1)
+def improvement(x, y):
+    """By how many percent the mean of x (seeds, datasets, V) is above that of y, (1, V)."""
+    return 100 * (x.mean((0, 1)) / y.mean((0, 1)) - 1)[None]
 
 
 # --- Tables ---
@@ -442,9 +441,12 @@ def score_table(title, scores, others, datasets):
     return Table(title, ["regularisers", *columns], rows, note)
 
 
-def aggregate_table(title, matrices, scores, datasets, reps):
-    """rliable's aggregates of each label with 95 % intervals, and the comparison with no regulariser."""
-    estimates, better = {}, {}
+def aggregate_table(title, matrices, reps):
+    """rliable's aggregates of each label with 95 % intervals, and the comparison with no regulariser.
+
+    Returns the table; by label the aggregates (4,) and their intervals (2, 4); and the improvement and its interval.
+    """
+    estimates, better, gains = {}, {}, {}
     for size in {len(values) for values in matrices.values()}:  # numbers of seeds
         names = [name for name in matrices if len(matrices[name]) == size]
         stack = np.stack([matrices[name] for name in names], 2)
@@ -452,19 +454,21 @@ def aggregate_table(title, matrices, scores, datasets, reps):
         estimates |= {name: (points[:, i], intervals[:, :, i]) for i, name in enumerate(names)}
         if "none" in matrices:
             baseline = np.repeat(matrices["none"][:, :, None], len(names), 2)
-            points, intervals = interval([stack, baseline], probability_of_improvement, reps)
-            better |= {name: (points[0, i], *intervals[:, 0, i]) for i, name in enumerate(names)}
-    estimates = {name: estimates[name] for name in matrices}
+            for found, function in ((better, probability_of_improvement), (gains, improvement)):
+                points, intervals = interval([stack, baseline], function, reps)
+                found |= {name: (points[0, i], *intervals[:, 0, i]) for i, name in enumerate(names) if name != "none"}
+    estimates, gains = ({name: found[name] for name in matrices if name in found} for found in (estimates, gains))
     rows = []
     for name, (point, (low, high)) in estimates.items():
         cells = [f"{100 * p:.1f} ({100 * a:.1f} – {100 * b:.1f})" for p, a, b in zip(point, low, high)]
         compared = ["", ""]
-        if name != "none" and "none" in matrices:
-            gain = improvement(scores[name], scores["none"], datasets)
-            compared = ["{:.2f} ({:.2f} – {:.2f})".format(*better[name]), f"{gain:+.1f} %"]
+        if name in gains:
+            compared = ["{:.2f} ({:.2f} – {:.2f})".format(*better[name])]
+            compared += ["{:+.1f} % ({:+.1f} – {:+.1f})".format(*gains[name])]
         rows.append([f"{name} ({len(matrices[name])} seeds)", *cells, *compared])
     header = ["regularisers", "IQM", "median", "mean", "optimality gap", "P(better than none)", "mean against none"]
-    return Table(title, header, rows, "95 % intervals by rliable's stratified bootstrap, in brackets."), estimates
+    note = "95 % intervals by rliable's stratified bootstrap, in brackets."
+    return Table(title, header, rows, note), estimates, gains
 
 
 def inside_table(title, seeds, names, datasets):
@@ -538,6 +542,19 @@ def interval_figure(estimates):
             axis.barh(i, 100 * (high[k] - low[k]), left=100 * low[k], color=COLOURS[0], alpha=0.45, height=0.6)
             axis.plot([100 * point[k]] * 2, [i - 0.3, i + 0.3], color="black", linewidth=1.4)
         axis.set(title=title, yticks=range(len(estimates)), yticklabels=list(estimates) if k == 0 else [])
+        axis.invert_yaxis()
+    return figure
+
+
+def improvements(gains):
+    """By how many percent each label is better than no regulariser, with 95 % intervals: a panel for each title."""
+    figure, axes = grid(len(gains), width=3.2, height=1.1 + 0.17 * max(map(len, gains.values())), columns=3)
+    for axis, (title, found) in zip(axes, gains.items()):
+        axis.axvline(0, color="black", linewidth=0.8)
+        for i, (point, low, high) in enumerate(found.values()):
+            axis.plot([low, high], [i, i], color=COLOURS[0], linewidth=1.4)
+            axis.plot(point, i, "o", color=COLOURS[0], markersize=4)
+        axis.set(title=title, yticks=range(len(found)), yticklabels=list(found), xlabel="improvement over none (%)")
         axis.invert_yaxis()
     return figure
 
@@ -658,7 +675,7 @@ def online_performance(curves):
 
 def section(config, settings, seeds, emit):
     """The tables and figures of the runs with the same settings."""
-    curves = {}
+    curves, gains = {}, {}
     for algorithm in [name for name in SCRIPTS if any(seed.algorithm == name for seed in seeds)]:
         mine = [seed for seed in seeds if seed.algorithm == algorithm]
         scores, others = collect(config, mine)
@@ -674,7 +691,8 @@ def section(config, settings, seeds, emit):
             matrices = {name: values for name, values in matrices.items() if values is not None}
             if not matrices:
                 continue
-            table, estimates = aggregate_table(f"{title}: aggregates", matrices, scores, datasets, config.reps)
+            table, estimates, found = aggregate_table(f"{title}: aggregates", matrices, config.reps)
+            gains |= {title: found} if found else {}
             emit(table)
             emit(f"{title}: aggregates with 95 % intervals", interval_figure(estimates))
             few = dict(list(matrices.items())[: config.variants])
@@ -692,6 +710,8 @@ def section(config, settings, seeds, emit):
                 emit(table)
             emit(f"{title}: inside the actor", distributions(mine, names[:24]))
             emit(f"{title}: robustness", robustness(mine, names[:24]))
+    if gains:
+        emit("improvement over no regulariser", improvements(gains))
     if curves:
         emit("expected online performance", online_performance(curves))
 

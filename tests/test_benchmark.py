@@ -117,3 +117,11 @@ def test_a_bare_environment_is_given_what_an_evaluation_played():
     env.step = lambda action: (answer := step(action), total.append(answer[1]))[0]
     benchmark.replay(benchmark, env, benchmark.tasks.conditions(config), played)
     np.testing.assert_allclose(sum(total), results[0].sum(), rtol=1e-9)
+
+
+def test_a_process_peak_memory_is_its_own():
+    """And not that of the process that has started it, which Linux counts in, too."""
+    held = np.ones(400_000_000, np.uint8)
+    command = [sys.executable, "-c", benchmark.PEAK, sys.executable, "-c", "x = bytearray(b'1') * 200_000_000"]
+    peak = int(subprocess.check_output(command)) * (1 if sys.platform == "darwin" else 1024)
+    assert 200e6 < peak < 260e6 < held.nbytes

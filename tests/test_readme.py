@@ -75,6 +75,23 @@ def test_the_runs_are_those_of_the_command_in_the_readme():
         assert (config.validation_frac, config.validation_seed, config.eval_episodes) == (0.1, 0, 10)
 
 
+def test_the_figures_of_speed_are_those_of_the_benchmark():
+    with open(os.path.join(ROOT, "data", "benchmark.md")) as file:
+        measured = [line for line in file if line.startswith("| ")]
+    numbers = lambda text: re.findall(r"\d+\.?\d*", re.sub(r"\(?\d[\d,]* transitions|batch \d+|\d+ seeds", "", text))
+    _, *rows = [row for row in re.findall(r"^\| .*", readme().split("## Speed")[1].split("## Fid")[0], re.MULTILINE)]
+    figures = [cells for row in rows if re.match(r"[\d.]+( s| MB)?$", (cells := row.strip("| ").split(" | "))[1])]
+    assert len(figures) == 18 + 2
+    for name, *cells in figures[:18]:
+        found = [set(numbers(line)) for line in measured]
+        assert any(set(numbers(" ".join(cells[:3]))) <= line for line in found), (name, cells)
+    names = next(row for row in rows if row.startswith("| | DO")).strip("| ").split(" | ")
+    for name, *cells in figures[18:]:
+        for variant, cell in zip(names, cells, strict=True):
+            (line,) = [line for line in measured if line.startswith(f"| {name.lower()} {variant} |")]
+            assert line.split(" | ")[3] == cell
+
+
 def test_the_snippet_that_loads_a_policy_names_what_there_is():
     with open(os.path.join(ROOT, "README.md")) as file:
         snippet = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]

@@ -283,9 +283,14 @@ def test_seeds_that_miss_a_dataset_are_not_aggregated():
     by = {"a": [(0, 10.0), (1, 20.0), (2, 30.0)], "b": [(2, 60.0), (0, 40.0)]}
     np.testing.assert_allclose(report.matrix(by, ["a", "b"]), [[0.1, 0.4], [0.3, 0.6]])
     assert report.matrix(by, ["a", "b", "c"]) is None
-    assert report.improvement({"a": [(0, 30.0)], "b": [(0, 80.0)]}, {"a": [(0, 20.0)], "b": [(0, 80.0)]}, "ab") == (
-        pytest.approx(10)
-    )
+
+
+def test_improvement_is_of_the_mean_over_the_datasets():
+    none, doubled = np.array([[20.0, 80], [40, 60]]), np.array([[30.0, 80], [50, 60]])
+    np.testing.assert_allclose(report.improvement(doubled[:, :, None], none[:, :, None]), [[10]])
+    same = np.full((3, 2), 60.0)  # without spread, the interval is the point
+    _, _, gains = report.aggregate_table("", {"none": same, "L2": 1.1 * same, "DO": same - 6}, 50)
+    np.testing.assert_allclose([gains["L2"], gains["DO"]], [[10] * 3, [-10] * 3])
 
 
 def test_the_order_of_labels():
@@ -316,7 +321,7 @@ def test_a_fresh_clone_shows_something_at_once(tmp_path):
     assert done.stdout.startswith("data/runs: 30 finished seeds; left out: 0\n")
     figures = {os.path.basename(path) for path in glob.glob(str(tmp_path / "*.p*"))}
     kinds = "performance-profiles aggregates-with-95-intervals learning-curves inside-the-actor robustness".split()
-    for kind in [*kinds, "strength-of-a-regulariser", "expected-online-performance"]:
+    for kind in [*kinds, "strength-of-a-regulariser", "improvement-over-no-regulariser", "expected-online-performance"]:
         for suffix in ("png", "pdf"):
             assert any(name.endswith(f"{kind}.{suffix}") for name in figures), (kind, figures)
     assert all(os.path.getsize(tmp_path / name) > 5000 for name in figures)
