@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ import pyrallis
 import iql
 import rebrac
 import tasks
+from runs import configure_jax
 
 VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN"]  # by the paper's abbreviations, at its chosen strengths
 PARTS = ("load", "start", "memory", "updates", "evaluation", "regularisers", "seeds")
@@ -249,7 +251,7 @@ def start_part(config, folder):
                 break
             time.sleep(0.01)
         process.kill()
-        if process.wait() > 0:
+        if process.wait() not in (0, -signal.SIGKILL):
             sys.exit(f"error: {' '.join(arguments)} in {its.directory} has failed")
 
     functions = {}
@@ -267,23 +269,28 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def memory_part(config, folder):
-    """The most memory that a run has had, above what the same run has with 1,000 transitions."""
+    """The most memory that a run has had, above what the same run has with 1,000 transitions; and what an interpreter
+    has that has only imported what a run needs."""
     sizes = {n: write_dataset(os.path.join(folder, f"{n}.hdf5"), n) for n in (1000, *config.transitions)}
+    directory = os.path.dirname(os.path.abspath(__file__))
     environment = dict(os.environ, WANDB_MODE="disabled", JAX_COMPILATION_CACHE_DIR=os.path.join(folder, "cache"))
     peaks = {(script, n): [] for script in config.scripts for n in sizes}
+
+    def peak_of(arguments):
+        arguments = [sys.executable, "-c", PEAK, *arguments]
+        run = subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"error: {' '.join(arguments[3:])} has failed: {run.stderr.strip()[-200:]}")
+        return int(run.stdout) / 1e6 * (1 if sys.platform == "darwin" else 1024)
+
     for i in range(config.rounds + 1):  # the first fills the cache
         for script, n in peaks:
             shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
-            arguments = command(config, folder, script, os.path.join(folder, f"{n}.hdf5"))
-            directory = os.path.dirname(os.path.abspath(__file__))
-            process = subprocess.run(
-                [sys.executable, "-c", PEAK, *arguments], cwd=directory, env=environment, capture_output=True, text=True
-            )
-            if process.returncode:
-                sys.exit(f"error: {' '.join(arguments)} has failed")
-            if i:
-                peaks[script, n].append(int(process.stdout) / 1e6 * (1 if sys.platform == "darwin" else 1024))
+            peak = peak_of(command(config, folder, script, os.path.join(folder, f"{n}.hdf5")))
+            peaks[script, n] += [peak] if i else []
+    libraries = [peak_of([sys.executable, "-c", "import jax, rebrac; jax.devices()"]) for _ in range(config.rounds)]
     header("MB at most", "above that with 1,000", "as a multiple of the data's size")
+    print(f"| interpreter and libraries | {spread(np.array(libraries), '{:.0f}')} | | | | |")
     for (script, n), peak in peaks.items():
         above = np.array(peak) - peaks[script, 1000]
         cells = spread(np.array(peak), "{:.0f}"), spread(above, "{:.0f}"), spread(above / sizes[n] * 1e6)
@@ -331,7 +338,9 @@ def evaluation_part(config, folder):
             steps[name + label] = sum(map(len, played))
             functions[name + label] = partial(its.tasks.evaluate, settings, policy, envs, 0)
             if not label:
-                steps[f"{name}, bare"] = steps[name]
+                steps[f"{name}, in one process"] = steps[f"{name}, bare"] = steps[name]
+                alone = tasks.Envs(name, len(rows), processes=1)
+                functions[f"{name}, in one process"] = partial(tasks.evaluate, settings, policy, alone, 0)
                 functions[f"{name}, bare"] = partial(replay, its, env, rows, played)
         seconds = interleaved(functions, config.rounds)
         if not i:
@@ -403,10 +412,13 @@ def main(config):
             sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(those)}")
     if min(config.rounds, config.updates // 2, config.batch_size, len(config.transitions)) < 1:
         sys.exit("error: rounds and batch_size must be 1 or more, updates 2 or more, and transitions a list of numbers")
+    if config.updates % 2:
+        sys.exit("error: updates must be even: ReBRAC's critics are updated twice for each update of the actor")
     if min(config.transitions) < 1000:
         sys.exit("error: transitions must be 1000 or more")
     if config.against and not os.path.isfile(os.path.join(config.against, "rebrac.py")):
         sys.exit(f"error: {config.against} is no checkout of this project: it has no rebrac.py")
+    configure_jax(deterministic=False)
     print(f"{machine()}; {config.rounds} rounds; {config.updates} updates; batch {config.batch_size} unless it says")
     for part in PARTS:
         if part in config.parts:

@@ -1,12 +1,12 @@
 """ReBRAC with a regularised actor, from "The Role of Deep Learning Regularizations on Actors in Offline RL"
 (arXiv 2409.07606), over "Revisiting the Minimalist Approach to Offline RL" (ReBRAC, arXiv 2305.09836).
 
-    python rebrac.py --dataset_name hopper-medium-v2                                      # as the paper tuned it
+    python rebrac.py --dataset_name hopper-medium-v2                                      # the paper's baseline
     python rebrac.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1  # its actor regularised
     python rebrac.py --dataset_name pen-human-v1 --critic_loss mse --num_updates 50000    # the original's critic
 
-Two CPU cores make about 20 updates a second at batch 1024, as on Gym-MuJoCo, and 75 at 256, as on Adroit; with mse 30
-and 90.
+Two CPU cores make about 24 updates a second at batch 1024, as on Gym-MuJoCo, and 80 at 256, as on Adroit; with mse 29
+and 105.
 """
 
 import difflib

@@ -269,8 +269,8 @@ def evaluate(config, policy, envs, update):
         running = running[~done]
     index, states = (np.concatenate(part) for part in zip(*visited))
     states = [states[~noisy[index] & (index // shape[1] == seed)] for seed in range(shape[0])]
-    draw = np.random.default_rng(update).integers
-    return returns.reshape(shape), np.stack([met[draw(len(met), size=NUM_STATES)] for met in states])
+    drawn = [np.random.default_rng(update).choice(met, NUM_STATES) for met in states]
+    return returns.reshape(shape), np.stack(drawn)
 
 
 def normalized_score(config, returns):

@@ -1,6 +1,7 @@
 """The benchmark runs, and what it compares are the programs that it names."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
     assert names == [
         *twice("2,000 transitions"),
         *twice("iql, empty cache", "iql, full cache"),
-        *(pen, f"{pen}, bare", f"{pen} in {other}"),
+        *(pen, f"{pen}, in one process", f"{pen}, bare", f"{pen} in {other}"),
     ]
     assert all(float(row[1]) > 0 for row in rows)
 
@@ -94,6 +95,7 @@ def test_the_other_parts_print_their_tables():
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     run = subprocess.run([sys.executable, "benchmark.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert 100 < float(re.search(r"^\| interpreter and libraries \| (\d+) ", run.stdout, re.MULTILINE)[1]) < 500
     rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.lower().startswith("| iql")]
     memory = ["iql, 1,000 transitions", "iql, 2,000 transitions"]
     assert [row[0] for row in rows] == [

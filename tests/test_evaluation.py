@@ -93,6 +93,16 @@ def test_more_processes_give_the_same_episodes(name):
     assert all(process.poll() == 0 for process in processes)
 
 
+def test_seeds_evaluated_together_are_those_evaluated_alone():
+    config, policy = config_for("hopper-medium-v2", eval_noise=NOISE[2:]), policy_for("hopper-medium-v2")
+    returns, visited = tasks.evaluate(config, policy, make_envs(config), update=100)
+    for i in range(config.num_seeds):
+        alone = replace(config, seed=config.seed + i, num_seeds=1)
+        single = lambda x, i=i: policy(np.repeat(x, config.num_seeds, 0))[i : i + 1]
+        own, seen = tasks.evaluate(alone, single, make_envs(alone), update=100)
+        assert np.array_equal(own[0], returns[i]) and np.array_equal(seen[0], visited[i])
+
+
 def test_a_process_that_dies_ends_the_run_with_a_line():
     envs = tasks.Envs("hopper-medium-v2", 4, processes=2)
     envs.reset([(0, 0, i) for i in range(4)])

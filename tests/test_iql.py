@@ -8,9 +8,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import ROOT, init_states
 from scipy import stats
-from test_rebrac import ACTIONS, mlp, mlp_back, numpy_adam, same_bits, small_data
+from test_rebrac import ACTIONS, REGULARISED, mlp, mlp_back, numpy_adam, same_bits, small_data
 from test_regularisers import BATCH, IQL, KEYS, ON
 
 import iql
@@ -218,10 +219,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert first.actor_opt[0].count == first.critic_opt[0].count == first.value_opt[0].count == 8
 
 
-def test_seeds_trained_together_are_those_trained_alone():
-    together = run(replace(IQL, num_seeds=2))
+@pytest.mark.parametrize("flags", [{}, REGULARISED])
+def test_seeds_trained_together_are_those_trained_alone(flags):
+    config = replace(IQL, **flags)
+    together = run(replace(config, num_seeds=2))
     for seed in range(2):
-        alone = run(replace(IQL, seed=seed))
+        alone = run(replace(config, seed=seed))
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a[seed], b[0], rtol=1e-3, atol=1e-5)
 

@@ -75,21 +75,32 @@ def test_the_runs_are_those_of_the_command_in_the_readme():
         assert (config.validation_frac, config.validation_seed, config.eval_episodes) == (0.1, 0, 10)
 
 
+FIGURES = [  # of README's table of speed, by the rows of the benchmark's output
+    "1,000,000 transitions", "2,000,000 transitions",
+    "rebrac, empty cache", "rebrac, full cache", "iql, empty cache", "iql, full cache",
+    "rebrac, 1,000,000 transitions", "iql, 1,000,000 transitions",
+    "ReBRAC (mse), batch 1024: 3.43 GFLOP", "ReBRAC (mse), batch 256: 0.86 GFLOP",
+    "ReBRAC (hl_gauss), batch 1024: 4.49 GFLOP", "ReBRAC (hl_gauss), batch 256: 1.12 GFLOP",
+    "IQL, batch 256: 0.56 GFLOP", "rebrac, 8 seeds", "iql, 8 seeds",
+    "halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1",
+]  # fmt: skip
+
+
 def test_the_figures_of_speed_are_those_of_the_benchmark():
     with open(os.path.join(ROOT, "data", "benchmark.md")) as file:
-        measured = [line for line in file if line.startswith("| ")]
-    numbers = lambda text: re.findall(r"\d+\.?\d*", re.sub(r"\(?\d[\d,]* transitions|batch \d+|\d+ seeds", "", text))
-    _, *rows = [row for row in re.findall(r"^\| .*", readme().split("## Speed")[1].split("## Fid")[0], re.MULTILINE)]
-    figures = [cells for row in rows if re.match(r"[\d.]+( s| MB)?$", (cells := row.strip("| ").split(" | "))[1])]
-    assert len(figures) == 18 + 2
-    for name, *cells in figures[:18]:
-        found = [set(numbers(line)) for line in measured]
-        assert any(set(numbers(" ".join(cells[:3]))) <= line for line in found), (name, cells)
-    names = next(row for row in rows if row.startswith("| | DO")).strip("| ").split(" | ")
-    for name, *cells in figures[18:]:
-        for variant, cell in zip(names, cells, strict=True):
-            (line,) = [line for line in measured if line.startswith(f"| {name.lower()} {variant} |")]
-            assert line.split(" | ")[3] == cell
+        measured = [line.strip("| \n").split(" | ") for line in file if line.startswith("| ")]
+    measured = {name: " ".join(cells) for name, *cells in measured}
+    tables = readme().split("## Speed")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\| .*", tables, re.MULTILINE)]
+    figures = [cells for _, *cells in rows if re.fullmatch(r"[\d.]+( s| MB)?", cells[0])]
+    assert len(figures) == len(FIGURES) + 2
+    for name, cells in zip(FIGURES, figures):
+        numbers = re.findall(r"\d+\.?\d*", re.sub(r"\) of.*", "", " ".join(cells)))
+        assert len(numbers) in (3, 6)
+        assert f" {' '.join(numbers)} " in f" {measured[name].replace(' to ', ' ')} ", name
+    variants = next(row for row in rows if row[0] == "DO")
+    for algorithm, cells in zip(("rebrac", "iql"), figures[len(FIGURES) :]):
+        assert cells == [measured[f"{algorithm} {variant}"].split()[4] for variant in variants]
 
 
 def test_the_snippet_that_loads_a_policy_names_what_there_is():

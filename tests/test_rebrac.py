@@ -20,6 +20,7 @@ SMALL = rebrac.tuned(
     )
 )  # fmt: skip
 STATES, ACTIONS = 5, 3
+REGULARISED = dict(actor_dropout=0.1, actor_wd=0.1, actor_ln=True, actor_bn=True, actor_sn=True, actor_grad_noise=0.01)
 update, update_critics = (jax.jit(function, static_argnums=0) for function in (rebrac.update, rebrac.update_critics))
 
 
@@ -276,10 +277,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert not any(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first.actor), jax.tree.leaves(other.actor)))
 
 
-def test_seeds_trained_together_are_those_trained_alone():
-    together = run(replace(SMALL, num_seeds=3))
+@pytest.mark.parametrize("flags", [{}, REGULARISED])
+def test_seeds_trained_together_are_those_trained_alone(flags):
+    config = replace(SMALL, **flags)
+    together = run(replace(config, num_seeds=3))
     for seed in range(3):
-        alone = run(replace(SMALL, seed=seed))
+        alone = run(replace(config, seed=seed))
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a[seed], b[0], rtol=1e-3, atol=1e-5)
 

@@ -15,8 +15,9 @@ import iql
 import rebrac
 
 
-def epoch_for(script, platform, **flags):
-    """The StableHLO of an epoch, for a platform that needn't be there, and the states that it takes."""
+def epoch_for(script, platform, compiled=False, **flags):
+    """The StableHLO of an epoch, for a platform that needn't be there, and the states that it takes; or the compiled
+    program's HLO, for the platform that is there."""
     fields = dict(dataset_name="hopper-medium-v2", batch_size=8, hidden_dim=64, log_every=10, num_seeds=2)
     config = script.tuned(script.Config(**fields | flags))
     if hasattr(config, "v_min"):
@@ -24,7 +25,8 @@ def epoch_for(script, platform, **flags):
     data = benchmark.random_data(size=100)
     states = jax.eval_shape(lambda: init_states(script, config, data))
     static, traced = script.split_config(config)
-    return script.epoch.trace(static, traced, states, data).lower(lowering_platforms=(platform,)).as_text(), states
+    lowered = script.epoch.trace(static, traced, states, data).lower(lowering_platforms=(platform,))
+    return (lowered.compile() if compiled else lowered).as_text(), states
 
 
 EVERYTHING = dict(
@@ -39,6 +41,16 @@ def test_an_epoch_on_a_gpu_never_asks_the_host_and_reuses_its_states_memory(scri
     text, states = epoch_for(script, "cuda", **flags)
     assert not re.search("callback|infeed|outfeed|send|recv", text)
     assert len(re.findall("tf.aliasing_output|jax.buffer_donor", text)) == len(jax.tree.leaves(states))
+
+
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_an_epoch_is_one_launch_of_a_loop_of_known_length(script):
+    """What XLA has compiled, for a CPU: its entry has a single loop, of all the updates, and the states are donated."""
+    text, states = epoch_for(script, "cpu", compiled=True)
+    entry = text[text.index("\nENTRY ") :]
+    assert re.findall(r" while\(", entry) == [" while("]
+    assert re.findall(r'known_trip_count":{"n":"(\d+)"', entry) == ["5" if script is rebrac else "10"]
+    assert len(re.findall("(?:may|must)-alias", text)) == len(jax.tree.leaves(states))
 
 
 @pytest.mark.parametrize("script", [rebrac, iql])
