@@ -103,6 +103,25 @@ def test_the_figures_of_speed_are_those_of_the_benchmark():
         assert cells == [measured[f"{algorithm} {variant}"].split()[4] for variant in variants]
 
 
+def test_the_cost_of_a_full_run_follows_from_the_benchmark():
+    with open(os.path.join(ROOT, "data", "benchmark.md")) as file:
+        found = re.findall(r"^\| (.*), batch (\d+): ([\d.]+) GFLOP \| (\d+) ", file.read(), re.MULTILINE)
+    cost = {(name, int(size)): np.array([1 / float(rate), float(work) * 1e9]) for name, size, work, rate in found}
+    adroit = len([name for name in rebrac.TUNED if name.endswith("-v1")])
+    large = {name: rebrac.tuned(rebrac.Config(dataset_name=name)).batch_size == 1024 for name in rebrac.TUNED}
+    assert sum(large.values()) == 36 - adroit == 24
+    seconds, flops = 5e6 * (24 * cost["ReBRAC (hl_gauss)", 1024] + adroit * cost["ReBRAC (hl_gauss)", 256])
+    of_iql, iqls = 5e6 * 36 * cost["IQL", 256]
+    text = " ".join(readme().split())
+    assert f"{seconds / 86400:.0f} days of these two cores for ReBRAC" in text
+    assert f"and {of_iql / 86400:.0f} for IQL" in text
+    assert f"{flops / 1e17:.1f}e17 and {iqls / 1e17:.1f}e17 floating-point operations" in text
+    assert f": {flops / 2e12 / 86400:.1f} days and {iqls / 2e12 / 3600:.0f} hours of a GPU that makes 2e12 a" in text
+    rows = re.findall(r"^\| `\w+\.yaml` \|.*\| ([\d.]+) \|", readme(), re.MULTILINE)
+    updates = sum(map(float, rows))
+    assert f"are {updates:.1f} x 10⁹ updates for each algorithm, {updates / 0.18:.0f} times as much" in text
+
+
 def test_the_snippet_that_loads_a_policy_names_what_there_is():
     with open(os.path.join(ROOT, "README.md")) as file:
         snippet = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]
