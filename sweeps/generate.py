@@ -22,7 +22,7 @@ DATASETS = {
     "antmaze": [f"antmaze-{maze}-v2" for maze in MAZES],
     "adroit": [f"{hand}-{kind}-v1" for hand in ("pen", "door", "hammer", "relocate") for kind in DEMONSTRATIONS],
 }
-STUDY = ["halfcheetah-medium-replay-v2", "hopper-medium-replay-v2", "pen-expert-v1"]
+STUDY = ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "pen-expert-v1"]
 DECAYS, NORMS, NOISES = ("L2", "L1", "EN"), ("LN", "FN", "GN", "BN", "SN"), ("InN", "BCN", "GrN")
 ALL = ("DO", *DECAYS, *NORMS, *NOISES)
 # Of the weight decays at most one, since L2, L1 and the elastic net are one flag's values
