@@ -5,9 +5,10 @@
     python benchmark.py --parts '[start, updates]' --against ../another_checkout
 
 load: from a file as D4RL has them to data on the device. start: from the command to the first update, with an empty
-cache of compiled programs and with a full one. memory: the most a run needs. updates: both algorithms against their
-matrix products alone. evaluation: an evaluation's steps a second against the bare environment, which is given the same
-actions. regularisers: what each costs. seeds: several trained at once.
+cache of compiled programs and with a full one. memory: the most a run needs, and an interpreter. updates: both
+algorithms against their matrix products alone. evaluation: an evaluation's steps a second, on all cores and in one
+process, against the bare environment, which is given the same actions. regularisers: what each costs. seeds: several
+trained at once.
 
 Everything is timed in `rounds` rounds, in each of which everything that a table compares has its turn. Ratios are taken
 within a round, so that they do not depend on how fast the machine is at the moment.
@@ -410,10 +411,8 @@ def main(config):
     for words, those in known:
         if unknown := set(words) - set(those):
             sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(those)}")
-    if min(config.rounds, config.updates // 2, config.batch_size, len(config.transitions)) < 1:
-        sys.exit("error: rounds and batch_size must be 1 or more, updates 2 or more, and transitions a list of numbers")
-    if config.updates % 2:
-        sys.exit("error: updates must be even: ReBRAC's critics are updated twice for each update of the actor")
+    if min(config.rounds, config.updates, config.batch_size, len(config.transitions)) < 1 or config.updates % 2:
+        sys.exit("error: rounds and batch_size must be 1 or more, updates 2, 4, ..., and transitions a list of numbers")
     if min(config.transitions) < 1000:
         sys.exit("error: transitions must be 1000 or more")
     if config.against and not os.path.isfile(os.path.join(config.against, "rebrac.py")):

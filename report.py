@@ -546,7 +546,7 @@ def interval_figure(estimates):
     return figure
 
 
-def improvements(gains):
+def improvement_figure(gains):
     """By how many percent each label is better than no regulariser, with 95 % intervals: a panel for each title."""
     figure, axes = grid(len(gains), width=3.2, height=1.1 + 0.17 * max(map(len, gains.values())), columns=3)
     for axis, (title, found) in zip(axes, gains.items()):
@@ -711,7 +711,7 @@ def section(config, settings, seeds, emit):
             emit(f"{title}: inside the actor", distributions(mine, names[:24]))
             emit(f"{title}: robustness", robustness(mine, names[:24]))
     if gains:
-        emit("improvement over no regulariser", improvements(gains))
+        emit("improvement over no regulariser", improvement_figure(gains))
     if curves:
         emit("expected online performance", online_performance(curves))
 

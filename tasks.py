@@ -269,7 +269,7 @@ def evaluate(config, policy, envs, update):
         running = running[~done]
     index, states = (np.concatenate(part) for part in zip(*visited))
     states = [states[~noisy[index] & (index // shape[1] == seed)] for seed in range(shape[0])]
-    drawn = [np.random.default_rng(update).choice(met, NUM_STATES) for met in states]
+    drawn = [np.random.default_rng(update).choice(met, NUM_STATES) for met in states]  # as each seed's would be alone
     return returns.reshape(shape), np.stack(drawn)
 
 

@@ -286,8 +286,8 @@ def test_seeds_that_miss_a_dataset_are_not_aggregated():
 
 
 def test_improvement_is_of_the_mean_over_the_datasets():
-    none, doubled = np.array([[20.0, 80], [40, 60]]), np.array([[30.0, 80], [50, 60]])
-    np.testing.assert_allclose(report.improvement(doubled[:, :, None], none[:, :, None]), [[10]])
+    none, better = np.array([[20.0, 80], [40, 60]]), np.array([[30.0, 80], [50, 60]])
+    np.testing.assert_allclose(report.improvement(better[:, :, None], none[:, :, None]), [[10]])
     same = np.full((3, 2), 60.0)  # without spread, the interval is the point
     _, _, gains = report.aggregate_table("", {"none": same, "L2": 1.1 * same, "DO": same - 6}, 50)
     np.testing.assert_allclose([gains["L2"], gains["DO"]], [[10] * 3, [-10] * 3])
