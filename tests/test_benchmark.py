@@ -89,7 +89,7 @@ def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
 
 def test_the_other_parts_print_their_tables():
     flags = dict(
-        parts="[memory, updates, seeds, regularisers]", scripts="[iql]", variants="[LN, DO]",
+        parts="[memory, updates, seeds, regularisers]", scripts="[iql]", variants="[DO]",
         rounds=1, updates=2, batch_size=8, transitions="[2000]",
     )  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
@@ -99,7 +99,7 @@ def test_the_other_parts_print_their_tables():
     rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.lower().startswith("| iql")]
     memory = ["iql, 1,000 transitions", "iql, 2,000 transitions"]
     assert [row[0] for row in rows] == [
-        *memory, "IQL, batch 256: 0.56 GFLOP", "iql none", "iql LN", "iql DO",
+        *memory, "IQL, batch 256: 0.56 GFLOP", "iql none", "iql DO",
         *[f"iql, {n} seeds" for n in (1, 2, 4, 8)],
     ]  # fmt: skip
     assert all(float(row[1]) > 0 for row in rows) and float(rows[3][3]) == 1
