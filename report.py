@@ -5,8 +5,8 @@
     python report.py --wandb team/project
 
 Into `output` go tables.md, tables.tex, each figure as .png and .pdf, and index.html, one page with all of it. Runs are
-compared with those of the same settings: whatever else differs but datasets, seeds and regularisers makes sections. Of
-several seeds trained in one run each counts as a run.
+compared with those of the same settings: whatever else differs from the paper's but datasets, seeds and regularisers
+makes sections. Of several seeds trained in one run each counts as a run.
 """
 
 import base64
@@ -74,7 +74,7 @@ class Seed(NamedTuple):
     """One training seed of a run."""
 
     algorithm: str
-    settings: str  # what differs from the paper's but for the regularisers
+    settings: tuple  # what differs from the paper's but for the regularisers: pairs of a flag and its value
     dataset: str
     labels: tuple  # the names under which it counts: DO+LN, best, ...
     seed: int
@@ -82,6 +82,7 @@ class Seed(NamedTuple):
     scores: np.ndarray  # (N,)
     last: dict  # the last evaluation's row
     status: str  # finished, unfinished or failed
+    config: dict
 
     @property
     def finished(self):
@@ -140,11 +141,11 @@ def describe(algorithm, config):
     if others := [f"{k}={config[k]}" for k in changed if k in UNNAMED]:
         names = ["+".join([word for word in names[:1] if word != "none"] + others)]
     skipped = {*REGULARISERS, "seed", "num_seeds", "dataset_name", "dataset_path", "log_every", "analysis"}
-    settings = ", ".join(f"{k}={config[k]}" for k in changed if k not in skipped)
+    settings = tuple(sorted((k, str(config[k])) for k in changed if k not in skipped))
     path = config.get("dataset_path")
     if path and os.path.basename(path).replace("_", "-") != f"{name}.hdf5":
         name = f"{name} ({os.path.basename(path)})"
-    return settings or "the paper's", name, tuple(dict.fromkeys(names))
+    return settings, name, tuple(dict.fromkeys(names))
 
 
 class Unreadable(Exception):
@@ -167,7 +168,7 @@ def split_seeds(algorithm, config, rows, status):
         last = dict(mine[-1]) if mine else {}
         if "plasticity/before" in last and last["plasticity/before"]:
             last["plasticity"] = last["plasticity/after"] / last["plasticity/before"]
-        yield Seed(algorithm, settings, name, labels, seed, updates, scores, last, status)
+        yield Seed(algorithm, settings, name, labels, seed, updates, scores, last, status, config)
 
 
 def read_directory(path):
@@ -673,7 +674,23 @@ def online_performance(curves):
 # --- Report ---
 
 
-def section(config, settings, seeds, emit):
+def by_settings(seeds):
+    """Pairs of settings and their runs, the largest first: each run is wherever all the settings are its own.
+
+    So a dataset whose batch size is 256 anyway is in the section of batch_size=256, too. What is within another is not
+    a section.
+    """
+    sections = {}
+    for settings in {seed.settings for seed in seeds}:
+        fits = lambda seed, own=set(settings): (
+            set(seed.settings) <= own and all(str(seed.config.get(key)) == value for key, value in own)
+        )
+        sections[settings] = {i for i, seed in enumerate(seeds) if fits(seed)}
+    whole = [item for item in sections.items() if not any(item[1] < others for others in sections.values())]
+    return [(s, [seeds[i] for i in sorted(own)]) for s, own in sorted(whole, key=lambda item: (-len(item[1]), item[0]))]
+
+
+def section(config, seeds, emit):
     """The tables and figures of the runs with the same settings."""
     curves, gains = {}, {}
     for algorithm in [name for name in SCRIPTS if any(seed.algorithm == name for seed in seeds)]:
@@ -764,15 +781,13 @@ def main(config):
                 f'<h3>{html.escape(thing)}</h3><img alt="{html.escape(thing)}" src="data:image/png;base64,{data}">'
             )
 
-    by_settings = defaultdict(list)
-    for seed in seeds:
-        by_settings[seed.settings].append(seed)
-    for settings, group in sorted(by_settings.items(), key=lambda item: -len(item[1])):
+    for settings, group in by_settings(seeds):
+        settings = ", ".join(f"{key}={value}" for key, value in settings) or "the paper's"
         numbers[0] += 1
         texts["md"].append(f"## Settings: {settings}\n")
         texts["tex"].append(f"% Settings: {settings}\n")
         texts["html"].append(f"<h2>Settings: {html.escape(settings)}</h2>")
-        section(config, settings, group, emit)
+        section(config, group, emit)
     if left_out:
         texts["md"] += ["## Left out\n", *(f"- `{path}`: {reason}" for path, reason in left_out), ""]
         items = "".join(f"<li>{html.escape(path)}: {html.escape(reason)}</li>" for path, reason in left_out)

@@ -67,20 +67,20 @@ def tables(folders, monkeypatch, tmp_path, **options):
 @pytest.mark.parametrize(
     "algorithm, flags, settings, labels",
     [
-        ("rebrac", {}, "the paper's", ("none",)),
-        ("rebrac", dict(actor_ln=True, actor_dropout=0.1), "the paper's", ("DO+LN",)),
-        ("rebrac", dict(actor_dropout=0.3), "the paper's", ("DO(0.3)",)),
-        ("rebrac", dict(actor_wd=1e-4, actor_l1_ratio=0.5), "the paper's", ("EN",)),
-        ("rebrac", dict(actor_wd=0.01), "the paper's", ("L2(0.01)", "best-L2")),
-        ("rebrac", dict(regularisers="best"), "the paper's", ("DO(0.2)+LN+GrN", "best")),
-        ("rebrac", dict(regularisers="LN", actor_lr_decay=True), "the paper's", ("LN+actor_lr_decay=True",)),
-        ("rebrac", dict(critic_ln=False), "the paper's", ("critic_ln=False",)),
-        ("rebrac", dict(batch_size=32, seed=3, actor_gn=True), "batch_size=32", ("GN",)),
-        ("rebrac", dict(critic_loss="mse"), "critic_loss=mse", ("none",)),
-        ("iql", dict(actor_wd=0.01, actor_l1_ratio=1.0, temperature=2.0), "temperature=2.0", ("L1", "best-L1")),
-        ("iql", dict(dataset_name=PEN), "the paper's", ("none", "DO")),
-        ("iql", dict(dataset_name=PEN, actor_ln=True), "the paper's", ("LN", "DO+LN")),
-        ("iql", dict(dataset_name=PEN, actor_ln=True, actor_dropout=0.0), "the paper's", ("LN (no DO)",)),
+        ("rebrac", {}, (), ("none",)),
+        ("rebrac", dict(actor_ln=True, actor_dropout=0.1), (), ("DO+LN",)),
+        ("rebrac", dict(actor_dropout=0.3), (), ("DO(0.3)",)),
+        ("rebrac", dict(actor_wd=1e-4, actor_l1_ratio=0.5), (), ("EN",)),
+        ("rebrac", dict(actor_wd=0.01), (), ("L2(0.01)", "best-L2")),
+        ("rebrac", dict(regularisers="best"), (), ("DO(0.2)+LN+GrN", "best")),
+        ("rebrac", dict(regularisers="LN", actor_lr_decay=True), (), ("LN+actor_lr_decay=True",)),
+        ("rebrac", dict(critic_ln=False), (), ("critic_ln=False",)),
+        ("rebrac", dict(batch_size=32, seed=3, actor_gn=True), (("batch_size", "32"),), ("GN",)),
+        ("rebrac", dict(critic_loss="mse"), (("critic_loss", "mse"),), ("none",)),
+        ("iql", dict(actor_wd=0.01, actor_l1_ratio=1.0, temperature=2.0), (("temperature", "2.0"),), ("L1", "best-L1")),
+        ("iql", dict(dataset_name=PEN), (), ("none", "DO")),
+        ("iql", dict(dataset_name=PEN, actor_ln=True), (), ("LN", "DO+LN")),
+        ("iql", dict(dataset_name=PEN, actor_ln=True, actor_dropout=0.0), (), ("LN (no DO)",)),
     ],
 )
 def test_runs_are_named_after_their_regularisers(algorithm, flags, settings, labels):
@@ -94,6 +94,23 @@ def test_another_file_is_another_dataset():
         "iql", runs.identity(vars(report.iql.tuned(report.iql.Config(dataset_name=HOPPER, dataset_path=path))))
     )[1]
     assert name("a/hopper_medium-v2.hdf5") == HOPPER and name("a/mine.hdf5") == f"{HOPPER} (mine.hdf5)"
+
+
+def test_runs_are_compared_with_those_of_the_same_settings(make_run, tmp_path, monkeypatch):
+    for seed in (0, 1):
+        make_run([[1, 40]], seed=seed, batch_size=256)
+        make_run([[1, 80]], seed=seed, dataset_name=PEN)  # whose batch size is 256 in the paper
+        make_run([[1, 60]], seed=seed, dataset_name=PEN, algorithm="iql")
+    seeds, _ = report.read_results([str(tmp_path / "results")])
+    common = (("eval_every", "1000"), ("num_updates", "2000"))
+    assert [(s, len(group)) for s, group in report.by_settings(seeds)] == [((("batch_size", "256"), *common), 6)]
+    found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
+    assert found["ReBRAC, all domains: aggregates"].rows[0][3] == "60.0 (60.0 – 60.0)"
+    make_run([[1, 50]])  # at the paper's batch size, 1024
+    seeds, _ = report.read_results([str(tmp_path / "results")])
+    (_, large), (settings, small) = report.by_settings(seeds)
+    assert settings == common and len(large) == 6
+    assert sorted(seed.scores[-1] for seed in small) == [50, 60, 60, 80, 80]
 
 
 def test_missing_unfinished_and_failed_runs_are_shown_as_such(make_run, tmp_path, monkeypatch):
