@@ -47,6 +47,7 @@ NAMES = {"rebrac": "ReBRAC", "iql": "IQL"}
 DOMAINS = ("Gym-MuJoCo", "AntMaze", "Adroit")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]  # Okabe and Ito's
 MARKERS, LINES = "os^Dv<>P", ["-", "--", "-.", ":"]
+WORDS = ["none", "DO", "LN", "FN", "GN", "BN", "SN", "L2", "L1", "EN", "InN", "BCN", "GrN"]  # in their order in tables
 INSIDE = {  # what is watched inside the actor, in the last evaluation
     "train/dead_neurons": "dead neurons (share, training data)",
     "evaluation/dead_neurons": "dead neurons (share, evaluation)",
@@ -93,11 +94,15 @@ def domain(dataset):
     return DOMAINS["antmaze" in dataset] if "-v2" in dataset else DOMAINS[2]
 
 
+def place(word):
+    return WORDS.index(word) if word in WORDS else len(WORDS)
+
+
 def strengths(config):
     """Of a config's fields, its actor's regularisers by the paper's abbreviations, with their strengths."""
     kind = {0.0: "L2", 1.0: "L1", 0.5: "EN"}.get(config["actor_l1_ratio"], f"EN({config['actor_l1_ratio']:g})")
     names = {next(iter(flags)): name for name, flags in rebrac.CHOSEN.items()} | {"actor_wd": kind}
-    return {name: config[flag] for flag, name in names.items() if config.get(flag)}
+    return {name: config[flag] for flag, name in sorted(names.items(), key=lambda x: place(x[1])) if config.get(flag)}
 
 
 def chosen(script, name):
@@ -296,24 +301,19 @@ def collect(config, seeds):
                 scores[name][seed.dataset].append((seed.seed, final_score(config, seed)))
             else:
                 others[name][seed.dataset][seed.status] += 1
-    covers = {name: {(d, s) for d, values in by.items() for s, _ in values} for name, by in scores.items()}
-    for name in list(scores):  # those all of whose runs also count as a tuned one say nothing new
-        if any(
-            covers[name] <= covers[o] and len(scores[o]) > len(scores[name]) and o.startswith("best") for o in scores
-        ):
-            del scores[name]
     order = sorted(set(scores) | set(others), key=rank)
+    own = {name: {i for i, seed in enumerate(seeds) if name in seed.labels} for name in order}
+    repeats = lambda name, other: (  # all of its runs also have the other name
+        own[name] < own[other] or own[name] == own[other] and rank(name) > rank(other) and not name.startswith("best")
+    )
+    order = [name for name in order if not any(repeats(name, other) for other in own)]
     return {name: dict(scores[name]) for name in order}, others
-
-
-WORDS = ["none", "DO", "L2", "L1", "EN", "LN", "FN", "GN", "BN", "SN", "InN", "BCN", "GrN"]
 
 
 def rank(name):
     """For the order of labels: none, single ones by family and strength, sums, the tuned ones, others."""
     words = [re.match(r"([^(]*)\(?([^)]*)", word).groups() for word in name.split("+")]
-    places = [(WORDS.index(word) if word in WORDS else len(WORDS), text) for word, text in words]
-    numbers = [(place, float(text) if re.fullmatch(r"[\d.e-]+", text) else 0.0) for place, text in places]
+    numbers = [(place(word), float(text) if re.fullmatch(r"[\d.e-]+", text) else 0.0) for word, text in words]
     return len(words) if numbers[0][0] < len(WORDS) else 100, numbers, name
 
 
@@ -384,7 +384,7 @@ def markdown(table):
     bold = lambda cell: f"**{cell[1:]}**" if cell.startswith("*") else cell
     lines = [f"### {table.title}\n", " | ".join(["", *table.header, ""]).strip()]
     lines.append("| " + " | ".join("---" for _ in table.header) + " |")
-    lines += [("| " + " | ".join(bold(cell) for cell in row) + " |").replace("|  |", "| |") for row in table.rows]
+    lines += ["".join(f"| {bold(cell)} " if cell else "| " for cell in row) + "|" for row in table.rows]
     return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "") + "\n"
 
 

@@ -24,7 +24,7 @@ DATASETS = {
 }
 STUDY = ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "pen-expert-v1"]
 DECAYS, NORMS, NOISES = ("L2", "L1", "EN"), ("LN", "FN", "GN", "BN", "SN"), ("InN", "BCN", "GrN")
-ALL = ("DO", *DECAYS, *NORMS, *NOISES)
+ALL = ("DO", *NORMS, *DECAYS, *NOISES)
 # Of the weight decays at most one, since L2, L1 and the elastic net are one flag's values
 PAIRS = [f"{a}+{b}" for a, b in itertools.combinations(ALL, 2) if not {a, b} <= set(DECAYS)]
 TRIPLES = [f"DO+{norm}+{other}" for norm in NORMS for other in DECAYS + NOISES]

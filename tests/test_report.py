@@ -246,6 +246,20 @@ def test_the_best_of_each_dataset_is_one_row(make_run, tmp_path, monkeypatch):
     ]
 
 
+def test_a_row_whose_runs_are_all_in_another_is_left_out(make_run, tmp_path, monkeypatch):
+    for seed in (0, 1):
+        for flags in ({}, dict(actor_ln=True), dict(regularisers="DO+LN+EN")):
+            make_run([[1, 50]], seed=seed, algorithm="iql", **flags)
+            make_run([[1, 50]], seed=seed, algorithm="iql", dataset_name=PEN, **flags)  # with dropout anyway
+        make_run([[1, 50]], seed=seed, regularisers="best")
+        make_run([[1, 60]], seed=seed, regularisers="best", dataset_name=WALKER)
+        make_run([[1, 40]], seed=seed, actor_ln=True)  # is no tuned one, though those have its dataset
+    found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
+    names = lambda title: [row[0] for row in found[title].rows]
+    assert names("IQL, Adroit: scores") == ["none", "LN", "DO+LN+EN"]
+    assert names("ReBRAC, Gym-MuJoCo: scores") == ["LN", "best"]
+
+
 def test_nothing_to_report_is_one_clear_line(tmp_path, make_run):
     for config, message in (
         (Config(results=[str(tmp_path / "none")]), "error: there is no directory"),
@@ -313,14 +327,14 @@ def test_improvement_is_of_the_mean_over_the_datasets():
 def test_the_order_of_labels():
     names = ["best", "GN", "DO+LN", "DO(0.3)", "none", "DO(0.05)", "L2", "DO", "critic_ln=False", "DO+LN+GrN"]
     assert sorted(names, key=report.rank) == [
-        "none", "DO", "DO(0.05)", "DO(0.3)", "L2", "GN", "DO+LN", "DO+LN+GrN", "best", "critic_ln=False",
+        "none", "DO", "DO(0.05)", "DO(0.3)", "GN", "L2", "DO+LN", "DO+LN+GrN", "best", "critic_ln=False",
     ]  # fmt: skip
 
 
 def test_tables_in_three_languages():
-    table = Table("A_b", ["x", "y & z"], [["none", "*1 ± 2"], ["L2", "50 %"]], "note")
+    table = Table("A_b", ["x", "y & z"], [["none", "*1 ± 2"], ["L2", "50 %"], ["L1", ""]], "note")
     assert report.markdown(table) == (
-        "### A_b\n\n| x | y & z |\n| --- | --- |\n| none | **1 ± 2** |\n| L2 | 50 % |\n\nnote\n"
+        "### A_b\n\n| x | y & z |\n| --- | --- |\n| none | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\nnote\n"
     )
     text = report.latex(table)
     assert r"none & \textbf{1 $\pm$ 2} \\" in text and r"L2 & 50 \% \\" in text and r"\caption{A\_b. note}" in text
