@@ -3,6 +3,7 @@
 import csv
 import glob
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -33,13 +34,16 @@ COLUMNS = {
 }
 
 
-def last_rows():
+def last_rows(held_out):
     """The last evaluations of the runs in data/runs, by the README's name of their regularisers, then by seed."""
     names = dict(actor_dropout="DO", actor_ln="LN", actor_fn="FN", actor_gn="GN", actor_grad_noise="GrN")
     rows = {}
     for directory in glob.glob(os.path.join(ROOT, "data", "runs", "rebrac", "*", "*")):
         config = runs.load_config(rebrac.Config, directory)
+        if config.validation_frac != held_out:
+            continue
         name = "+".join(word for key, word in names.items() if getattr(config, key)) or "none"
+        name = name if config.actor_q_coef else "behaviour cloning"
         with open(os.path.join(directory, "evaluations.csv"), newline="") as file:
             rows.setdefault(name, {})[config.seed] = list(csv.DictReader(file))[-1]
     return rows
@@ -54,7 +58,7 @@ def test_the_table_of_what_is_inside_the_actor_is_that_of_the_runs():
     with open(os.path.join(ROOT, "README.md")) as file:
         table = re.search(r"^\| regularisers \|.*?\n\n", file.read(), re.DOTALL | re.MULTILINE)[0].split("\n")[:-2]
     header = [word.strip() for word in table[0].strip("|").split("|")][1:]
-    rows = last_rows()
+    rows = last_rows(0.1)
     assert [line.split("|")[1].strip() for line in table[2:]] == ["none", "LN", "FN", "GN", "DO", "DO+LN+GrN"]
     for line in table[2:]:
         name, *cells = [word.strip() for word in line.strip("|").split("|")]
@@ -72,7 +76,20 @@ def test_the_runs_are_those_of_the_command_in_the_readme():
         config = rebrac.replace(config, results="data/runs")
         assert runs.run_directory("rebrac", config, rebrac.tuned) == os.path.relpath(directory, ROOT)
         assert (config.num_updates, config.batch_size, config.critic_loss) == (15_000, 256, "mse")
-        assert (config.validation_frac, config.validation_seed, config.eval_episodes) == (0.1, 0, 10)
+        assert (config.validation_frac, config.validation_seed) in ((0.1, 0), (0.0, None))
+        assert config.eval_episodes == 10
+
+
+def test_the_scores_of_the_demo_are_those_of_its_runs():
+    rows, cells = last_rows(0.0), re.findall(r"^\| (?:ReBRAC \(mse\)|behaviour cloning).*", readme(), re.MULTILINE)[:2]
+    for name, line in zip(("none", "behaviour cloning"), cells):
+        scores = [float(rows[name][seed]["score"]) for seed in range(3)]
+        assert line.strip("| ").split(" | ")[1:] == [f"{score:.1f}" for score in [*scores, np.mean(scores)]]
+    (path,) = glob.glob(
+        os.path.join(ROOT, "data", "runs", "rebrac", "*", "seed=0,dataset_path=*,eval_every=*", "finished.json")
+    )
+    with open(path) as file:
+        assert round(json.load(file)["seconds"]["train"] / 60) == 4 and "demo trains for four minutes" in readme()
 
 
 FIGURES = [  # of README's table of speed, by the rows of the benchmark's output

@@ -349,7 +349,7 @@ def test_a_fresh_clone_shows_something_at_once(tmp_path):
     command = [sys.executable, os.path.join(ROOT, "report.py"), "--results", "[data/runs]", "--reps", "50"]
     done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("data/runs: 30 finished seeds; left out: 0\n")
+    assert done.stdout.startswith("data/runs: 36 finished seeds; left out: 0\n")
     figures = {os.path.basename(path) for path in glob.glob(str(tmp_path / "*.p*"))}
     kinds = "performance-profiles aggregates-with-95-intervals learning-curves inside-the-actor robustness".split()
     for kind in [*kinds, "strength-of-a-regulariser", "improvement-over-no-regulariser", "expected-online-performance"]:
@@ -362,7 +362,7 @@ def test_a_fresh_clone_shows_something_at_once(tmp_path):
     )
     text = (tmp_path / "tables.md").read_text()
     assert "| none | 0.024 ± 0.026 | 0.082 ± 0.057 |" in text  # as test_readme.py computes it from the runs
-    assert "| none | 36.7 ± 0.9 |" in text and (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == 3
+    assert "| none | 36.7 ± 0.9 |" in text and (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == 9
     assert Config().results in (["results"], ["data/runs"])
 
 
