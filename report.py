@@ -677,13 +677,13 @@ def online_performance(curves):
 def by_settings(seeds):
     """Pairs of settings and their runs, the largest first: each run is wherever all the settings are its own.
 
-    So a dataset whose batch size is 256 anyway is in the section of batch_size=256, too. What is within another is not
-    a section.
+    So a dataset whose batch size is 256 anyway is in the section of batch_size=256, too, and IQL in that of a
+    critic_loss, which it doesn't have. What is within another is not a section.
     """
     sections = {}
     for settings in {seed.settings for seed in seeds}:
         fits = lambda seed, own=set(settings): (
-            set(seed.settings) <= own and all(str(seed.config.get(key)) == value for key, value in own)
+            set(seed.settings) <= own and all(str(seed.config.get(key, value)) == value for key, value in own)
         )
         sections[settings] = {i for i, seed in enumerate(seeds) if fits(seed)}
     whole = [item for item in sections.items() if not any(item[1] < others for others in sections.values())]

@@ -92,6 +92,19 @@ def test_the_scores_of_the_demo_are_those_of_its_runs():
         assert round(json.load(file)["seconds"]["train"] / 60) == 4 and "demo trains for four minutes" in readme()
 
 
+def test_the_scores_of_the_trials_are_those_of_their_runs():
+    table = re.search(r"^\| mean of the dataset's.*?\n\n", readme(), re.DOTALL | re.MULTILINE)[0].splitlines()[1:]
+    found, files = [["", "", ""] for _ in range(3)], glob.glob(os.path.join(ROOT, "data", "trials", "*", "*", "*"))
+    for directory in files:
+        config = runs.load_config(rebrac.Config, directory)
+        with open(os.path.join(directory, "evaluations.csv"), newline="") as file:
+            score = float(list(csv.DictReader(file))[-1]["score"])
+        row = 0 if config.critic_loss == "hl_gauss" else 2 if config.actor_bc_coef == 0.4 else 1
+        found[row][["halfcheetah", "hopper", "pen"].index(config.dataset_name.split("-")[0])] = f"{score:.1f}"
+    assert len(files) == 8
+    assert [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in table if line] == found
+
+
 FIGURES = [  # of README's table of speed, by the rows of the benchmark's output
     "1,000,000 transitions", "2,000,000 transitions",
     "rebrac, empty cache", "rebrac, full cache", "iql, empty cache", "iql, full cache",

@@ -98,15 +98,15 @@ def test_another_file_is_another_dataset():
 
 def test_runs_are_compared_with_those_of_the_same_settings(make_run, tmp_path, monkeypatch):
     for seed in (0, 1):
-        make_run([[1, 40]], seed=seed, batch_size=256)
-        make_run([[1, 80]], seed=seed, dataset_name=PEN)  # whose batch size is 256 in the paper
+        make_run([[1, 40]], seed=seed, batch_size=256, critic_loss="mse")
+        make_run([[1, 80]], seed=seed, dataset_name=PEN, critic_loss="mse")  # whose batch size is 256 in the paper
         make_run([[1, 60]], seed=seed, dataset_name=PEN, algorithm="iql")
     seeds, _ = report.read_results([str(tmp_path / "results")])
-    common = (("eval_every", "1000"), ("num_updates", "2000"))
+    common = (("critic_loss", "mse"), ("eval_every", "1000"), ("num_updates", "2000"))
     assert [(s, len(group)) for s, group in report.by_settings(seeds)] == [((("batch_size", "256"), *common), 6)]
     found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
     assert found["ReBRAC, all domains: aggregates"].rows[0][3] == "60.0 (60.0 – 60.0)"
-    make_run([[1, 50]])  # at the paper's batch size, 1024
+    make_run([[1, 50]], critic_loss="mse")  # at the paper's batch size, 1024
     seeds, _ = report.read_results([str(tmp_path / "results")])
     (_, large), (settings, small) = report.by_settings(seeds)
     assert settings == common and len(large) == 6
