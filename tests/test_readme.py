@@ -176,11 +176,12 @@ def commands():
                 yield " ".join(shlex.quote(word) for word in words)
 
 
+RUNNER = "test_sweeps.test_a_sweep_runs_here_is_stopped_goes_on_and_says_what_failed"
 ELSEWHERE = {  # commands by the tests that run them
     "make test": ".ci/run",
     "source .venv/bin/activate": ".ci/run",  # the tests' own Python is that one
-    "python sweep.py ": "test_sweeps.test_a_sweep_runs_here_is_stopped_goes_on_and_says_what_failed",
-    "D4RL_DATASET_DIR=data python sweep.py ": "test_sweeps.test_a_sampled_run_trains",
+    "python sweep.py ": RUNNER,
+    "D4RL_DATASET_DIR=data python sweep.py ": RUNNER,
     "wandb sweep ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
     "wandb agent ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
     "sbatch ": "test_sweeps.test_slurms_job_goes_on_after_it_was_stopped",
