@@ -23,6 +23,7 @@ from test_speed import epoch_for
 import iql
 import rebrac
 import runs
+import tasks
 
 COLUMNS = {
     "dead neurons, training data": ("train/dead_neurons", 100),
@@ -90,6 +91,21 @@ def test_the_scores_of_the_demo_are_those_of_its_runs():
     )
     with open(path) as file:
         assert round(json.load(file)["seconds"]["train"] / 60) == 4 and "demo trains for four minutes" in readme()
+
+
+def test_the_bundled_datasets_are_as_described():
+    rows = re.findall(
+        r"^\| (\S+-v\d) \| .*? \| ([\d,.]+) \| ([\d,.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme(), re.MULTILINE
+    )
+    assert len(rows) == len(glob.glob(os.path.join(ROOT, "data", "*.hdf5"))) == 3
+    for name, *told in rows:
+        env = tasks.make_env(name)
+        raw = tasks.read_dataset(os.path.join(ROOT, "data", os.path.basename(env.unwrapped.dataset_url)), env)
+        ends = np.flatnonzero(raw["terminals"] | raw["timeouts"]) + 1
+        assert ends[-1] == len(raw["rewards"])
+        scores = [100 * env.get_normalized_score(part.sum()) for part in np.split(raw["rewards"], ends[:-1])]
+        found = [f"{len(ends):,}", f"{ends[-1]:,}", f"{np.mean(scores):.1f}", f"{max(scores):.1f}"]
+        assert told == found, name
 
 
 def test_the_scores_of_the_trials_are_those_of_their_runs():
