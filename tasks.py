@@ -20,7 +20,6 @@ import numpy as np
 
 from mujoco210 import d4rl, gym
 
-NOISE_EPISODES = 5  # at most, for each pair of noises in an evaluation during training
 NUM_STATES = 10_000  # at most, in each batch in which the actor is watched
 
 
@@ -149,10 +148,9 @@ def fingerprint(data):
 
 def conditions(config):
     """What one seed's episodes in an evaluation are: rows of number, action noise, state noise. Those without noise
-    come first, `eval_episodes` of them; then as many for each pair of `eval_noise`, in training NOISE_EPISODES at most,
-    which keeps a run's evaluations short."""
+    come first, `eval_episodes` of them; then as many for each pair of `eval_noise`, in training half as many."""
     rows = [(i, 0.0, 0.0) for i in range(config.eval_episodes)]
-    noisy = config.eval_episodes if config.evaluate else min(config.eval_episodes, NOISE_EPISODES)
+    noisy = config.eval_episodes if config.evaluate else -(-config.eval_episodes // 2)
     return rows + [(i, *pair) for pair in config.eval_noise for i in range(noisy)]
 
 

@@ -72,13 +72,14 @@ def study(algorithm):
     """The grid of the README's study, which two cores can train; collect.py makes two of its datasets.
 
     ReBRAC has the squared-error critic and the largest of the paper's coefficients: with those for D4RL's larger files
-    its actor leaves these (README).
+    its actor leaves these (README). The one evaluation has many episodes, since their scores differ much.
     """
     combination = {"rebrac": "DO+LN+GrN", "iql": "DO+LN+EN"}[algorithm]
     return dict(
         **dict(rebrac=dict(critic_loss="mse", actor_bc_coef=0.1), iql={})[algorithm],
         regularisers=["none", *NORMS, "DO", *DECAYS, *NOISES, combination],
-        batch_size=256, num_updates=20_000, eval_every=5000, validation_frac=0.1, validation_seed=0,
+        batch_size=256, num_updates=20_000, eval_every=20_000, eval_episodes=100, validation_frac=0.1,
+        validation_seed=0,
     )  # fmt: skip
 
 
