@@ -472,6 +472,17 @@ def aggregate_table(title, matrices, reps):
     return Table(title, header, rows, note), estimates, gains
 
 
+def seed_means(seeds, name, key, datasets):
+    """A label's values in the last evaluation, means over the datasets: their mean over the seeds and half the width of
+    its 95 % interval (Student's t); None if fewer than two seeds are finished on all datasets."""
+    mine = [seed for seed in seeds if seed.finished and name in seed.labels and key in seed.last]
+    found = matrix({d: [(s.seed, s.last[key]) for s in mine if s.dataset == d] for d in datasets}, datasets)
+    if found is None:
+        return None
+    values = 100 * found.mean(1)
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+
+
 def inside_table(title, seeds, names, datasets):
     """What is inside the actor in the last evaluation, and the scores under noise: means over datasets and seeds."""
     seeds = [seed for seed in seeds if seed.finished]
@@ -481,15 +492,9 @@ def inside_table(title, seeds, names, datasets):
     for name in names:
         cells = []
         for key in keys:
-            mine = [seed for seed in seeds if name in seed.labels and key in seed.last]
-            found = matrix({d: [(s.seed, s.last[key]) for s in mine if s.dataset == d] for d in datasets}, datasets)
-            if found is None:
-                cells.append("incomplete")
-                continue
-            values = 100 * found.mean(1)  # of each seed
-            half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+            found = seed_means(seeds, name, key, datasets)
             digits = 1 if key in scores or "norm" in key or "rank" in key else 3
-            cells.append(f"{values.mean():.{digits}f} ± {half:.{digits}f}")
+            cells.append(" ± ".join(f"{value:.{digits}f}" for value in found) if found else "incomplete")
         rows.append([name, *cells])
     header = [INSIDE.get(key, key.removeprefix("score/").replace("_", " ")) for key in keys]
     note = "Means over the datasets, and 95 % intervals over the seeds (Student's t)."
@@ -639,18 +644,17 @@ def distributions(seeds, names):
     return figure
 
 
-def robustness(seeds, names):
-    """Scores with noise and without: means over the runs of a label, with 95 % intervals."""
+def robustness(seeds, names, datasets):
+    """Scores with noise and without: means over the datasets, with 95 % intervals over the seeds."""
     keys = sorted({key for seed in seeds if seed.finished for key in seed.last if key.split("/")[0] == "score"})
-    if len(keys) < 2:
+    if len(keys) < 2 or not any(seed_means(seeds, name, "score", datasets) for name in names):
         return None
     figure, (axis,) = grid(1, width=max(4.5, 0.6 * len(names)), height=3.2)
     for k, key in enumerate(keys):
-        values = [[s.last[key] for s in seeds if s.finished and name in s.labels and key in s.last] for name in names]
-        half = [1.96 * np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
+        means, half = np.array([seed_means(seeds, name, key, datasets) or (np.nan, np.nan) for name in names]).T
         places = np.arange(len(names)) + (k - (len(keys) - 1) / 2) * 0.8 / len(keys)
         axis.bar(
-            places, [np.mean(v) if v else np.nan for v in values], 0.75 / len(keys), yerr=half, capsize=2,
+            places, means, 0.75 / len(keys), yerr=half, capsize=2,
             color=COLOURS[k % 8], hatch=["", "//", "..", "xx"][k % 4], edgecolor="white",
             label="no noise" if key == "score" else key.removeprefix("score/").replace("_", " "),
         )  # fmt: skip
@@ -726,7 +730,7 @@ def section(config, seeds, emit):
             if (table := inside_table(f"{title}: inside the actor", mine, names, everything)).rows:
                 emit(table)
             emit(f"{title}: inside the actor", distributions(mine, names[:24]))
-            emit(f"{title}: robustness", robustness(mine, names[:24]))
+            emit(f"{title}: robustness", robustness(mine, names[:24], everything))
     if gains:
         emit("improvement over no regulariser", improvement_figure(gains))
     if curves:

@@ -22,6 +22,7 @@ from test_speed import epoch_for
 
 import iql
 import rebrac
+import report
 import runs
 import tasks
 
@@ -56,8 +57,8 @@ def interval(values):
 
 
 def test_the_table_of_what_is_inside_the_actor_is_that_of_the_runs():
-    with open(os.path.join(ROOT, "README.md")) as file:
-        table = re.search(r"^\| regularisers \|.*?\n\n", file.read(), re.DOTALL | re.MULTILINE)[0].split("\n")[:-2]
+    section = readme().split("## Inside the actor")[1]
+    table = re.search(r"^\| regularisers \|.*?\n\n", section, re.DOTALL | re.MULTILINE)[0].split("\n")[:-2]
     header = [word.strip() for word in table[0].strip("|").split("|")][1:]
     rows = last_rows(0.1)
     assert [line.split("|")[1].strip() for line in table[2:]] == ["none", "LN", "FN", "GN", "DO", "DO+LN+GrN"]
@@ -110,15 +111,47 @@ def test_the_bundled_datasets_are_as_described():
 
 def test_the_scores_of_the_trials_are_those_of_their_runs():
     table = re.search(r"^\| mean of the dataset's.*?\n\n", readme(), re.DOTALL | re.MULTILINE)[0].splitlines()[1:]
-    found, files = [["", "", ""] for _ in range(3)], glob.glob(os.path.join(ROOT, "data", "trials", "*", "*", "*"))
+    found, files = [["", "", ""] for _ in range(4)], glob.glob(os.path.join(ROOT, "data", "trials", "*", "*", "*"))
+    files += glob.glob(os.path.join(ROOT, "data", "study", "rebrac", "*", "seed=0,actor_bc_coef=0.1,validation*"))
     for directory in files:
         config = runs.load_config(rebrac.Config, directory)
         with open(os.path.join(directory, "evaluations.csv"), newline="") as file:
             score = float(list(csv.DictReader(file))[-1]["score"])
-        row = 0 if config.critic_loss == "hl_gauss" else 2 if config.actor_bc_coef == 0.4 else 1
+        row = 0 if config.critic_loss == "hl_gauss" else {0.4: 2, 0.1: 3}.get(config.actor_bc_coef, 1)
         found[row][["halfcheetah", "hopper", "pen"].index(config.dataset_name.split("-")[0])] = f"{score:.1f}"
-    assert len(files) == 8
+    assert len(files) == 8 + 3
     assert [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in table if line] == found
+
+
+def tables(text):
+    """The cells of Markdown's tables: a dictionary by row and column for each, under its title."""
+    for title, body in re.findall(r"^(?:### |\*\*)(.+?)(?:\*\*)?\n\n((?:\|.*\n)+)", text, re.MULTILINE):
+        header, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in body.splitlines()]
+        names = [re.sub(r" \(\d seeds\)$", "", row[0]) for row in rows]
+        yield title, {(n, key): cell for n, row in zip(names, rows) for key, cell in zip(header[1:], row[1:])}
+
+
+def test_the_tables_of_the_study_are_those_of_the_report(tmp_path):
+    study = readme().split("### The study")[1].split("\n## ")[0]
+    (folder,) = re.findall(r"^python report\.py --results '\[(.*)\]'", study, re.MULTILINE)
+    report.main(report.Config(results=[os.path.join(ROOT, folder)], output=str(tmp_path)))
+    found, told = (dict(tables(text)) for text in ((tmp_path / "tables.md").read_text(), study))
+    assert len(told) == 2
+    for title, cells in told.items():
+        assert {key: found[title].get(key) for key in cells} == cells
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", readme()):
+        assert os.path.exists(os.path.join(ROOT, name))
+
+
+def test_the_study_has_come_as_far_as_the_readme_says():
+    done = glob.glob(os.path.join(ROOT, "data", "study", "*", "*", "*", "finished.json"))
+    assert f"{len(done)} of its 415 runs" in " ".join(readme().split())
+    for path in done:
+        directory = os.path.dirname(path)
+        script = {"rebrac": rebrac, "iql": iql}[directory.split(os.sep)[-3]]
+        config = replace(runs.load_config(script.Config, directory), results="data/study")
+        assert runs.run_directory(script.__name__, config, script.tuned) == os.path.relpath(directory, ROOT)
+        assert (config.num_updates, config.batch_size, config.eval_episodes) == (20_000, 256, 100)
 
 
 FIGURES = [  # of README's table of speed, by the rows of the benchmark's output
