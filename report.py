@@ -472,7 +472,7 @@ def aggregate_table(title, matrices, reps):
     return Table(title, header, rows, note), estimates, gains
 
 
-def seed_means(seeds, name, key, datasets):
+def mean_and_interval(seeds, name, key, datasets):
     """A label's values in the last evaluation, means over the datasets: their mean over the seeds and half the width of
     its 95 % interval (Student's t); None if fewer than two seeds are finished on all datasets."""
     mine = [seed for seed in seeds if seed.finished and name in seed.labels and key in seed.last]
@@ -492,7 +492,7 @@ def inside_table(title, seeds, names, datasets):
     for name in names:
         cells = []
         for key in keys:
-            found = seed_means(seeds, name, key, datasets)
+            found = mean_and_interval(seeds, name, key, datasets)
             digits = 1 if key in scores or "norm" in key or "rank" in key else 3
             cells.append(" ± ".join(f"{value:.{digits}f}" for value in found) if found else "incomplete")
         rows.append([name, *cells])
@@ -647,11 +647,11 @@ def distributions(seeds, names):
 def robustness(seeds, names, datasets):
     """Scores with noise and without: means over the datasets, with 95 % intervals over the seeds."""
     keys = sorted({key for seed in seeds if seed.finished for key in seed.last if key.split("/")[0] == "score"})
-    if len(keys) < 2 or not any(seed_means(seeds, name, "score", datasets) for name in names):
+    if len(keys) < 2 or not any(mean_and_interval(seeds, name, "score", datasets) for name in names):
         return None
     figure, (axis,) = grid(1, width=max(4.5, 0.6 * len(names)), height=3.2)
     for k, key in enumerate(keys):
-        means, half = np.array([seed_means(seeds, name, key, datasets) or (np.nan, np.nan) for name in names]).T
+        means, half = np.array([mean_and_interval(seeds, name, key, datasets) or (np.nan, np.nan) for name in names]).T
         places = np.arange(len(names)) + (k - (len(keys) - 1) / 2) * 0.8 / len(keys)
         axis.bar(
             places, means, 0.75 / len(keys), yerr=half, capsize=2,
