@@ -303,10 +303,8 @@ def collect(config, seeds):
                 others[name][seed.dataset][seed.status] += 1
     order = sorted(set(scores) | set(others), key=rank)
     own = {name: {i for i, seed in enumerate(seeds) if name in seed.labels} for name in order}
-    repeats = lambda name, other: (  # all of its runs also have the other name
-        own[name] < own[other] or own[name] == own[other] and rank(name) > rank(other) and not name.startswith("best")
-    )
-    order = [name for name in order if not any(repeats(name, other) for other in own)]
+    repeats = lambda name, other: own[name] < own[other] or own[name] == own[other] and rank(name) > rank(other)
+    order = [name for name in order if not any(repeats(name, other) for other in own)]  # all its runs have the other
     return {name: dict(scores[name]) for name in order}, others
 
 
@@ -524,7 +522,9 @@ def legend(figure, axis):
 
 
 def learning_curves(seeds, names, datasets):
-    """Score against updates: mean over the finished seeds, and their standard deviation."""
+    """Score against updates: mean over the finished seeds, and their standard deviation; None of single evaluations."""
+    if all(len(seed.updates) < 2 for seed in seeds):
+        return None
     figure, axes = grid(len(datasets))
     for axis, dataset in zip(axes, datasets):
         for i, name in enumerate(names):

@@ -131,16 +131,38 @@ def tables(text):
         yield title, {(n, key): cell for n, row in zip(names, rows) for key, cell in zip(header[1:], row[1:])}
 
 
-def test_the_tables_of_the_study_are_those_of_the_report(tmp_path):
-    study = readme().split("### The study")[1].split("\n## ")[0]
-    (folder,) = re.findall(r"^python report\.py --results '\[(.*)\]'", study, re.MULTILINE)
-    report.main(report.Config(results=[os.path.join(ROOT, folder)], output=str(tmp_path)))
-    found, told = (dict(tables(text)) for text in ((tmp_path / "tables.md").read_text(), study))
-    assert len(told) == 2
-    for title, cells in told.items():
-        assert {key: found[title].get(key) for key in cells} == cells
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", readme()):
-        assert os.path.exists(os.path.join(ROOT, name))
+STUDY = {  # the columns of README's tables of the study, by the report's tables and their columns
+    "score": ("inside the actor", "score"),
+    "against none": ("aggregates", "mean against none"),
+    "P(better)": ("aggregates", "P(better than none)"),
+    "dead neurons": ("inside the actor", "dead neurons (share, training data)"),
+    "PCA rank": ("inside the actor", "PCA rank (training data)"),
+    "gap": ("inside the actor", "gap of the action error"),
+    "action noise": ("inside the actor", "action noise=0.2"),
+    "state noise": ("inside the actor", "state noise=0.05"),
+}
+
+
+def test_the_studys_report_is_that_of_its_runs_and_readmes_tables_are_that_reports(tmp_path, monkeypatch):
+    study, folder = readme().split("### The study")[1].split("\n## ")[0], os.path.join("data", "study")
+    (results,) = re.findall(r"^python report\.py --results '\[(.*)\]' --output data/study$", study, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    report.main(report.Config(results=results.split(", "), output=str(tmp_path)))
+    text = (tmp_path / "tables.md").read_text()
+    with open(os.path.join(folder, "tables.md")) as file:
+        assert file.read() == text
+    figures = {os.path.join(folder, name) for name in re.findall(r"!\[.*?\]\((.*?)\)", text)}
+    assert figures == set(glob.glob(os.path.join(folder, "*.png")))
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", readme()):
+        assert path in figures
+    found, told = dict(tables(text)), dict(tables(study))
+    assert list(told) == ["IQL"]
+    for algorithm, cells in told.items():
+        whole = [title for title in found if title.startswith(f"{algorithm}, ") and title.endswith("aggregates")][-1]
+        theirs = {"inside the actor": found[f"{algorithm}: inside the actor"], "aggregates": found[whole]}
+        expected = {(name, key): theirs[title][name, column] for key, (title, column) in STUDY.items()
+                    for name in dict.fromkeys(name for name, _ in theirs["aggregates"])}  # fmt: skip
+        assert cells == expected
 
 
 def test_the_study_has_come_as_far_as_the_readme_says():

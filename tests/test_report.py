@@ -254,10 +254,13 @@ def test_a_row_whose_runs_are_all_in_another_is_left_out(make_run, tmp_path, mon
         make_run([[1, 50]], seed=seed, regularisers="best")
         make_run([[1, 60]], seed=seed, regularisers="best", dataset_name=WALKER)
         make_run([[1, 40]], seed=seed, actor_ln=True)  # is no tuned one, though those have its dataset
+        make_run([[1, 40]], seed=seed, folder="single", regularisers="best")
     found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
     names = lambda title: [row[0] for row in found[title].rows]
     assert names("IQL, Adroit: scores") == ["none", "LN", "DO+LN+EN"]
     assert names("ReBRAC, Gym-MuJoCo: scores") == ["LN", "best"]
+    found = tables([str(tmp_path / "single")], monkeypatch, tmp_path)
+    assert names("ReBRAC, Gym-MuJoCo: scores") == ["DO(0.2)+LN+GrN"]
 
 
 def test_nothing_to_report_is_one_clear_line(tmp_path, make_run):
@@ -314,6 +317,12 @@ def test_seeds_that_miss_a_dataset_are_not_aggregated():
     by = {"a": [(0, 10.0), (1, 20.0), (2, 30.0)], "b": [(2, 60.0), (0, 40.0)]}
     np.testing.assert_allclose(report.matrix(by, ["a", "b"]), [[0.1, 0.4], [0.3, 0.6]])
     assert report.matrix(by, ["a", "b", "c"]) is None
+
+
+def test_curves_need_two_evaluations(make_run):
+    short, long = (report.read_directory(make_run([scores], seed=i))[0] for i, scores in enumerate(([1], [1, 2])))
+    assert report.learning_curves(short, ["none"], [HOPPER]) is None
+    assert len(report.learning_curves(short + long, ["none"], [HOPPER]).axes[0].lines) == 1
 
 
 def test_improvement_is_of_the_mean_over_the_datasets():
