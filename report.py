@@ -44,6 +44,7 @@ for bootstrap in (library.arch_bs.IIDBootstrap, library.arch_bs.IndependentSampl
 
 SCRIPTS = {"rebrac": rebrac, "iql": iql}
 NAMES = {"rebrac": "ReBRAC", "iql": "IQL"}
+BEST = {"rebrac": ("best", "best-L2"), "iql": ("best", "best-L1")}  # the names of what is tuned for each dataset
 DOMAINS = ("Gym-MuJoCo", "AntMaze", "Adroit")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]  # Okabe and Ito's
 MARKERS, LINES = "os^Dv<>P", ["-", "--", "-.", ":"]
@@ -130,8 +131,7 @@ def describe(algorithm, config):
     key = algorithm, name, config.get("critic_loss")
     if key not in TUNED:
         plain = script.Config(**{k: config[k] for k in ("dataset_name", "critic_loss") if k in config})
-        best = "best", {"rebrac": "best-L2", "iql": "best-L1"}[algorithm]
-        tuned = {word: strengths(vars(script.tuned(replace(plain, regularisers=word)))) for word in best}
+        tuned = {word: strengths(vars(script.tuned(replace(plain, regularisers=word)))) for word in BEST[algorithm]}
         default = identity(vars(script.tuned(plain)))
         if "critic_loss" in config:
             default["critic_loss"] = script.Config.critic_loss
@@ -713,14 +713,15 @@ def section(config, seeds, emit):
             if not matrices:
                 continue
             table, estimates, found = aggregate_table(f"{title}: aggregates", matrices, config.reps)
-            gains |= {title: found} if found else {}
+            panel = title if len(datasets) > 1 else f"{NAMES[algorithm]}, {datasets[0]}"
+            gains |= {panel: found} if found else {}
             emit(table)
             emit(f"{title}: aggregates with 95 % intervals", interval_figure(estimates))
             few = dict(list(matrices.items())[: config.variants])
             emit(f"{title}: performance profiles", performance_profiles(few, config.reps))
             means = np.array([100 * values.mean(0) for values in matrices.values()])
             if len(means) > 1:  # as if each dataset were tuned on its own
-                curves[title] = np.mean([expected_online_performance(column) for column in means.T], 0)
+                curves[panel] = np.mean([expected_online_performance(column) for column in means.T], 0)
         names = [name for name in scores if scores[name]]
         if names:
             title = NAMES[algorithm]

@@ -87,11 +87,11 @@ def test_the_scores_of_the_demo_are_those_of_its_runs():
     for name, line in zip(("none", "behaviour cloning"), cells):
         scores = [float(rows[name][seed]["score"]) for seed in range(3)]
         assert line.strip("| ").split(" | ")[1:] == [f"{score:.1f}" for score in [*scores, np.mean(scores)]]
-    (path,) = glob.glob(
-        os.path.join(ROOT, "data", "runs", "rebrac", "*", "seed=0,dataset_path=*,eval_every=*", "finished.json")
-    )
-    with open(path) as file:
-        assert round(json.load(file)["seconds"]["train"] / 60) == 4 and "demo trains for four minutes" in readme()
+    minutes = set()
+    for path in glob.glob(os.path.join(ROOT, "data", "runs", "rebrac", "*", "seed=?,dataset_path=*,eval_every=*")):
+        with open(os.path.join(path, "finished.json")) as file:
+            minutes.add(round(json.load(file)["seconds"]["train"] / 60))
+    assert minutes == {4, 5} and "demo trains for four to five minutes" in readme()
 
 
 def test_the_bundled_datasets_are_as_described():
@@ -250,7 +250,6 @@ def commands():
 RUNNER = "test_sweeps.test_a_sweep_runs_here_is_stopped_goes_on_and_says_what_failed"
 ELSEWHERE = {  # commands by the tests that run them
     "make test": ".ci/run",
-    "source .venv/bin/activate": ".ci/run",  # the tests' own Python is that one
     "python sweep.py ": RUNNER,
     "D4RL_DATASET_DIR=data python sweep.py ": RUNNER,
     "wandb sweep ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
