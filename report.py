@@ -626,21 +626,27 @@ def pair_map(scores, datasets):
     return None
 
 
-def distributions(seeds, names):
-    """What is inside the actor at the end: a box and the runs for each label."""
-    keys = [key for key in INSIDE if any(key in seed.last for seed in seeds if seed.finished)]
+def distributions(seeds, names, datasets):
+    """What is inside the actor at the end: the runs of each label, and a line at the mean of each dataset's."""
+    seeds = [seed for seed in seeds if seed.finished]
+    keys = [key for key in INSIDE if any(key in seed.last for seed in seeds)]
     if not keys:
         return None
     figure, axes = grid(len(keys), width=max(3.0, 0.42 * len(names)), height=3.0, columns=3)
-    rng = np.random.default_rng(0)
     for axis, key in zip(axes, keys):
-        values = [[s.last[key] for s in seeds if s.finished and name in s.labels and key in s.last] for name in names]
-        axis.boxplot(values, showfliers=False, medianprops=dict(color=COLOURS[1]), widths=0.6)
-        for i, column in enumerate(values):
-            jitter = i + 1 + rng.uniform(-0.15, 0.15, len(column))
-            axis.plot(jitter, column, ".", color=COLOURS[0], markersize=3, alpha=0.6)
-        axis.set_xticks(range(1, len(names) + 1), names, rotation=60, ha="right", fontsize=7)
+        for j, dataset in enumerate(datasets):
+            values = [
+                [s.last[key] for s in seeds if s.dataset == dataset and name in s.labels and key in s.last]
+                for name in names
+            ]
+            places = np.arange(len(names)) + (j - (len(datasets) - 1) / 2) * 0.7 / len(datasets)
+            points = np.array([(x, value) for x, column in zip(places, values) for value in column]).reshape(-1, 2)
+            axis.plot(*points.T, color=COLOURS[j % 8], marker=MARKERS[j % 8], linestyle="", markersize=3, label=dataset)
+            means = [np.mean(column) if column else np.nan for column in values]
+            axis.hlines(means, places - 0.3 / len(datasets), places + 0.3 / len(datasets), color=COLOURS[j % 8])
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
         axis.set_title(INSIDE[key], fontsize=9)
+    legend(figure, axes[0])
     return figure
 
 
@@ -730,7 +736,7 @@ def section(config, seeds, emit):
             emit(f"{title}: pairs of regularisers", pair_map(scores, everything))
             if (table := inside_table(f"{title}: inside the actor", mine, names, everything)).rows:
                 emit(table)
-            emit(f"{title}: inside the actor", distributions(mine, names[:24]))
+            emit(f"{title}: inside the actor", distributions(mine, names[:24], everything))
             emit(f"{title}: robustness", robustness(mine, names[:24], everything))
     if gains:
         emit("improvement over no regulariser", improvement_figure(gains))
