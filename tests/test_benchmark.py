@@ -67,7 +67,7 @@ def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
         shutil.copy(os.path.join(ROOT, name), other)
     flags = dict(
         parts="[load, start, evaluation]", scripts="[iql]", rounds=1, updates=2, batch_size=8,
-        transitions="[2000]", tasks="[pen-human-v1]", against=other,
+        transitions="[100000]", tasks="[pen-human-v1]", against=other,
     )  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     run = subprocess.run([sys.executable, "benchmark.py", *words], cwd=ROOT, capture_output=True, text=True)
@@ -80,7 +80,7 @@ def test_the_other_parts_print_their_tables_also_of_another_checkout(tmp_path):
     twice = lambda *titles: [title + label for label in ("", f" in {other}") for title in titles]
     pen = "pen-human-v1"
     assert names == [
-        *twice("2,000 transitions"),
+        *twice("100,000 transitions"),
         *twice("iql, empty cache", "iql, full cache"),
         *(pen, f"{pen}, in one process", f"{pen}, bare", f"{pen} in {other}"),
     ]
