@@ -160,9 +160,8 @@ def test_the_studys_report_is_that_of_its_runs_and_readmes_tables_are_that_repor
     for algorithm, cells in told.items():
         whole = [title for title in found if title.startswith(f"{algorithm}, ") and title.endswith("aggregates")][-1]
         theirs = {"inside the actor": found[f"{algorithm}: inside the actor"], "aggregates": found[whole]}
-        expected = {(name, key): theirs[title][name, column] for key, (title, column) in STUDY.items()
-                    for name in dict.fromkeys(name for name, _ in theirs["aggregates"])}  # fmt: skip
-        assert cells == expected
+        names, columns = {name for name, _ in theirs["aggregates"]}, STUDY.items()
+        assert cells == {(name, key): theirs[title][name, column] for name in names for key, (title, column) in columns}
 
 
 def test_the_study_has_come_as_far_as_the_readme_says():
