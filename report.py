@@ -545,7 +545,9 @@ def interval_figure(estimates):
     figure, axes = grid(4, width=2.9, height=0.9 + 0.24 * len(estimates))
     for k, (axis, title) in enumerate(zip(axes, ("IQM", "median", "mean", "optimality gap"))):
         for i, (point, (low, high)) in enumerate(estimates.values()):
-            axis.barh(i, 100 * (high[k] - low[k]), left=100 * low[k], color=COLOURS[0], alpha=0.45, height=0.6)
+            axis.fill_betweenx(
+                [i - 0.3, i + 0.3], 100 * low[k], 100 * high[k], color=COLOURS[0], alpha=0.45, linewidth=0
+            )
             axis.plot([100 * point[k]] * 2, [i - 0.3, i + 0.3], color="black", linewidth=1.4)
         axis.set(title=title, yticks=range(len(estimates)), yticklabels=list(estimates) if k == 0 else [])
         axis.invert_yaxis()
