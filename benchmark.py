@@ -35,12 +35,11 @@ from typing import List, Optional
 import h5py
 import jax
 import numpy as np
-import pyrallis
 
 import iql
 import rebrac
 import tasks
-from runs import configure_jax
+from runs import parse
 
 VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN"]  # by the paper's abbreviations, at its chosen strengths
 PARTS = ("load", "start", "memory", "updates", "evaluation", "regularisers", "seeds")
@@ -282,7 +281,7 @@ def memory_part(config, folder):
         run = subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True)
         if run.returncode:
             sys.exit(f"error: {' '.join(arguments[3:])} has failed: {run.stderr.strip()[-200:]}")
-        return int(run.stdout) / 1e6 * (1 if sys.platform == "darwin" else 1024)
+        return int(run.stdout) * 1024 / 1e6
 
     for i in range(config.rounds + 1):  # the first fills the cache
         for script, n in peaks:
@@ -417,7 +416,6 @@ def main(config):
         sys.exit("error: transitions must be 1000 or more")
     if config.against and not os.path.isfile(os.path.join(config.against, "rebrac.py")):
         sys.exit(f"error: {config.against} is no checkout of this project: it has no rebrac.py")
-    configure_jax(deterministic=False)
     print(f"{machine()}; {config.rounds} rounds; {config.updates} updates; batch {config.batch_size} unless it says")
     for part in PARTS:
         if part in config.parts:
@@ -426,4 +424,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(pyrallis.parse(config_class=Config))
+    main(parse(Config))

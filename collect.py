@@ -22,9 +22,10 @@ from mujoco210 import d4rl, gym  # isort: skip  (before sbx, which also imports 
 import gymnasium
 import h5py
 import numpy as np
-import pyrallis
 from sbx import SAC
 from tqdm import tqdm
+
+from runs import parse
 
 ENVS = {env: f"{env}-medium-v2" for env in ("halfcheetah", "hopper", "walker2d")}
 ENVS |= {env: f"{env}-human-v1" for env in ("pen", "door", "hammer", "relocate")}
@@ -97,7 +98,6 @@ def write(config, kind, data):
     name = ENVS[config.env]
     file = f"{config.env}-{kind}-{name[-2:]}"
     path = os.path.join(config.directory, os.path.basename(d4rl.infos.DATASET_URLS.get(file, f"{file}.hdf5")))
-    os.makedirs(config.directory, exist_ok=True)
     with h5py.File(path + ".partial", "w") as file:
         for key, column in data.items():
             file.create_dataset(key, data=column, compression="gzip", compression_opts=9, shuffle=True)
@@ -113,31 +113,41 @@ def main(config):
     for values, known in (([config.env], ENVS), (config.kinds, KINDS)):
         if unknown := set(values) - set(known):
             sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    name, wanted, data = ENVS[config.env], set(config.kinds), {}
+    if min(config.medium_steps, config.transitions) < 1:
+        sys.exit("error: medium_steps and transitions must be 1 or more")
+    name, wanted = ENVS[config.env], set(config.kinds)
+    with_expert = wanted & {"full-replay", "expert", "medium-expert"}
+    if with_expert and config.expert_steps <= config.medium_steps:
+        sys.exit(f"error: expert_steps must be above medium_steps, {config.medium_steps}")
+    os.makedirs(config.directory, exist_ok=True)
     env = Recorder(name, config.seed)
     model = SAC("MlpPolicy", env, learning_starts=10_000, seed=config.seed)
+
+    def roll(kind, seed):
+        data = rollout(model, name, seed, config.transitions)
+        if kind in wanted:
+            write(config, kind, data)
+        return data
+
     if "random" in wanted:
-        write(config, "random", rollout(model, name, config.seed + 1, config.transitions))
+        roll("random", config.seed + 1)
     if wanted == {"random"}:
         return
     model.learn(config.medium_steps, progress_bar=sys.stderr.isatty())
     if "medium-replay" in wanted:
         write(config, "medium-replay", env.dataset())
     if wanted & {"medium", "medium-expert"}:
-        data["medium"] = rollout(model, name, config.seed + 2, config.transitions)
-    if wanted & {"full-replay", "expert", "medium-expert"}:
-        model.learn(
-            config.expert_steps - config.medium_steps, reset_num_timesteps=False, progress_bar=sys.stderr.isatty()
-        )
+        medium = roll("medium", config.seed + 2)
+    if with_expert:
+        steps = config.expert_steps - config.medium_steps
+        model.learn(steps, reset_num_timesteps=False, progress_bar=sys.stderr.isatty())
     if "full-replay" in wanted:
         write(config, "full-replay", env.dataset())
     if wanted & {"expert", "medium-expert"}:
-        data["expert"] = rollout(model, name, config.seed + 3, config.transitions)
+        expert = roll("expert", config.seed + 3)
     if "medium-expert" in wanted:
-        data["medium-expert"] = {k: np.concatenate([data["medium"][k], data["expert"][k]]) for k in data["medium"]}
-    for kind in wanted & set(data):
-        write(config, kind, data[kind])
+        write(config, "medium-expert", {key: np.concatenate([medium[key], expert[key]]) for key in medium})
 
 
 if __name__ == "__main__":
-    main(pyrallis.parse(config_class=Config))
+    main(parse(Config))

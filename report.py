@@ -24,7 +24,6 @@ from typing import List, NamedTuple, Optional
 
 import matplotlib
 import numpy as np
-import pyrallis
 import yaml
 
 matplotlib.use("Agg")
@@ -34,7 +33,7 @@ from scipy import stats  # noqa: E402
 
 import iql  # noqa: E402
 import rebrac  # noqa: E402
-from runs import identity  # noqa: E402
+from runs import identity, parse  # noqa: E402
 
 for bootstrap in (library.arch_bs.IIDBootstrap, library.arch_bs.IndependentSamplesBootstrap):
     # rliable was written for arch 5, which took a random_state where today's takes a seed; it gives None
@@ -92,7 +91,8 @@ class Seed(NamedTuple):
 
 
 def domain(dataset):
-    return DOMAINS["antmaze" in dataset] if "-v2" in dataset else DOMAINS[2]
+    name = dataset.split(" ")[0]  # without that of a file
+    return DOMAINS["antmaze" in name] if name.endswith("-v2") else DOMAINS[2]
 
 
 def place(word):
@@ -113,7 +113,8 @@ def chosen(script, name):
 
 def label(script, found):
     """DO+LN, with the strengths that aren't the paper's choice: DO(0.3)+LN."""
-    words = [name if value in (chosen(script, name), True) else f"{name}({value:g})" for name, value in found.items()]
+    is_chosen = lambda name, value: value is True or value == chosen(script, name)
+    words = [name if is_chosen(name, value) else f"{name}({value:g})" for name, value in found.items()]
     return "+".join(words) or "none"
 
 
@@ -198,7 +199,7 @@ def read_directory(path):
         seeds = list(split_seeds(algorithm, config, rows, status))
     except Unreadable:
         raise
-    except Exception as error:  # whatever a damaged file brings about
+    except (Exception, SystemExit) as error:  # whatever a damaged file or an unknown dataset brings about
         raise Unreadable(" ".join(f"it is damaged: {type(error).__name__} {error}".split())[:150]) from error
     reason = None
     if status == "unfinished":
@@ -264,7 +265,7 @@ def read_wandb(project):
             keep(own, f"{project}/{run.id}", seeds, seen, left_out)
         except Unreadable as error:
             left_out.append((f"{project}/{run.id}", str(error)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             left_out.append((f"{project}/{run.id}", f"it is damaged: {type(error).__name__} {error}"))
     return seeds, left_out
 
@@ -289,7 +290,7 @@ def final_score(config, seed):
     """A finished seed's score: its last evaluation's, or the mean of its last 10, on AntMaze 5."""
     if config.final == "last":
         return seed.scores[-1]
-    return seed.scores[-(5 if "antmaze" in seed.dataset else 10) :].mean()
+    return seed.scores[-(5 if domain(seed.dataset) == "AntMaze" else 10) :].mean()
 
 
 def collect(config, seeds):
@@ -364,7 +365,7 @@ def expected_online_performance(scores):
 
 
 def improvement(x, y):
-    """By how many percent the mean of x (seeds, datasets, V) is above that of y, (1, V)."""
+    """By how many percent the mean of x (seeds, datasets, V) is above that of y, (1, V), if that is positive."""
     return 100 * (x.mean((0, 1)) / y.mean((0, 1)) - 1)[None]
 
 
@@ -453,7 +454,8 @@ def aggregate_table(title, matrices, reps):
         estimates |= {name: (points[:, i], intervals[:, :, i]) for i, name in enumerate(names)}
         if "none" in matrices:
             baseline = np.repeat(matrices["none"][:, :, None], len(names), 2)
-            for found, function in ((better, probability_of_improvement), (gains, improvement)):
+            positive = matrices["none"].mean() > 0  # else percents of it mean nothing
+            for found, function in ((better, probability_of_improvement), (gains, improvement))[: 1 + positive]:
                 points, intervals = interval([stack, baseline], function, reps)
                 found |= {name: (points[0, i], *intervals[:, 0, i]) for i, name in enumerate(names) if name != "none"}
     estimates, gains = ({name: found[name] for name in matrices if name in found} for found in (estimates, gains))
@@ -461,9 +463,10 @@ def aggregate_table(title, matrices, reps):
     for name, (point, (low, high)) in estimates.items():
         cells = [f"{100 * p:.1f} ({100 * a:.1f} – {100 * b:.1f})" for p, a, b in zip(point, low, high)]
         compared = ["", ""]
+        if name in better:
+            compared = ["{:.2f} ({:.2f} – {:.2f})".format(*better[name]), "none's is not positive"]
         if name in gains:
-            compared = ["{:.2f} ({:.2f} – {:.2f})".format(*better[name])]
-            compared += ["{:+.1f} % ({:+.1f} – {:+.1f})".format(*gains[name])]
+            compared[1] = "{:+.1f} % ({:+.1f} – {:+.1f})".format(*gains[name])
         rows.append([f"{name} ({len(matrices[name])} seeds)", *cells, *compared])
     header = ["regularisers", "IQM", "median", "mean", "optimality gap", "P(better than none)", "mean against none"]
     note = "95 % intervals by rliable's stratified bootstrap, in brackets."
@@ -814,4 +817,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(pyrallis.parse(config_class=Config))
+    main(parse(Config))

@@ -67,11 +67,17 @@ def parse(config_class, arguments=None):
         if not found:
             sys.exit(f"error: {str(error).splitlines()[0]}")
         kind = next(str(field.type) for field in dataclasses.fields(config_class) if field.name == found[2])
-        kind = "pairs of floats" if "Tuple" in kind else re.search("float|int|bool|str", kind)[0]
+        kind = (
+            "list: [a, b]"
+            if "List" in kind
+            else "pairs of floats"
+            if "Tuple" in kind
+            else re.search("float|int|bool|str", kind)[0]
+        )
         sys.exit(f"error: {found[2]} can't be {found[1]!r}; it is of type {kind}")
     except (OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    configure_jax(config.deterministic)
+    configure_jax(getattr(config, "deterministic", False))
     return config
 
 
@@ -90,12 +96,15 @@ BOUNDS = {  # of the fields that either script has
     "1 or more": "num_seeds num_updates log_every eval_every eval_episodes batch_size policy_freq hidden_dim "
     "actor_layers critic_layers n_classes",
     "0 or more": "seed validation_seed actor_wd critic_wd actor_learning_rate critic_learning_rate actor_input_noise "
-    "actor_bc_noise actor_grad_noise critic_grad_noise target_noise noise_clip sigma_frac actor_bc_coef critic_bc_coef "
+    "actor_bc_noise actor_grad_noise critic_grad_noise target_noise noise_clip actor_bc_coef critic_bc_coef "
     "actor_q_coef temperature max_weight",
+    "above 0": "sigma_frac",
     "at least 0 and below 1": "actor_dropout critic_dropout validation_frac",
     "between 0 and 1": "actor_l1_ratio critic_l1_ratio gamma tau expectile",
 }
-HOLDS = dict(zip(BOUNDS, [lambda x: x >= 1, lambda x: x >= 0, lambda x: 0 <= x < 1, lambda x: 0 <= x <= 1]))
+HOLDS = dict(
+    zip(BOUNDS, [lambda x: x >= 1, lambda x: x >= 0, lambda x: x > 0, lambda x: 0 <= x < 1, lambda x: 0 <= x <= 1])
+)
 
 
 def check(config, rules):
@@ -111,10 +120,13 @@ def check(config, rules):
         rules[f"{key} must be a multiple of log_every, {config.log_every}"] = (
             fields[key] % max(config.log_every, 1) == 0
         )
-    rules["eval_noise must be pairs of 0 or more: [[0.2, 0], [0, 0.05]]"] = all(
-        len(pair) == 2 and min(pair) >= 0 for pair in config.eval_noise
+    rules["eval_noise must be pairs of 0 or more, not both 0: [[0.2, 0], [0, 0.05]]"] = all(
+        len(pair) == 2 and min(pair) >= 0 and max(pair) > 0 for pair in config.eval_noise
     )
+    rules["seed + num_seeds must be at most 2^31"] = config.seed + config.num_seeds <= 2**31
     rules["video must end in .mp4 or .gif"] = not config.video or config.video.endswith((".mp4", ".gif"))
+    folder = os.path.dirname(config.video or "") or "."
+    rules[f"video: there is no directory {folder}"] = os.path.isdir(folder)
     rules["video needs --evaluate RUN, whose policy it shows"] = not config.video or bool(config.evaluate)
     for message, holds in rules.items():
         if not holds:
@@ -720,16 +732,23 @@ class WandB(threading.Thread):
             print(f"W&B: offline after all ({' '.join(str(error).split())[:200]}); {self.later}")
             wandb.teardown()
             run = wandb.init(mode="offline", settings=settings, **self.settings)
+        update, values = (
+            0,
+            {},
+        )  # not sent yet: an update's losses and its evaluation are one step, which can't grow later
         while isinstance(rows := self.rows.get(), list):
-            update = rows[0]["update"]
-            if update < run.step:  # W&B has it from before the run was resumed
+            if rows[0]["update"] < run.step:  # W&B has it from before the run was resumed
                 continue
-            keys = [key for key in rows[0] if key not in ("seed", "update")]
-            values = {key: np.mean([row[key] for row in rows]) for key in keys}
+            if values and rows[0]["update"] > update:
+                run.log(values, step=update)
+                values = {}
+            update, keys = rows[0]["update"], [key for key in rows[0] if key not in ("seed", "update")]
+            values |= {key: np.mean([row[key] for row in rows]) for key in keys}
             if len(rows) > 1:
                 values |= {f"seed{row['seed']}/{key}": row[key] for row in rows for key in keys}
-            run.log(values, step=update)
         exit_code, preempted = rows
+        if values and exit_code == 0:  # else the run sends them when it goes on
+            run.log(values, step=update)
         if preempted:
             run.mark_preempting()  # so that a sweep gives it to another agent
         run.finish(exit_code=exit_code)

@@ -37,13 +37,18 @@ def expand(path):
             raise ValueError(problems[0])
         if config["method"] != "grid":
             raise ValueError(f"its method is {config['method']}, which has no end; only grid runs here")
+        if config.get("program") not in os.listdir(os.path.dirname(os.path.abspath(__file__))):
+            raise ValueError(f"its program, {config.get('program')}, is no script beside sweep.py")
+        command = config.get("command", ["${interpreter}", "${program}", "${args}"])
+        if "${program}" not in command:
+            raise ValueError("its command has no ${program}")
         found = sweeps.next_runs(config, [], n=sys.maxsize)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         sys.exit(f"error: {path} is not a sweep: {' '.join(str(error).split())}")
     macros = {"${env}": [], "${interpreter}": [sys.executable], "${program}": [config["program"]]}
     for run in filter(None, found):
         macros["${args}"] = [f"--{key}={value['value']}" for key, value in run.config.items()]
-        yield [word for part in config["command"] for word in macros.get(part, [part])]
+        yield [word for part in command for word in macros.get(part, [part])]
 
 
 class Job:
@@ -54,7 +59,7 @@ class Job:
         script = importlib.import_module(command[index].removesuffix(".py"))
         config = script.tuned(runs.parse(script.Config, command[index + 1 :]))
         runs.check(config, script.rules(config))
-        self.command, self.config = command, config
+        self.command, self.config, self.told = command, config, 0  # the signals it was sent
         self.directory = runs.run_directory(script.__name__, config, script.tuned)
         self.name = os.path.relpath(self.directory, config.results)
 
@@ -126,15 +131,8 @@ def main():
     total, initial = sum(job.config.num_updates for job in jobs), sum(updates.values())
     bar = tqdm(total=total, initial=initial, unit=" updates", unit_scale=True, disable=not sys.stderr.isatty())
     running, done, failed, busy, signals = {}, [], [], [], []
-
-    def stop(number, _):
-        """The first signal ends the runs with checkpoints, the second kills them."""
-        signals.append(number)
-        for job in running.values():
-            job.process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, _: signals.append(number))
     while running or (waiting and not signals):
         for slot in set(range(given.processes)) - set(running):
             while waiting and not signals and slot not in running:
@@ -142,9 +140,12 @@ def main():
                 if job.is_busy():
                     busy.append(job)
                 else:
-                    running[slot] = job
                     job.start(slot, given.processes)
+                    running[slot] = job
         for slot, job in list(running.items()):
+            while job.told < min(len(signals), 2):  # the first ends the runs with checkpoints, the second kills them
+                job.process.send_signal((signal.SIGTERM, signal.SIGKILL)[job.told])
+                job.told += 1
             if (code := job.process.poll()) is None:
                 continue
             del running[slot]

@@ -1,16 +1,14 @@
 """Writes the paper's experiments as W&B sweeps, sweeps/<algorithm>/<domain>/<experiment>.yaml, and the README's study.
 
 python sweeps/generate.py                # as they are in the repository: each seed is a run of its own
-python sweeps/generate.py --num_seeds 5  # five seeds in a run, for a GPU that has room for them; results are the same
+python sweeps/generate.py --num_seeds 5  # five in a run, for a GPU with room; results differ by rounding alone
 """
 
+import argparse
 import itertools
 import math
 import os
-import sys
-from dataclasses import dataclass
 
-import pyrallis
 import yaml
 
 NAMES = {"rebrac": "ReBRAC", "iql": "IQL", "gym": "Gym-MuJoCo", "antmaze": "AntMaze", "adroit": "Adroit"}
@@ -109,15 +107,11 @@ def write(config, algorithm, path, about, datasets, seeds, grid):
         output.write("\n".join(lines) + "\n")
 
 
-@dataclass
-class Config:
-    num_seeds: int = 1  # seeds in a run; 1 or 5
-    directory: str = os.path.dirname(os.path.abspath(__file__))
-
-
-def main(config):
-    if config.num_seeds not in (1, 5):
-        sys.exit("error: num_seeds must be 1 or 5, which divide the experiments' 5 and 10 seeds")
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num_seeds", type=int, default=1, choices=(1, 5), help="seeds in a run")
+    parser.add_argument("--directory", default=os.path.dirname(os.path.abspath(__file__)))
+    config = parser.parse_args()
     for algorithm in ("rebrac", "iql"):
         for domain, (experiment, (about, seeds, grid)) in itertools.product(DATASETS, experiments(algorithm).items()):
             about = f" on {NAMES[domain]}: {about}"
@@ -126,4 +120,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(pyrallis.parse(config_class=Config))
+    main()

@@ -38,8 +38,16 @@ def test_collected_files_can_be_learnt_from(tmp_path):
         np.testing.assert_array_equal(raws["full-replay"][key][:300], raws["medium-replay"][key])
 
 
-def test_unknown_kinds_get_one_clear_line():
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(kinds=["rndom"]), "unknown rndom; there are random, medium-replay"),
+        (dict(transitions=0), "medium_steps and transitions must be 1 or more"),
+        (dict(kinds=["expert"], expert_steps=50_000), "expert_steps must be above medium_steps, 80000"),
+    ],
+)
+def test_what_cannot_be_meant_gets_one_clear_line(flags, message):
     import collect
 
-    with pytest.raises(SystemExit, match="error: unknown rndom; there are random, medium-replay"):
-        collect.main(collect.Config(kinds=["rndom"]))
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        collect.main(collect.Config(**flags))

@@ -33,8 +33,11 @@ BAD = {
     "--gamma [1": "while parsing",
     "--eval_noise [[0.2]]": "eval_noise can't be '[[0.2]]'; it is of type pairs of floats",
     "--eval_noise [[0.2,-1]]": "eval_noise must be pairs of 0 or more",
+    "--eval_noise [[0,0]]": "eval_noise must be pairs of 0 or more, not both 0",
+    "--seed 2147483648": "seed + num_seeds must be at most 2^31",
     "--eval_noise 0.2": "eval_noise can't be '0.2'; it is of type pairs of floats",
     "--video a.mp4": "video needs --evaluate RUN",
+    "--video nowhere/a.mp4": "video: there is no directory nowhere",
     "--evaluate nowhere": "nowhere/config.yaml is not the config of a run ([Errno 2] No such file",
     "--config_path nowhere.yaml": "[Errno 2] No such file",
     "--regularisers DO+XN": "unknown regulariser 'XN'; there are none, DO, L2, L1, EN, LN, FN, GN,",
@@ -48,6 +51,7 @@ BAD_REBRAC = {
     "--policy_freq 0": "policy_freq must be 1 or more",
     "--policy_freq 3": "log_every must be a multiple of policy_freq",
     "--v_min 3 --v_max 2": "v_min must be below v_max",
+    "--sigma_frac 0.0": "sigma_frac must be above 0",
 }
 BAD_IQL = {"--expectile 2.0": "expectile must be between 0 and 1", "--log_std_min 3": "log_std_min must be below"}
 

@@ -71,6 +71,7 @@ def tables(folders, monkeypatch, tmp_path, **options):
         ("rebrac", dict(actor_ln=True, actor_dropout=0.1), (), ("DO+LN",)),
         ("rebrac", dict(actor_dropout=0.3), (), ("DO(0.3)",)),
         ("rebrac", dict(actor_wd=1e-4, actor_l1_ratio=0.5), (), ("EN",)),
+        ("rebrac", dict(actor_wd=1.0), (), ("L2(1)",)),
         ("rebrac", dict(actor_wd=0.01), (), ("L2(0.01)", "best-L2")),
         ("rebrac", dict(regularisers="best"), (), ("DO(0.2)+LN+GrN", "best")),
         ("rebrac", dict(regularisers="LN", actor_lr_decay=True), (), ("LN+actor_lr_decay=True",)),
@@ -166,6 +167,14 @@ def edit(old, new):
     return change
 
 
+def unknown_dataset(path):
+    with open(os.path.join(path, "config.yaml"), "r+") as file:
+        text = file.read()
+        file.seek(0)
+        file.write(text.replace(HOPPER, "my-own-v2"))
+        file.truncate()
+
+
 def binary_table(path):
     with open(os.path.join(path, "evaluations.csv"), "wb") as file:
         file.write(bytes(range(256)))
@@ -176,6 +185,7 @@ def binary_table(path):
     [
         (damage_config, "it is damaged: TypeError"),
         (damage_yaml, "it is damaged: ParserError"),
+        (unknown_dataset, "it is damaged: SystemExit error: unknown dataset 'my-own-v2'"),
         (cut_table, "its last evaluation is missing"),
         (edit("0,1000,1,", "0,1000,"), "evaluations.csv is damaged"),
         (empty_table, "its last evaluation is missing"),
@@ -331,6 +341,8 @@ def test_improvement_is_of_the_mean_over_the_datasets():
     same = np.full((3, 2), 60.0)  # without spread, the interval is the point
     _, _, gains = report.aggregate_table("", {"none": same, "L2": 1.1 * same, "DO": same - 6}, 50)
     np.testing.assert_allclose([gains["L2"], gains["DO"]], [[10] * 3, [-10] * 3])
+    table, _, gains = report.aggregate_table("", {"none": -same, "L2": same}, 50)  # percents of that mean nothing
+    assert gains == {} and table.rows[1][-2:] == ["1.00 (1.00 – 1.00)", "none's is not positive"]
 
 
 def test_the_order_of_labels():

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 
 import h5py
 import imageio
@@ -249,16 +250,20 @@ def test_ctrl_c_saves_too_and_a_second_one_ends_at_once(start, monkeypatch, caps
     assert start() and "going on from update 40" in capsys.readouterr().out  # saved before the evaluation at 40
 
 
+def signal_in_evaluation(monkeypatch, module):
+    policy = module.act_all
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return policy(*arguments)
+
+    monkeypatch.setattr(module, "act_all", interrupted)
+
+
 def test_an_evaluation_ends_at_once_and_is_made_again(start, monkeypatch, capsys):
     whole = contents(start(results="whole"))
     with monkeypatch.context() as patch:
-        policy = rebrac.act_all
-
-        def interrupted(*arguments):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return policy(*arguments)
-
-        patch.setattr(rebrac, "act_all", interrupted)
+        signal_in_evaluation(patch, rebrac)
         exits(128 + signal.SIGTERM, start)
     assert os.path.getsize(os.path.join(start.output, "episodes.csv")) == 0
     parts = contents(start())
@@ -653,15 +658,22 @@ def steps(history):
     return [row["_step"] for row in history]
 
 
-def test_wandb_gets_the_tables_and_a_resumed_run_is_the_same_run_there(start, wandb_server, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "interrupt, sent",  # not the last: an evaluation may be missing
+    [(partial(signal_in_epoch, number=3), [10, 20]), (signal_in_evaluation, [10])],
+    ids=["epoch", "evaluation"],
+)
+def test_wandb_gets_the_tables_and_a_resumed_run_is_the_same_run_there(
+    start, wandb_server, monkeypatch, capsys, interrupt, sent
+):
     server, log_in = wandb_server
     log_in()
     with monkeypatch.context() as patch:
-        signal_in_epoch(patch, rebrac, 3)
+        interrupt(patch, rebrac)
         exits(128 + signal.SIGTERM, start)
     assert "W&B: online (an account at 127.0.0.1)" in capsys.readouterr().out
     (run,) = server.runs
-    assert steps(server.history(run)) == [10, 20, 30] and server.runs[run]["state"] == "preempting"
+    assert steps(server.history(run)) == sent and server.runs[run]["state"] == "preempting"
     directory = start()
     assert list(server.runs) == [run] and server.runs[run]["exit"] == 0
     history = server.history(run)

@@ -392,6 +392,9 @@ def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkey
         ("method: grid\nprogram: iql.py\nparameters: {seed: {valus: [1]}}", "{'valus': [1]} is not valid"),
         ("method: grid\nprogram: iql.py\nparameters: {}", "{} should be non-empty"),
         ("method: random\nprogram: iql.py\nparameters: {seed: {values: [1]}}", "its method is random"),
+        ("method: grid\nparameters: {seed: {values: [1]}}", "its program, None, is no script"),
+        ("method: grid\nprogram: a/iql.py\nparameters: {seed: {values: [1]}}", "its program, a/iql.py, is no script"),
+        ("method: grid\nprogram: iql.py\ncommand: [a]\nparameters: {seed: {values: [1]}}", "command has no ${program}"),
     ],
 )
 def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
@@ -402,6 +405,11 @@ def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
         list(sweep.expand(path))
     assert str(error.value).startswith(f"error: {path} is not a sweep: ") and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_sweep_without_a_command_has_wandbs(tmp_path):
+    (tmp_path / "a.yaml").write_text("method: grid\nprogram: iql.py\nparameters: {seed: {values: [1]}}")
+    assert list(sweep.expand(str(tmp_path / "a.yaml"))) == [[sys.executable, "iql.py", "--seed=1"]]
 
 
 def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_sweep):
