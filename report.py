@@ -454,8 +454,10 @@ def aggregate_table(title, matrices, reps):
         estimates |= {name: (points[:, i], intervals[:, :, i]) for i, name in enumerate(names)}
         if "none" in matrices:
             baseline = np.repeat(matrices["none"][:, :, None], len(names), 2)
-            positive = matrices["none"].mean() > 0  # else percents of it mean nothing
-            for found, function in ((better, probability_of_improvement), (gains, improvement))[: 1 + positive]:
+            comparisons = [(better, probability_of_improvement)]
+            if matrices["none"].mean() > 0:  # else percents of it mean nothing
+                comparisons.append((gains, improvement))
+            for found, function in comparisons:
                 points, intervals = interval([stack, baseline], function, reps)
                 found |= {name: (points[0, i], *intervals[:, 0, i]) for i, name in enumerate(names) if name != "none"}
     estimates, gains = ({name: found[name] for name in matrices if name in found} for found in (estimates, gains))

@@ -67,13 +67,8 @@ def parse(config_class, arguments=None):
         if not found:
             sys.exit(f"error: {str(error).splitlines()[0]}")
         kind = next(str(field.type) for field in dataclasses.fields(config_class) if field.name == found[2])
-        kind = (
-            "list: [a, b]"
-            if "List" in kind
-            else "pairs of floats"
-            if "Tuple" in kind
-            else re.search("float|int|bool|str", kind)[0]
-        )
+        kind = re.search("List|Tuple|float|int|bool|str", kind)[0]
+        kind = {"List": "list: [a, b]", "Tuple": "pairs of floats"}.get(kind, kind)
         sys.exit(f"error: {found[2]} can't be {found[1]!r}; it is of type {kind}")
     except (OSError, yaml.YAMLError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -102,9 +97,13 @@ BOUNDS = {  # of the fields that either script has
     "at least 0 and below 1": "actor_dropout critic_dropout validation_frac",
     "between 0 and 1": "actor_l1_ratio critic_l1_ratio gamma tau expectile",
 }
-HOLDS = dict(
-    zip(BOUNDS, [lambda x: x >= 1, lambda x: x >= 0, lambda x: x > 0, lambda x: 0 <= x < 1, lambda x: 0 <= x <= 1])
-)
+HOLDS = {
+    "1 or more": lambda x: x >= 1,
+    "0 or more": lambda x: x >= 0,
+    "above 0": lambda x: x > 0,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+}
 
 
 def check(config, rules):
@@ -732,23 +731,21 @@ class WandB(threading.Thread):
             print(f"W&B: offline after all ({' '.join(str(error).split())[:200]}); {self.later}")
             wandb.teardown()
             run = wandb.init(mode="offline", settings=settings, **self.settings)
-        update, values = (
-            0,
-            {},
-        )  # not sent yet: an update's losses and its evaluation are one step, which can't grow later
+        step, values = 0, {}  # kept back: an update's losses and its evaluation are one step, which can't be added to
         while isinstance(rows := self.rows.get(), list):
-            if rows[0]["update"] < run.step:  # W&B has it from before the run was resumed
+            update = rows[0]["update"]
+            if update < run.step:  # W&B has it from before the run was resumed
                 continue
-            if values and rows[0]["update"] > update:
-                run.log(values, step=update)
+            if values and update > step:
+                run.log(values, step=step)
                 values = {}
-            update, keys = rows[0]["update"], [key for key in rows[0] if key not in ("seed", "update")]
+            step, keys = update, [key for key in rows[0] if key not in ("seed", "update")]
             values |= {key: np.mean([row[key] for row in rows]) for key in keys}
             if len(rows) > 1:
                 values |= {f"seed{row['seed']}/{key}": row[key] for row in rows for key in keys}
         exit_code, preempted = rows
         if values and exit_code == 0:  # else the run sends them when it goes on
-            run.log(values, step=update)
+            run.log(values, step=step)
         if preempted:
             run.mark_preempting()  # so that a sweep gives it to another agent
         run.finish(exit_code=exit_code)
