@@ -1,6 +1,6 @@
 """Turns runs' directories, or a W&B project, into the paper's tables and figures, with rliable.
 
-    python report.py                                       # the runs in results/, or else those in data/runs
+    python report.py                                       # the runs in results/, or else those in data/study
     python report.py --results '[results, elsewhere]' --final mean
     python report.py --wandb team/project
 
@@ -60,7 +60,7 @@ INSIDE = {  # what is watched inside the actor, in the last evaluation
 
 @dataclass
 class Config:
-    results: List[str] = field(default_factory=lambda: ["results" if glob.glob("results/*/*/*") else "data/runs"])
+    results: List[str] = field(default_factory=lambda: ["results" if glob.glob("results/*/*/*") else "data/study"])
     wandb: Optional[str] = None  # team/project, read instead of directories
     output: str = "report"
     final: str = "last"  # a run's score: of the last evaluation, or the mean of the last 10 (AntMaze: 5)

@@ -16,6 +16,7 @@ import wandb
 import yaml
 from conftest import ROOT
 from rliable import library, metrics
+from scipy import stats
 from wandb_server import Server
 
 import report
@@ -367,10 +368,11 @@ def test_tables_in_three_languages():
 
 
 def test_a_fresh_clone_shows_something_at_once(tmp_path):
-    command = [sys.executable, os.path.join(ROOT, "report.py"), "--results", "[data/runs]", "--reps", "50"]
+    study = os.path.join("data", "study", "rebrac", "halfcheetah-medium-replay-v2")
+    command = [sys.executable, "report.py", "--results", f"[{study}, data/runs]", "--reps", "50"]
     done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("data/runs: 36 finished seeds; left out: 0\n")
+    assert done.stdout.startswith(f"{study}, data/runs: 76 finished seeds; left out: 0\n")
     figures = {os.path.basename(path) for path in glob.glob(str(tmp_path / "*.p*"))}
     kinds = "performance-profiles aggregates-with-95-intervals learning-curves inside-the-actor robustness".split()
     for kind in [*kinds, "strength-of-a-regulariser", "improvement-over-no-regulariser", "expected-online-performance"]:
@@ -382,9 +384,17 @@ def test_a_fresh_clone_shows_something_at_once(tmp_path):
         not re.search(r'<link|<script|url\(|src="(?!data:)', page) and page.count("data:image/png") == len(figures) // 2
     )
     text = (tmp_path / "tables.md").read_text()
-    assert "| none | 0.024 ± 0.026 | 0.082 ± 0.057 |" in text  # as test_readme.py computes it from the runs
-    assert "| none | 36.7 ± 0.9 |" in text and (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == 9
-    assert Config().results in (["results"], ["data/runs"])
+    rows = []
+    for path in glob.glob(os.path.join(ROOT, study, "seed=?,actor_bc_coef=0.1,validation*", "evaluations.csv")):
+        with open(path, newline="") as file:
+            rows.append(list(csv.DictReader(file))[-1])
+    values = np.array([[float(row[key]) for key in ("train/dead_neurons", "evaluation/dead_neurons")] for row in rows])
+    halves = stats.t.ppf(0.975, 4) * values.std(0, ddof=1) / np.sqrt(5)
+    assert "| none | {:.3f} ± {:.3f} | {:.3f} ± {:.3f} |".format(*np.stack([values.mean(0), halves], 1).ravel()) in text
+    scores = [float(row["score"]) for row in rows]
+    assert f"| none | {np.mean(scores):.1f} ± {np.std(scores):.1f} |" in text and len(scores) == 5
+    assert (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == text.count("\n### ")
+    assert Config().results in (["results"], ["data/study"])
 
 
 def test_a_wandb_project_gives_the_same_report(make_run, tmp_path, monkeypatch):
