@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields, replace
 from typing import List, NamedTuple, Optional
@@ -375,7 +376,7 @@ def improvement(x, y):
 class Table(NamedTuple):
     title: str
     header: list
-    rows: list  # of cells; a cell that begins with * is marked as the best
+    rows: list  # of cells; one that begins with * is in bold: the best, or different from none
     note: str = ""
 
 
@@ -439,6 +440,29 @@ def score_table(title, scores, others, datasets):
     ]
     note = f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: (finished/{expected})."
     return Table(title, ["regularisers", *columns], rows, note)
+
+
+def difference_table(title, scores, datasets):
+    """Mean scores minus that with no regulariser, and their 95 % intervals by Welch's t (that one's own: Student's)."""
+    rows = []
+    for name, dataset in itertools.product(scores, datasets):
+        x, y = (np.array([score for _, score in scores[k].get(dataset, [])]) for k in (name, "none"))
+        if dataset == datasets[0]:
+            rows.append([name])
+        if min(len(x), len(y)) < 2:
+            cell = "incomplete"
+        elif name == "none":
+            cell = f"{y.mean():.1f} ± {stats.t.ppf(0.975, len(y) - 1) * stats.sem(y):.1f}"
+        elif scores[name][dataset] == scores["none"][dataset]:
+            cell = "the same runs"
+        else:
+            with warnings.catch_warnings(action="ignore"):  # without spread there is no interval
+                low, high = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
+            mark = "*" if low > 0 or high < 0 else ""
+            cell = f"{mark}{x.mean() - y.mean():+.1f} ({low:+.1f} – {high:+.1f})"
+        rows[-1].append(cell)
+    note = "None's score, and differences from it, with 95 % intervals (Student's and Welch's t); bold: without 0."
+    return Table(title, ["regularisers", *datasets], rows, note)
 
 
 def aggregate_table(title, matrices, reps):
@@ -721,6 +745,8 @@ def section(config, seeds, emit):
             title = f"{NAMES[algorithm]}, {part}"
             if part != "all domains":
                 emit(score_table(f"{title}: scores", scores, others, datasets))
+                if "none" in scores and len(scores) > 1:
+                    emit(difference_table(f"{title}: differences", scores, datasets))
             matrices = {name: matrix(by, datasets) for name, by in scores.items()}
             matrices = {name: values for name, values in matrices.items() if values is not None}
             if not matrices:

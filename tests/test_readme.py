@@ -83,16 +83,33 @@ def tables(text):
         yield title, {(n, key): cell for n, row in zip(names, rows) for key, cell in zip(header[1:], row[1:])}
 
 
-STUDY = {  # the columns of README's tables of the study, by the report's tables and their columns
-    "score": ("inside the actor", "score"),
-    "against none": ("aggregates", "mean against none"),
-    "P(better)": ("aggregates", "P(better than none)"),
-    "dead neurons": ("inside the actor", "dead neurons (share, training data)"),
-    "PCA rank": ("inside the actor", "PCA rank (training data)"),
-    "gap": ("inside the actor", "gap of the action error"),
-    "action noise": ("inside the actor", "action noise=0.2"),
-    "state noise": ("inside the actor", "state noise=0.05"),
+STUDY = {  # of README's tables of the study the columns, by the report's tables and their columns
+    "scores": {
+        "score": (": inside the actor", "score"),
+        "against none": (": aggregates", "mean against none"),
+        "P(better)": (": aggregates", "P(better than none)"),
+        "HalfCheetah": (", Gym-MuJoCo: differences", "halfcheetah-medium-replay-v2"),
+        "Hopper": (", Gym-MuJoCo: differences", "hopper-medium-v2"),
+        "Pen": (", Adroit: differences", "pen-expert-v1"),
+    },
+    "inside the actor": {
+        "dead neurons": (": inside the actor", "dead neurons (share, training data)"),
+        "PCA rank": (": inside the actor", "PCA rank (training data)"),
+        "gap": (": inside the actor", "gap of the action error"),
+        "action noise": (": inside the actor", "action noise=0.2"),
+        "state noise": (": inside the actor", "state noise=0.05"),
+    },
 }
+
+
+def studys_table(title, found):
+    """README's table of the study, by its title, as the report's tables have it: cells by row and column."""
+    algorithm, kind = title.split(": ")
+    whole = [name for name in found if name.startswith(algorithm) and name.endswith("aggregates")][-1]
+    names = dict.fromkeys(name for name, _ in found[whole])
+    columns = {key: (whole if k == ": aggregates" else algorithm + k, c) for key, (k, c) in STUDY[kind].items()}
+    columns = {key: (table, column) for key, (table, column) in columns.items() if table in found}
+    return {(name, key): found[table][name, column] for name in names for key, (table, column) in columns.items()}
 
 
 def test_the_studys_report_is_that_of_its_runs_and_readmes_tables_are_that_reports(tmp_path, monkeypatch):
@@ -108,12 +125,10 @@ def test_the_studys_report_is_that_of_its_runs_and_readmes_tables_are_that_repor
     for path in re.findall(r"!\[.*?\]\((.*?)\)", readme()):
         assert path in figures
     found, told = dict(tables(text)), dict(tables(study))
-    assert list(told) == ["ReBRAC", "IQL"]
-    for algorithm, cells in told.items():
-        whole = [title for title in found if title.startswith(f"{algorithm}, ") and title.endswith("aggregates")][-1]
-        theirs = {"inside the actor": found[f"{algorithm}: inside the actor"], "aggregates": found[whole]}
-        names, columns = {name for name, _ in theirs["aggregates"]}, STUDY.items()
-        assert cells == {(name, key): theirs[title][name, column] for name in names for key, (title, column) in columns}
+    assert list(told) == [f"{algorithm}: {kind}" for kind in STUDY for algorithm in ("ReBRAC", "IQL")]
+    assert told == {title: studys_table(title, found) for title in told}
+    differences = re.findall(r"(\**)[+-][\d.]+ \([+-][\d.]+ – [+-][\d.]+\)", study)
+    assert f"of the {len(differences)} differences {differences.count('**')} " in " ".join(study.split())
 
 
 def test_the_study_has_come_as_far_as_the_readme_says():
@@ -174,6 +189,20 @@ def test_the_cost_of_a_full_run_follows_from_the_benchmark():
     assert f"are {updates:.1f} x 10⁹ updates for each algorithm, {updates / 0.18:.0f} times as much" in text
 
 
+def test_an_environment_of_ones_own_is_registered_as_the_readme_says(tmp_path, write_dataset):
+    snippet = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)[1]
+    for file in ("rebrac.py", "iql.py", "runs.py", "tasks.py", "mujoco210.py"):
+        with open(os.path.join(ROOT, file)) as original:
+            text = original.read().replace('    "hopper-medium-v2": ', '    "mine-v2": ')  # the row of another
+        (tmp_path / file).write_text(text + snippet * (file == "mujoco210.py"))
+    path = write_dataset("mine.hdf5", **random_columns(0, states=11, actions=3))
+    flags = "--num_updates 2 --log_every 2 --hidden_dim 16 --batch_size 8 --eval_every 2 --analysis false".split()
+    for script in ("rebrac.py", "iql.py"):
+        command = [sys.executable, script, "--dataset_name", "mine-v2", "--dataset_path", path, *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "over 10 episodes" in done.stdout, done.stderr
+
+
 def test_the_snippet_that_loads_a_policy_names_what_there_is():
     with open(os.path.join(ROOT, "README.md")) as file:
         snippet = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]
@@ -206,7 +235,7 @@ ELSEWHERE = {  # commands by the tests that run them
     "wandb sweep ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
     "wandb agent ": "test_sweeps.test_wandbs_sweep_and_agent_run_a_sweep_to_its_end",
     "sbatch ": "test_sweeps.test_slurms_job_goes_on_after_it_was_stopped",
-    "python report.py": "test_report.test_a_fresh_clone_shows_something_at_once",
+    "python report.py": "test_readme.test_a_report_of_the_readme_is_made",
     "python report.py --wandb ": "test_report.test_a_wandb_project_gives_the_same_report",
     "python rebrac.py --evaluate ": "test_runs.test_evaluate_prints_the_scores_of_the_runs_last_evaluation_and_others",
     "python benchmark.py": "test_benchmark.test_the_other_parts_print_their_tables",
@@ -246,6 +275,21 @@ def test_a_command_of_the_readme_runs(command, tmp_path, write_dataset):
     done = run([*words, *small])
     assert done.returncode == 0, done.stderr
     assert "score" in done.stdout
+
+
+REPORTS = [line for line in commands() if re.fullmatch(r"python report\.py((?! --wandb| --output).)*", line)]
+
+
+@pytest.mark.parametrize("command", REPORTS)
+def test_a_report_of_the_readme_is_made(command, tmp_path):
+    """As it stands, but of fewer runs."""
+    study = os.path.join("data", "study", "iql", "hopper-medium-v2")
+    shutil.copytree(os.path.join(ROOT, study), tmp_path / study)
+    shutil.copytree(os.path.join(ROOT, "data", "runs"), tmp_path / "results")
+    words = [sys.executable, os.path.join(ROOT, "report.py"), *shlex.split(command)[2:], "--reps", "20"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "6 finished seeds; left out: 0" in done.stdout and "wrote report/index.html" in done.stdout
 
 
 # --- The worked example of a fork ---

@@ -346,6 +346,23 @@ def test_improvement_is_of_the_mean_over_the_datasets():
     assert gains == {} and table.rows[1][-2:] == ["1.00 (1.00 – 1.00)", "none's is not positive"]
 
 
+def test_differences_have_welchs_intervals():
+    x, y = np.array([30.0, 33, 36, 39, 41]), np.array([28.0, 29, 31, 30])
+    seeds = lambda values: list(enumerate(values))
+    by = {"none": {"a": seeds(y), "b": seeds(y)}, "L2": {"a": seeds(x), "b": seeds(y)}, "LN": {"a": seeds(y - 1)}}
+    table = report.difference_table("", by, ["a", "b"])
+    u, v = x.var(ddof=1) / 5, y.var(ddof=1) / 4  # Welch, 1947
+    freedom = (u + v) ** 2 / (u**2 / 4 + v**2 / 3)
+    middle, half = x.mean() - y.mean(), stats.t.ppf(0.975, freedom) * (u + v) ** 0.5
+    own = f"29.5 ± {stats.t.ppf(0.975, 3) * v**0.5:.1f}"
+    assert table.rows == [
+        ["none", own, own],
+        ["L2", f"*{middle:+.1f} ({middle - half:+.1f} – {middle + half:+.1f})", "the same runs"],
+        ["LN", "-1.0 (-3.2 – +1.2)", "incomplete"],
+    ]
+    assert 0.5 < middle - half < 1
+
+
 def test_the_order_of_labels():
     names = ["best", "GN", "DO+LN", "DO(0.3)", "none", "DO(0.05)", "L2", "DO", "critic_ln=False", "DO+LN+GrN"]
     assert sorted(names, key=report.rank) == [
