@@ -183,7 +183,7 @@ def test_the_cost_of_a_full_run_follows_from_the_benchmark():
     assert f"{seconds / 86400:.0f} days of these two cores for ReBRAC" in text
     assert f"and {of_iql / 86400:.0f} for IQL" in text
     assert f"{flops / 1e17:.1f}e17 and {iqls / 1e17:.1f}e17 floating-point operations" in text
-    assert f": {flops / 2e12 / 86400:.1f} days and {iqls / 2e12 / 3600:.0f} hours of a GPU that makes 2e12 a" in text
+    assert f": {flops / 2e12 / 86400:.1f} days and {iqls / 2e12 / 3600:.0f} hours of a GPU, if it makes 2e12 a" in text
     rows = re.findall(r"^\| `\w+\.yaml` \|.*\| ([\d.]+) \|", readme(), re.MULTILINE)
     updates = sum(map(float, rows))
     assert f"are {updates:.1f} x 10⁹ updates for each algorithm, {updates / 0.18:.0f} times as much" in text
