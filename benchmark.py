@@ -41,7 +41,7 @@ import rebrac
 import tasks
 from runs import parse
 
-VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN"]  # by the paper's abbreviations, at its chosen strengths
+VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN", "DO+LN+EN"]  # by the paper's abbreviations, at its chosen strengths
 PARTS = ("load", "start", "memory", "updates", "evaluation", "regularisers", "seeds")
 UPDATES = {  # what the part `updates` compares: a script and its flags
     "ReBRAC (mse), batch 1024": ("rebrac", dict(critic_loss="mse", batch_size=1024)),
