@@ -444,23 +444,21 @@ def score_table(title, scores, others, datasets):
 
 def difference_table(title, scores, datasets):
     """Mean scores minus that with no regulariser, and their 95 % intervals by Welch's t (that one's own: Student's)."""
-    rows = []
-    for name, dataset in itertools.product(scores, datasets):
-        x, y = (np.array([score for _, score in scores[k].get(dataset, [])]) for k in (name, "none"))
-        if dataset == datasets[0]:
-            rows.append([name])
+    rows = [[name] for name in scores]
+    for row, dataset in itertools.product(rows, datasets):
+        mine, none = (scores[name].get(dataset, []) for name in (row[0], "none"))
+        x, y = (np.array([score for _, score in seeds]) for seeds in (mine, none))
         if min(len(x), len(y)) < 2:
-            cell = "incomplete"
-        elif name == "none":
-            cell = f"{y.mean():.1f} ± {stats.t.ppf(0.975, len(y) - 1) * stats.sem(y):.1f}"
-        elif scores[name][dataset] == scores["none"][dataset]:
-            cell = "the same runs"
+            row.append("incomplete")
+        elif row[0] == "none":
+            row.append(f"{y.mean():.1f} ± {stats.t.ppf(0.975, len(y) - 1) * stats.sem(y):.1f}")
+        elif mine == none:
+            row.append("the same runs")
         else:
             with warnings.catch_warnings(action="ignore"):  # without spread there is no interval
                 low, high = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
             mark = "*" if low > 0 or high < 0 else ""
-            cell = f"{mark}{x.mean() - y.mean():+.1f} ({low:+.1f} – {high:+.1f})"
-        rows[-1].append(cell)
+            row.append(f"{mark}{x.mean() - y.mean():+.1f} ({low:+.1f} – {high:+.1f})")
     note = "None's score, and differences from it, with 95 % intervals (Student's and Welch's t); bold: without 0."
     return Table(title, ["regularisers", *datasets], rows, note)
 
