@@ -18,7 +18,6 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields, replace
 from typing import List, NamedTuple, Optional
@@ -442,25 +441,28 @@ def score_table(title, scores, others, datasets):
     return Table(title, ["regularisers", *columns], rows, note)
 
 
-def difference_table(title, scores, datasets):
-    """Mean scores minus that with no regulariser, and their 95 % intervals by Welch's t (that one's own: Student's)."""
+def difference_table(title, scores, columns):
+    """Mean scores minus that with no regulariser, seed by seed, and their 95 % intervals by the paired t.
+
+    A column is of the mean over one or more datasets, columns[name], of the seeds that are finished on all of them.
+    """
     rows = [[name] for name in scores]
-    for row, dataset in itertools.product(rows, datasets):
-        mine, none = (scores[name].get(dataset, []) for name in (row[0], "none"))
-        x, y = (np.array([score for _, score in seeds]) for seeds in (mine, none))
-        if min(len(x), len(y)) < 2:
+    for row, datasets in itertools.product(rows, columns.values()):
+        mine, none = ([dict(scores[name].get(dataset, [])) for dataset in datasets] for name in (row[0], "none"))
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in mine + none)))
+        x, y = (np.array([[by_seed[seed] for by_seed in part] for seed in seeds]) for part in (mine, none))
+        if len(seeds) < 2:
             row.append("incomplete")
-        elif row[0] == "none":
-            row.append(f"{y.mean():.1f} ± {stats.t.ppf(0.975, len(y) - 1) * stats.sem(y):.1f}")
-        elif mine == none:
+        elif mine == none and row[0] != "none":
             row.append("the same runs")
         else:
-            with warnings.catch_warnings(action="ignore"):  # without spread there is no interval
-                low, high = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
-            mark = "*" if low > 0 or high < 0 else ""
-            row.append(f"{mark}{x.mean() - y.mean():+.1f} ({low:+.1f} – {high:+.1f})")
-    note = "None's score, and differences from it, with 95 % intervals (Student's and Welch's t); bold: without 0."
-    return Table(title, ["regularisers", *datasets], rows, note)
+            values = (x if row[0] == "none" else x - y).mean(1)
+            mean, half = values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+            mark = "*" if abs(mean) > half else ""
+            difference = f"{mark}{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
+            row.append(f"{mean:.1f} ± {half:.1f}" if row[0] == "none" else difference)
+    note = "None's score, and differences from it, seed by seed, with 95 % intervals by Student's t; bold: without 0."
+    return Table(title, ["regularisers", *columns], rows, note)
 
 
 def aggregate_table(title, matrices, reps):
@@ -743,8 +745,10 @@ def section(config, seeds, emit):
             title = f"{NAMES[algorithm]}, {part}"
             if part != "all domains":
                 emit(score_table(f"{title}: scores", scores, others, datasets))
-                if "none" in scores and len(scores) > 1:
-                    emit(difference_table(f"{title}: differences", scores, datasets))
+            if "none" in scores and len(scores) > 1:
+                columns = {} if part == "all domains" else {dataset: [dataset] for dataset in datasets}
+                columns |= {"mean": datasets} if len(datasets) > 1 else {}
+                emit(difference_table(f"{title}: differences", scores, columns))
             matrices = {name: matrix(by, datasets) for name, by in scores.items()}
             matrices = {name: values for name, values in matrices.items() if values is not None}
             if not matrices:

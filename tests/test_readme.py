@@ -128,12 +128,12 @@ def test_the_studys_report_is_that_of_its_runs_and_readmes_tables_are_that_repor
     assert list(told) == [f"{algorithm}: {kind}" for kind in STUDY for algorithm in ("ReBRAC", "IQL")]
     assert told == {title: studys_table(title, found) for title in told}
     differences = re.findall(r"(\**)[+-][\d.]+ \([+-][\d.]+ – [+-][\d.]+\)", study)
-    assert f"of the {len(differences)} differences {differences.count('**')} " in " ".join(study.split())
+    assert f"Of the {len(differences)} differences {differences.count('**')} " in " ".join(study.split())
 
 
 def test_the_studys_runs_are_those_of_the_readme():
     done, seconds = glob.glob(os.path.join(ROOT, "data", "study", "*", "*", "*", "finished.json")), 0.0
-    assert len(done) == 415 and "Its 420 commands are 415 runs" in readme()
+    assert len(done) == 415 and "the 420 commands are 415 runs" in " ".join(readme().split())
     for path in done:
         directory = os.path.dirname(path)
         script = {"rebrac": rebrac, "iql": iql}[directory.split(os.sep)[-3]]
@@ -142,7 +142,7 @@ def test_the_studys_runs_are_those_of_the_readme():
         assert (config.num_updates, config.batch_size, config.eval_episodes) == (20_000, 256, 100)
         with open(path) as file:
             seconds += sum(json.load(file)["seconds"].values())
-    assert f"By their own clocks they took {seconds / 3600:.0f} hours" in " ".join(readme().split())
+    assert f"The runs' times add up to {seconds / 3600:.0f} hours" in " ".join(readme().split())
 
 
 FIGURES = [  # of README's table of speed, by the rows of the benchmark's output

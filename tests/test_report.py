@@ -346,21 +346,23 @@ def test_improvement_is_of_the_mean_over_the_datasets():
     assert gains == {} and table.rows[1][-2:] == ["1.00 (1.00 – 1.00)", "none's is not positive"]
 
 
-def test_differences_have_welchs_intervals():
+def test_differences_are_taken_seed_by_seed():
     x, y = np.array([30.0, 33, 36, 39, 41]), np.array([28.0, 29, 31, 30])
     seeds = lambda values: list(enumerate(values))
-    by = {"none": {"a": seeds(y), "b": seeds(y)}, "L2": {"a": seeds(x), "b": seeds(y)}, "LN": {"a": seeds(y - 1)}}
-    table = report.difference_table("", by, ["a", "b"])
-    u, v = x.var(ddof=1) / 5, y.var(ddof=1) / 4  # Welch, 1947
-    freedom = (u + v) ** 2 / (u**2 / 4 + v**2 / 3)
-    middle, half = x.mean() - y.mean(), stats.t.ppf(0.975, freedom) * (u + v) ** 0.5
-    own = f"29.5 ± {stats.t.ppf(0.975, 3) * v**0.5:.1f}"
+    none, same = {"a": seeds(y), "b": seeds(2 * y)}, seeds(2 * y)
+    by = {"none": none, "L2": {"a": seeds(x)[::-1], "b": same}, "LN": {"a": seeds(y - 1)}}
+    table = report.difference_table("", by, {"a": ["a"], "b": ["b"], "mean": ["a", "b"]})
+    assert table.header == ["regularisers", "a", "b", "mean"]
+    half = 3.182446 * np.std([2, 4, 5, 9], ddof=1) / 2  # a table's t of 3 degrees of freedom
+    own = 3.182446 * np.std([28, 29, 31, 30], ddof=1) / 2
     assert table.rows == [
-        ["none", own, own],
-        ["L2", f"*{middle:+.1f} ({middle - half:+.1f} – {middle + half:+.1f})", "the same runs"],
-        ["LN", "-1.0 (-3.2 – +1.2)", "incomplete"],
-    ]
-    assert 0.5 < middle - half < 1
+        ["none", f"29.5 ± {own:.1f}", f"59.0 ± {2 * own:.1f}", f"44.2 ± {1.5 * own:.1f}"],
+        ["L2", f"*+5.0 (+{5 - half:.1f} – +{5 + half:.1f})", "the same runs",
+         f"*+2.5 (+{2.5 - half / 2:.1f} – +{2.5 + half / 2:.1f})"],
+        ["LN", "*-1.0 (-1.0 – -1.0)", "incomplete", "incomplete"],
+    ]  # fmt: skip
+    by["L2"]["a"][-1] = (0, 24.0)  # -4, 4, 5, 9: no longer sure
+    assert report.difference_table("", by, {"a": ["a"]}).rows[1][1].startswith("+3.5 (-")
 
 
 def test_the_order_of_labels():
