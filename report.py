@@ -53,6 +53,8 @@ INSIDE = {  # what is watched inside the actor, in the last evaluation
     "evaluation/dead_neurons": "dead neurons (share, evaluation)",
     "train/feature_norm": "feature norm (training data)",
     "train/pca_rank": "PCA rank (training data)",
+    "train/action_error": "action error (training data)",
+    "validation/action_error": "action error (held-out data)",
     "gap/action_error": "gap of the action error",
     "plasticity": "plasticity (loss left / loss before)",
 }
@@ -663,7 +665,7 @@ def distributions(seeds, names, datasets):
     keys = [key for key in INSIDE if any(key in seed.last for seed in seeds)]
     if not keys:
         return None
-    figure, axes = grid(len(keys), width=max(3.0, 0.42 * len(names)), height=3.0, columns=3)
+    figure, axes = grid(len(keys), width=max(3.0, 0.42 * len(names)), height=3.0, columns=2)
     for axis, key in zip(axes, keys):
         for j, dataset in enumerate(datasets):
             values = [
