@@ -443,26 +443,38 @@ def score_table(title, scores, others, datasets):
     return Table(title, ["regularisers", *columns], rows, note)
 
 
+def mean_and_interval(by_dataset, datasets):
+    """Of values by dataset, lists of (seed, value), the mean over datasets and seeds, and half the width of its 95 %
+    interval over the seeds (Student's t); None if fewer than two seeds have a value on all the datasets."""
+    found = matrix(by_dataset, datasets)
+    if found is None:
+        return None
+    values = 100 * found.mean(1)
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+
+
 def difference_table(title, scores, columns):
     """Mean scores minus that with no regulariser, seed by seed, and their 95 % intervals by the paired t.
 
     A column is of the mean over one or more datasets, columns[name], of the seeds that are finished on all of them.
     """
-    rows = [[name] for name in scores]
-    for row, datasets in itertools.product(rows, columns.values()):
-        mine, none = ([dict(scores[name].get(dataset, [])) for dataset in datasets] for name in (row[0], "none"))
-        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in mine + none)))
-        x, y = (np.array([[by_seed[seed] for by_seed in part] for seed in seeds]) for part in (mine, none))
-        if len(seeds) < 2:
-            row.append("incomplete")
-        elif mine == none and row[0] != "none":
-            row.append("the same runs")
-        else:
-            values = (x if row[0] == "none" else x - y).mean(1)
-            mean, half = values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-            mark = "*" if abs(mean) > half else ""
-            difference = f"{mark}{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
-            row.append(f"{mean:.1f} ± {half:.1f}" if row[0] == "none" else difference)
+    none, rows = {dataset: dict(values) for dataset, values in scores["none"].items()}, []
+    for name, mine in scores.items():
+        pairs = {d: [(seed, value - none[d][seed]) for seed, value in mine.get(d, []) if seed in none[d]] for d in none}
+        rows.append([name])
+        for datasets in columns.values():
+            found = mean_and_interval(mine if name == "none" else pairs, datasets)
+            if not found:
+                cell = "incomplete"
+            elif name == "none":
+                cell = "{:.1f} ± {:.1f}".format(*found)
+            elif all(mine[dataset] == scores["none"][dataset] for dataset in datasets):
+                cell = "the same runs"
+            else:
+                mean, half = found
+                mark = "*" if abs(mean) > half else ""
+                cell = f"{mark}{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
+            rows[-1].append(cell)
     note = "None's score, and differences from it, seed by seed, with 95 % intervals by Student's t; bold: without 0."
     return Table(title, ["regularisers", *columns], rows, note)
 
@@ -501,15 +513,13 @@ def aggregate_table(title, matrices, reps):
     return Table(title, header, rows, note), estimates, gains
 
 
-def mean_and_interval(seeds, name, key, datasets):
-    """A label's values in the last evaluation, means over the datasets: their mean over the seeds and half the width of
-    its 95 % interval (Student's t); None if fewer than two seeds are finished on all datasets."""
-    mine = [seed for seed in seeds if seed.finished and name in seed.labels and key in seed.last]
-    found = matrix({d: [(s.seed, s.last[key]) for s in mine if s.dataset == d] for d in datasets}, datasets)
-    if found is None:
-        return None
-    values = 100 * found.mean(1)
-    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+def last_values(seeds, name, key):
+    """A label's values in the last evaluation, of the finished runs, by dataset: lists of (seed, value)."""
+    found = defaultdict(list)
+    for seed in seeds:
+        if seed.finished and name in seed.labels and key in seed.last:
+            found[seed.dataset].append((seed.seed, seed.last[key]))
+    return found
 
 
 def inside_table(title, seeds, names, datasets):
@@ -521,7 +531,7 @@ def inside_table(title, seeds, names, datasets):
     for name in names:
         cells = []
         for key in keys:
-            found = mean_and_interval(seeds, name, key, datasets)
+            found = mean_and_interval(last_values(seeds, name, key), datasets)
             digits = 1 if key in scores or "norm" in key or "rank" in key else 3
             cells.append(" ± ".join(f"{value:.{digits}f}" for value in found) if found else "incomplete")
         rows.append([name, *cells])
@@ -686,11 +696,12 @@ def distributions(seeds, names, datasets):
 def robustness(seeds, names, datasets):
     """Scores with noise and without: means over the datasets, with 95 % intervals over the seeds."""
     keys = sorted({key for seed in seeds if seed.finished for key in seed.last if key.split("/")[0] == "score"})
-    if len(keys) < 2 or not any(mean_and_interval(seeds, name, "score", datasets) for name in names):
+    if len(keys) < 2 or not any(mean_and_interval(last_values(seeds, name, "score"), datasets) for name in names):
         return None
     figure, (axis,) = grid(1, width=max(4.5, 0.6 * len(names)), height=3.2)
     for k, key in enumerate(keys):
-        means, half = np.array([mean_and_interval(seeds, name, key, datasets) or (np.nan, np.nan) for name in names]).T
+        found = [mean_and_interval(last_values(seeds, name, key), datasets) or (np.nan, np.nan) for name in names]
+        means, half = np.array(found).T
         places = np.arange(len(names)) + (k - (len(keys) - 1) / 2) * 0.8 / len(keys)
         axis.bar(
             places, means, 0.75 / len(keys), yerr=half, capsize=2,
@@ -748,7 +759,7 @@ def section(config, seeds, emit):
             if part != "all domains":
                 emit(score_table(f"{title}: scores", scores, others, datasets))
             if "none" in scores and len(scores) > 1:
-                columns = {} if part == "all domains" else {dataset: [dataset] for dataset in datasets}
+                columns = {dataset: [dataset] for dataset in datasets if part != "all domains"}
                 columns |= {"mean": datasets} if len(datasets) > 1 else {}
                 emit(difference_table(f"{title}: differences", scores, columns))
             matrices = {name: matrix(by, datasets) for name, by in scores.items()}
