@@ -1,17 +1,16 @@
-"""ReBRAC with a regularised actor, from "The Role of Deep Learning Regularizations on Actors in Offline RL"
-(arXiv 2409.07606), over "Revisiting the Minimalist Approach to Offline RL" (ReBRAC, arXiv 2305.09836).
+"""ReBRAC with a regularised actor.
 
-    python rebrac.py --dataset_name hopper-medium-v2                                      # the paper's baseline
-    python rebrac.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1  # its actor regularised
-    python rebrac.py --dataset_name pen-human-v1 --critic_loss mse --num_updates 50000    # the original's critic
+The paper: "The Role of Deep Learning Regularizations on Actors in Offline RL" (arXiv 2409.07606).
+The algorithm: "Revisiting the Minimalist Approach to Offline RL" (ReBRAC, arXiv 2305.09836).
 
-Two CPU cores make about 24 updates a second at batch 1024, as on Gym-MuJoCo, and 80 at 256, as on Adroit; with mse 29
-and 105.
+    python rebrac.py --dataset_name hopper-medium-v2  # the paper's baseline
+    python rebrac.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
+    python rebrac.py --dataset_name pen-human-v1 --critic_loss mse  # the original's critic
+
+Two CPU cores make about 24 updates a second at batch 1024 (Gym-MuJoCo), 80 at 256 (Adroit).
 """
 
-import difflib
 import math
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Optional, Tuple
@@ -22,8 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runs import Run, check, compiling, evaluate_run, named_regularisers, parse, with_pca_ranks, with_regularisers
-from tasks import episode_returns, evaluate, load_dataset, make_envs, make_samples
+from harness.config import check, parse, read_table, with_regularisers
+from harness.datasets import domain, episode_returns, load_dataset, tuned_values
+from harness.errors import UserError, one_line_errors
+from harness.evaluation import evaluate, make_envs
+from harness.policies import evaluate_run
+from harness.run import Run
+from harness.seeds import init_states, is_on, over_seeds
+
+NAME = "ReBRAC"
 
 # --- Config ---
 
@@ -31,156 +37,104 @@ from tasks import episode_returns, evaluate, load_dataset, make_envs, make_sampl
 @dataclass(frozen=True)
 class Config:
     # Data
-    dataset_name: str = "halfcheetah-medium-replay-v2"  # one of the paper's 36, the keys of TUNED
-    dataset_path: Optional[str] = None  # a file in D4RL's HDF5 format (none: D4RL's own, from D4RL_DATASET_DIR)
-    normalize_states: bool = False  # to mean 0 and standard deviation 1 over the training data
-    normalize_reward: Optional[bool] = None  # AntMaze: x 100; others: x 1000 / (best - worst episode return)
-    validation_frac: float = 0.0  # share of the episodes that is held out; 0.05 when tuning
-    validation_seed: Optional[int] = None  # shuffles the episodes before that (none: the file's last are held out)
-    # Algorithm; where it says none, the paper's value for the dataset is taken
-    critic_loss: str = "hl_gauss"  # hl_gauss: classification (the paper); mse: squared error (the original ReBRAC)
+    dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
+    dataset_path: Optional[str] = None  # file in D4RL's HDF5 format; default: D4RL's own
+    normalize_states: bool = False  # states to mean 0 and standard deviation 1 over the data
+    normalize_reward: Optional[bool] = None  # AntMaze: x 100; else x 1000 / range of returns
+    validation_frac: float = 0.0  # share of the episodes held out; 0.05 when tuning
+    validation_seed: Optional[int] = None  # shuffles before holding out; default: the file's last
+    # Algorithm
+    critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (original)
     gamma: Optional[float] = None  # discount
     tau: float = 0.005  # share of the new parameters in the targets' moving average
     batch_size: Optional[int] = None  # transitions in an update
-    actor_learning_rate: Optional[float] = None
-    critic_learning_rate: Optional[float] = None
+    actor_learning_rate: Optional[float] = None  # of the actor's Adam
+    critic_learning_rate: Optional[float] = None  # of the critics' Adam
     actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss
     critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2 in the critic's target
-    actor_q_coef: float = 1.0  # weight of the normalised Q in the actor's loss; 0 is behaviour cloning
+    actor_q_coef: float = 1.0  # weight of the normalised Q in the actor's loss; 0: cloning alone
     policy_freq: int = 2  # critic updates for each update of the actor and the targets
     target_noise: float = 0.2  # standard deviation of the noise on the target actor's actions
-    noise_clip: float = 0.5  # largest absolute value of that noise
-    n_classes: Optional[int] = None  # hl_gauss: bins
-    v_min: Optional[float] = None  # hl_gauss: smallest and
-    v_max: Optional[float] = None  # largest return to go (none: the dataset's)
+    noise_clip: float = 0.5  # largest absolute value of the noise on the target actor's actions
+    n_classes: Optional[int] = None  # hl_gauss: number of bins
+    v_min: Optional[float] = None  # hl_gauss: smallest return to go; default: the dataset's
+    v_max: Optional[float] = None  # hl_gauss: largest return to go; default: the dataset's
     v_expand: Optional[float] = None  # hl_gauss: widening of [v_min, v_max], as a share of it
     sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target, in bins
     # Networks
-    hidden_dim: int = 256
-    actor_layers: int = 3  # hidden layers
-    critic_layers: int = 3
-    # Actor regularisers; 0 or false is exactly off
-    regularisers: str = "none"  # names of CHOSEN such as DO+LN; best or best-L2: as tuned for the dataset
-    actor_dropout: float = 0.0  # share of the hidden units dropped in the actor's loss
-    actor_wd: float = 0.0  # decoupled weight decay
-    actor_l1_ratio: float = 0.0  # share of L1 in the weight decay: 0 is L2, 1 is L1, 0.5 the paper's elastic net
-    actor_wd_kernels_only: bool = False  # spare biases and normalisation parameters
-    actor_ln: bool = False  # LayerNorm
-    actor_fn: bool = False  # FeatureNorm: LayerNorm without scale and bias
-    actor_gn: bool = False  # GroupNorm, 32 groups
-    actor_bn: bool = False  # BatchNorm
-    actor_sn: bool = False  # SpectralNorm of the last hidden Dense
-    actor_input_noise: float = 0.0  # standard deviation of noise on the actor's states in its loss
-    actor_bc_noise: float = 0.0  # objective noise: standard deviation of noise on the cloned actions
-    actor_grad_noise: float = 0.0  # standard deviation of noise on the first gradient; decays by (1 + t)^-0.55
+    hidden_dim: int = 256  # units in a hidden layer
+    actor_layers: int = 3  # hidden layers of the actor
+    critic_layers: int = 3  # hidden layers of each critic
+    # Regularisers of the actor; 0 or false is exactly off
+    regularisers: str = "none"  # names such as DO+LN (see CHOSEN); best or best-L2: tuned ones
+    actor_dropout: float = 0.0  # DO: share of the hidden units dropped in the actor's loss
+    actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay of the actor
+    actor_l1_ratio: float = 0.0  # share of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
+    actor_wd_kernels_only: bool = False  # actor_wd spares biases and normalisation parameters
+    actor_ln: bool = False  # LN: LayerNorm
+    actor_fn: bool = False  # FN: FeatureNorm, a LayerNorm without scale and bias
+    actor_gn: bool = False  # GN: GroupNorm with 32 groups
+    actor_bn: bool = False  # BN: BatchNorm
+    actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
+    actor_input_noise: float = 0.0  # InN: standard deviation of noise on the states in its loss
+    actor_bc_noise: float = 0.0  # BCN: standard deviation of noise on the cloned actions
+    actor_grad_noise: float = 0.0  # GrN: noise on the first gradient; decays by (1 + t)^-0.55
     actor_lr_decay: bool = False  # cosine decay of the actor's learning rate to 0 over the run
-    # The same for the critics, which the paper leaves alone
-    critic_dropout: float = 0.0
-    critic_wd: float = 0.0
-    critic_l1_ratio: float = 0.0
-    critic_wd_kernels_only: bool = False
-    critic_ln: bool = True  # on in ReBRAC
-    critic_fn: bool = False
-    critic_gn: bool = False
-    critic_bn: bool = False
-    critic_sn: bool = False
-    critic_grad_noise: float = 0.0
-    critic_lr_decay: bool = False
+    # Regularisers of the critics, which the paper leaves alone
+    critic_dropout: float = 0.0  # like actor_dropout
+    critic_wd: float = 0.0  # like actor_wd
+    critic_l1_ratio: float = 0.0  # like actor_l1_ratio
+    critic_wd_kernels_only: bool = False  # like actor_wd_kernels_only
+    critic_ln: bool = True  # like actor_ln; ReBRAC itself has it
+    critic_fn: bool = False  # like actor_fn
+    critic_gn: bool = False  # like actor_gn
+    critic_bn: bool = False  # like actor_bn
+    critic_sn: bool = False  # like actor_sn
+    critic_grad_noise: float = 0.0  # like actor_grad_noise
+    critic_lr_decay: bool = False  # like actor_lr_decay
     # Run
     seed: int = 0  # everything random in a run follows from it
-    num_seeds: int = 1  # seed, seed + 1, ... trained at once
-    num_updates: int = 1_000_000  # of the critic
+    num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
+    num_updates: int = 1_000_000  # updates of the critics in all
     log_every: int = 1000  # updates in an epoch, which is one compiled scan
-    eval_every: Optional[int] = None  # updates between evaluations (none: 10,000; AntMaze: 50,000)
-    eval_episodes: Optional[int] = None  # episodes in an evaluation (none: 10; AntMaze: 100)
-    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # robustness: on actions and on states
-    analysis: bool = True  # what is inside the actor is measured in each evaluation
-    deterministic: bool = False  # the same bits each time on a GPU, too, at some cost in speed
-    results: str = "results"  # where runs have their directories
-    evaluate: Optional[str] = None  # directory of a run: no training, its policies are evaluated
-    video: Optional[str] = None  # of one episode of that, .mp4 or .gif
+    eval_every: Optional[int] = None  # updates between evaluations; default 10,000 (AntMaze 50,000)
+    eval_episodes: Optional[int] = None  # episodes in an evaluation; default 10 (AntMaze 100)
+    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # on actions, on states
+    analysis: bool = True  # measure what is inside the actor in each evaluation
+    deterministic: bool = False  # the same bits each time on a GPU, too; slower
+    results: str = "results"  # folder in which each run has its directory
+    evaluate: Optional[str] = None  # directory of a run to evaluate; nothing is trained
+    video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-# The names of `regularisers`, at the strengths that the paper chose for all datasets
-CHOSEN = named_regularisers(DO=0.1, L2=1e-3, L1=1e-5, EN=1e-4, InN=0.003, BCN=0.01, GrN=0.01)
-
-# The paper's tuned values. Columns: hl_gauss actor_bc_coef, n_classes, v_expand | mse actor_bc_coef, critic_bc_coef |
-# best-L2 actor_wd | best actor_ln, actor_dropout, actor_grad_noise
-TUNED = {
-    "halfcheetah-random-v2": (0.001, 201, 0.05, 0.001, 0.1, 0.1, False, 0.2, 0.01),
-    "halfcheetah-medium-v2": (0.001, 201, 0.1, 0.001, 0.01, 0.1, True, 0.1, 0.01),
-    "halfcheetah-expert-v2": (0.01, 201, 0.05, 0.01, 0.01, 1e-05, True, 0.0, 0.003),
-    "halfcheetah-medium-replay-v2": (0.001, 201, 0.1, 0.01, 0.001, 1e-05, True, 0.2, 0.01),
-    "halfcheetah-medium-expert-v2": (0.01, 201, 0.1, 0.01, 0.1, 1e-05, True, 0.0, 0.003),
-    "halfcheetah-full-replay-v2": (0.001, 201, -0.05, 0.001, 0.1, 0.01, True, 0.0, 0.01),
-    "hopper-random-v2": (0.001, 401, -0.05, 0.001, 0.01, 0.001, False, 0.2, 0.01),
-    "hopper-medium-v2": (0.01, 201, -0.05, 0.01, 0.01, 0.01, True, 0.2, 0.01),
-    "hopper-expert-v2": (0.05, 401, 0.1, 0.1, 0.1, 1e-05, False, 0.2, 0.003),
-    "hopper-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.5, 1e-05, True, 0.0, 0.003),
-    "hopper-medium-expert-v2": (0.05, 401, 0.05, 0.1, 0.01, 0.0001, False, 0.0, 0.003),
-    "hopper-full-replay-v2": (0.01, 201, 0.05, 0.01, 0.01, 0.01, False, 0.0, 0.003),
-    "walker2d-random-v2": (0.05, 201, 0.05, 0.01, 0.0, 0.0001, True, 0.1, 0.01),
-    "walker2d-medium-v2": (0.05, 201, 0.1, 0.05, 0.1, 0.01, False, 0.1, 0.0),
-    "walker2d-expert-v2": (0.01, 401, 0.05, 0.01, 0.5, 0.1, False, 0.2, 0.003),
-    "walker2d-medium-replay-v2": (0.01, 401, -0.05, 0.05, 0.01, 0.001, False, 0.2, 0.0),
-    "walker2d-medium-expert-v2": (0.05, 401, 0.05, 0.01, 0.01, 0.1, False, 0.2, 0.01),
-    "walker2d-full-replay-v2": (0.001, 201, 0.1, 0.01, 0.01, 0.1, True, 0.1, 0.0),
-    "antmaze-umaze-v2": (0.05, 401, 0.1, 0.003, 0.002, 1e-05, False, 0.2, 0.01),
-    "antmaze-umaze-diverse-v2": (0.01, 201, 0.1, 0.003, 0.001, 1e-05, True, 0.1, 0.0),
-    "antmaze-medium-play-v2": (0.001, 401, 0.05, 0.001, 0.0005, 0.0001, True, 0.2, 0.003),
-    "antmaze-medium-diverse-v2": (0.01, 401, 0.1, 0.001, 0.0, 0.1, True, 0.2, 0.003),
-    "antmaze-large-play-v2": (0.01, 401, 0.1, 0.002, 0.001, 1e-05, True, 0.0, 0.0),
-    "antmaze-large-diverse-v2": (0.01, 401, 0.1, 0.002, 0.002, 0.0001, True, 0.0, 0.003),
-    "pen-human-v1": (0.05, 201, -0.05, 0.1, 0.5, 0.1, True, 0.1, 0.01),
-    "pen-cloned-v1": (0.05, 401, 0.05, 0.05, 0.5, 1e-05, False, 0.1, 0.003),
-    "pen-expert-v1": (0.01, 401, -0.05, 0.01, 0.01, 0.001, True, 0.1, 0.0),
-    "door-human-v1": (0.001, 401, -0.05, 0.1, 0.1, 0.1, True, 0.1, 0.01),
-    "door-cloned-v1": (0.05, 201, 0.1, 0.01, 0.1, 0.1, False, 0.2, 0.003),
-    "door-expert-v1": (0.05, 401, -0.05, 0.05, 0.01, 0.01, True, 0.1, 0.0),
-    "hammer-human-v1": (0.05, 201, -0.05, 0.01, 0.5, 0.1, True, 0.2, 0.0),
-    "hammer-cloned-v1": (0.05, 401, 0.05, 0.1, 0.5, 0.001, True, 0.2, 0.01),
-    "hammer-expert-v1": (0.01, 401, 0.1, 0.01, 0.01, 0.0001, True, 0.1, 0.003),
-    "relocate-human-v1": (0.05, 201, 0.05, 0.1, 0.01, 0.1, True, 0.2, 0.01),
-    "relocate-cloned-v1": (0.05, 201, 0.1, 0.1, 0.01, 0.01, False, 0.2, 0.01),
-    "relocate-expert-v1": (0.05, 401, 0.05, 0.05, 0.01, 0.01, True, 0.2, 0.003),
+BOUNDS = {  # a whole number without one must be 1 or more, any other 0 or more
+    "seed": "0 or more",
+    "validation_seed": "0 or more",
+    "validation_frac": "at least 0 and below 1",
+    "gamma": "between 0 and 1",
+    "tau": "between 0 and 1",
+    "v_min": "any number",
+    "v_max": "any number",
+    "v_expand": "any number",
+    "sigma_frac": "above 0",
+    "actor_dropout": "at least 0 and below 1",
+    "actor_l1_ratio": "between 0 and 1",
+    "critic_dropout": "at least 0 and below 1",
+    "critic_l1_ratio": "between 0 and 1",
 }
 
 
-def tuned(config):
-    """Fills in what the user left open: the paper's values for the dataset (its tables of hyperparameters)."""
-    name = config.dataset_name
-    if name not in TUNED:
-        near = difflib.get_close_matches(name, TUNED, n=3, cutoff=0)
-        sys.exit(f"error: unknown dataset {name!r}; the nearest names are {', '.join(near)}")
-    hl_gauss, antmaze, adroit = config.critic_loss == "hl_gauss", "antmaze" in name, name.endswith("-v1")
-    actor_bc_coef, n_classes, v_expand, mse_actor_bc_coef, mse_critic_bc_coef, wd, ln, dropout, noise = TUNED[name]
-    best = dict(actor_ln=ln, actor_dropout=dropout, actor_grad_noise=noise)
-    config = with_regularisers(config, CHOSEN | {"best-L2": dict(actor_wd=wd, actor_l1_ratio=0.0), "best": best})
-    small = adroit or (antmaze and not hl_gauss)
-    values = dict(
-        normalize_reward=antmaze,
-        gamma=0.999 if antmaze else 0.99,
-        batch_size=256 if small else 1024,
-        actor_learning_rate=3e-4 if small else 1e-3,
-        critic_learning_rate=5e-5 if antmaze and small else 3e-4 if small else 1e-3,
-        actor_bc_coef=actor_bc_coef if hl_gauss else mse_actor_bc_coef,
-        critic_bc_coef=0.001 if hl_gauss else mse_critic_bc_coef,
-        n_classes=n_classes,
-        v_expand=v_expand,
-        eval_every=50_000 if antmaze else 10_000,
-        eval_episodes=100 if antmaze else 10,
-    )
-    if antmaze:
-        values.update(v_min=0.0, v_max=100.0)
-    return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
-
-
-def rules(config):
-    """What must hold beside the bounds that `check` knows, by the message if it doesn't."""
+def constraints(config):
+    """Return what must hold of a config: error message -> whether it holds."""
+    has_group_norm = config.actor_gn or config.critic_gn
+    has_range = config.v_min is not None and config.v_max is not None
     return {
+        "actor_gn and critic_gn need a hidden_dim of 64, 96, ...: 32 groups of two units or more": (
+            not has_group_norm or (config.hidden_dim % 32 == 0 and config.hidden_dim > 32)
+        ),
         "critic_loss must be hl_gauss or mse": config.critic_loss in ("hl_gauss", "mse"),
-        "log_every must be a multiple of policy_freq": config.log_every % max(config.policy_freq, 1) == 0,
-        "v_min must be below v_max": None in (config.v_min, config.v_max) or config.v_min < config.v_max,
+        "log_every must be a multiple of policy_freq": config.log_every % config.policy_freq == 0,
+        "v_min must be below v_max": not has_range or config.v_min < config.v_max,
     }
 
 
@@ -188,178 +142,252 @@ def rules(config):
 
 
 def make_dataset(config, raw):
-    """Splits a file's steps, by episode, into those to train on and those held out; scales rewards and states.
+    """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
 
-    Returns the file's arrays, `ends` (N,) of its episodes, the indices of the steps that make transitions, `train` and
-    `validation`, and the `mean` and `std` (S,) by which the states were normalised.
+    Returns the file's arrays; `ends` (N,), where its episodes end; `train` and `validation`, the
+    indices of the steps that make transitions; and the `mean` and `std` (S,) by which the states
+    were normalised.
     """
     ends = raw["terminals"] | raw["timeouts"]
     ends[-1] = True
-    episode = np.cumsum(ends) - ends
-    num_episodes = episode[-1] + 1
-    num_held_out = round(config.validation_frac * num_episodes)
-    if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
-        sys.exit(f"error: validation_frac {config.validation_frac} of {num_episodes} episodes is {num_held_out}")
-    order = np.arange(num_episodes)
-    if config.validation_seed is not None:
-        np.random.default_rng(config.validation_seed).shuffle(order)
-    held_out = np.isin(episode, order[num_episodes - num_held_out :])
-    # As in D4RL's qlearning_dataset: a step at a timeout is left out, since its s' isn't known, and so is the last.
+    held_out = hold_out(config, ends)
+    # As in D4RL's qlearning_dataset, a step at a timeout is no transition: its s' isn't known.
     usable = ~raw["timeouts"]
     usable[-1] = False
-    train, validation = (np.flatnonzero(usable & part).astype(np.int32) for part in (~held_out, held_out))
+    train = np.flatnonzero(usable & ~held_out).astype(np.int32)
+    validation = np.flatnonzero(usable & held_out).astype(np.int32)
+    if len(train) == 0:
+        raise UserError("there is no transition to train on")
+    print(f"training on {np.sum(ends & ~held_out)} episodes, {len(train)} transitions")
+    if len(validation) > 0:
+        print(f"held out: {np.sum(ends & held_out)} episodes, {len(validation)} transitions")
 
-    if not len(train):
-        sys.exit("error: there is no transition to train on")
-    which = "the last" if config.validation_seed is None else f"by validation_seed {config.validation_seed},"
-    print(
-        f"training on {num_episodes - num_held_out} episodes, {len(train)} transitions; "
-        f"held out: {which} {num_held_out}, {len(validation)} transitions"
-    )
-
-    observations, rewards = raw["observations"], raw["rewards"]
-    if config.normalize_reward and "antmaze" in config.dataset_name:
-        rewards = rewards * np.float32(100)
-    elif config.normalize_reward:
-        if not (spread := np.ptp(episode_returns(raw))):
-            sys.exit("error: all episodes have the same return; use --normalize_reward false")
-        rewards = rewards * np.float32(1000 / spread)
-    mean, std = np.float32(0), np.float32(1)
+    rewards = raw["rewards"]
+    if config.normalize_reward:
+        rewards = rewards * reward_scale(config, raw)
+    observations = raw["observations"]
+    mean = np.float32(0)
+    std = np.float32(1)
     if config.normalize_states:
         mean = observations[train].mean(0, dtype=np.float64).astype(np.float32)
         std = observations[train].std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
         observations = (observations - mean) / std
     return dict(
-        observations=observations, actions=raw["actions"], rewards=rewards, terminals=raw["terminals"],
-        ends=ends, train=train, validation=validation, mean=mean, std=std,
-    )  # fmt: skip
+        observations=observations,
+        actions=raw["actions"],
+        rewards=rewards,
+        terminals=raw["terminals"],
+        ends=ends,
+        train=train,
+        validation=validation,
+        mean=mean,
+        std=std,
+    )
+
+
+def hold_out(config, ends):
+    """Return which steps (N,) belong to held-out episodes, given where the episodes end (N,)."""
+    episode = np.cumsum(ends) - ends  # of each step
+    num_episodes = episode[-1] + 1
+    num_held_out = round(config.validation_frac * num_episodes)
+    if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
+        raise UserError(
+            f"validation_frac {config.validation_frac} of {num_episodes} episodes is {num_held_out}"
+        )
+    order = np.arange(num_episodes)
+    if config.validation_seed is not None:
+        np.random.default_rng(config.validation_seed).shuffle(order)
+    return np.isin(episode, order[num_episodes - num_held_out :])
+
+
+def reward_scale(config, raw):
+    """Return the factor of the rewards with `normalize_reward`."""
+    if domain(config.dataset_name) == "antmaze":
+        return np.float32(100)
+    spread = np.ptp(episode_returns(raw))
+    if spread == 0:
+        raise UserError("all episodes have the same return; use --normalize_reward false")
+    return np.float32(1000 / spread)
 
 
 class Transitions(NamedTuple):
     observations: jax.Array  # s (B, S)
     actions: jax.Array  # a (B, A)
     rewards: jax.Array  # r (B,)
-    next_observations: jax.Array  # s' (B, S), of no meaning where d is 1
+    next_observations: jax.Array  # s' (B, S), without meaning where d is 1
     next_actions: jax.Array  # a' (B, A), of the same episode; a itself where d is 1
     terminals: jax.Array  # d (B,), 0.0 or 1.0
 
 
 def transitions(data, index):
-    """The transitions of the steps `index` (B,): what follows a step is the next row, in a file and in `data`."""
+    """Return the transitions of the steps `index` (B,). What follows a step is the next row."""
     terminals = data["terminals"][index]
+    next_index = jnp.where(terminals, index, index + 1)
     return Transitions(
         observations=data["observations"][index],
         actions=data["actions"][index],
         rewards=data["rewards"][index],
         next_observations=data["observations"][index + 1],
-        next_actions=data["actions"][index + 1 - terminals],
+        next_actions=data["actions"][next_index],
         terminals=terminals.astype(np.float32),
     )
 
 
-# --- Networks: the regularised hidden layers ---
+# --- Regularised layers ---
 
 
-def is_on(strength):
-    """False for 0, which is then compiled away; a strength that is traced is on."""
-    return isinstance(strength, jax.Array) or strength > 0
+class ActorHidden(nn.Module):
+    """The actor's hidden layers, states (B, S) to features (B, F).
 
-
-class Hidden(nn.Module):
-    """Hidden layers of Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm and Dropout, in the paper's order.
-
-    `network`, "actor" or "critic", says which of the config's regularisers are meant.
+    Each is Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm and Dropout, in the paper's
+    order. SpectralNorm acts on the last Dense.
     """
 
     config: Config
-    network: str
 
     @nn.compact
     def __call__(self, x, train):
-        flag = lambda key: getattr(self.config, f"{self.network}_{key}")
-        last = flag("layers") - 1
-        for layer in range(flag("layers")):
-            dense = nn.Dense(self.config.hidden_dim, kernel_init=hidden_kernel_init, bias_init=hidden_bias_init)
-            x = nn.SpectralNorm(dense)(x, update_stats=train) if flag("sn") and layer == last else dense(x)
-            if layer == last:
-                self.sow("intermediates", "features", x)
+        config = self.config
+        for layer in range(config.actor_layers):
+            is_last = layer == config.actor_layers - 1
+            dense = hidden_dense(config)
+            if config.actor_sn and is_last:
+                x = nn.SpectralNorm(dense)(x, update_stats=train)
+            else:
+                x = dense(x)
+            if is_last:
+                self.sow("intermediates", "features", x)  # for `analyse`
             x = nn.relu(x)
-            if flag("ln"):
+            if config.actor_ln:
                 x = nn.LayerNorm()(x)
-            if flag("fn"):
+            if config.actor_fn:
                 x = nn.LayerNorm(use_scale=False, use_bias=False)(x)
-            if flag("gn"):
+            if config.actor_gn:
                 x = nn.GroupNorm(num_groups=32)(x)
-            if flag("bn"):
+            if config.actor_bn:
                 x = nn.BatchNorm(use_running_average=not train)(x)
-            if train and is_on(flag("dropout")):
-                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - flag("dropout"), x.shape)
-                x = jnp.where(kept, x / (1 - flag("dropout")), 0)
+            if train and is_on(config.actor_dropout):
+                x = dropout(self.make_rng("dropout"), config.actor_dropout, x)
         return x
 
 
+class CriticHidden(nn.Module):
+    """A critic's hidden layers, inputs (B, I) to features (B, F), with its own regularisers."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, train):
+        config = self.config
+        for layer in range(config.critic_layers):
+            is_last = layer == config.critic_layers - 1
+            dense = hidden_dense(config)
+            if config.critic_sn and is_last:
+                x = nn.SpectralNorm(dense)(x, update_stats=train)
+            else:
+                x = dense(x)
+            x = nn.relu(x)
+            if config.critic_ln:
+                x = nn.LayerNorm()(x)
+            if config.critic_fn:
+                x = nn.LayerNorm(use_scale=False, use_bias=False)(x)
+            if config.critic_gn:
+                x = nn.GroupNorm(num_groups=32)(x)
+            if config.critic_bn:
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            if train and is_on(config.critic_dropout):
+                x = dropout(self.make_rng("dropout"), config.critic_dropout, x)
+        return x
+
+
+def dropout(key, rate, x):
+    """Drop a share of the units. (nn.Dropout takes no traced rate.)"""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
 def init_network(network, key, *inputs):
-    """Variables of `network`: params, and batch_stats (empty without BatchNorm and SpectralNorm)."""
+    """Return a network's variables: params, and batch_stats (of BatchNorm and SpectralNorm)."""
     return {"batch_stats": {}, **network.init(key, *inputs, train=False)}
 
 
-def infer(network, variables, *inputs):
-    """The network's output as targets and evaluation see it: no dropout, running statistics."""
+def forward(network, variables, *inputs):
+    """Return the output as targets and evaluation see it: no dropout, running statistics."""
     return network.apply(variables, *inputs, train=False)
 
 
-def train_forward(network, variables, key, *inputs):
-    """The network's output in training, and its variables with the running statistics that the pass updates.
-
-    Without a key, the output as evaluation sees it."""
-    if key is None:
-        return infer(network, variables, *inputs), variables
-    output, updated = network.apply(variables, *inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+def forward_train(network, variables, key, *inputs):
+    """Return the output in training, and the variables with updated running statistics."""
+    output, updated = network.apply(
+        variables, *inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+    )
     return output, {**variables, **updated}
 
 
 # --- Optimiser ---
 
+ADAM, SCHEDULE = 0, -1  # positions in the chain of `make_optimizer`
 
-def make_optimizer(config, network, num_steps):
-    """Adam with the decoupled weight decay theta -= lr wd ((1 - rho) theta + rho sign theta), rho the L1 ratio."""
-    learning_rate, wd, rho = (getattr(config, f"{network}_{key}") for key in ("learning_rate", "wd", "l1_ratio"))
 
-    def decay(updates, params):
+def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
+    """Return Adam with decoupled weight decay (the paper's L2, L1 and elastic net).
+
+    theta -= lr wd ((1 - rho) theta + rho sign theta), where rho is the L1 ratio.
+    """
+
+    def add_decay(updates, params):
         def add(path, update, param):
-            if getattr(config, f"{network}_wd_kernels_only") and path[-1].key != "kernel":
+            if kernels_only and path[-1].key != "kernel":
                 return update
-            return update + wd * ((1 - rho) * param + rho * jnp.sign(param) if is_on(rho) else param)
+            decay = param
+            if is_on(l1_ratio):
+                decay = (1 - l1_ratio) * param + l1_ratio * jnp.sign(param)
+            return update + wd * decay
 
         return jax.tree.map_with_path(add, updates, params)
 
-    if getattr(config, f"{network}_lr_decay"):  # counted in this network's own steps
-        learning_rate = optax.cosine_decay_schedule(learning_rate, num_steps)
     return optax.chain(
         optax.scale_by_adam(),
-        optax.stateless(decay) if is_on(wd) else optax.identity(),
+        optax.stateless(add_decay) if is_on(wd) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def optimize(config, network, optimizer, variables, opt_state, grads, key):
-    """One step of `network`'s optimiser; returns its variables and the optimiser's state."""
-    noise = getattr(config, f"{network}_grad_noise")
+def optimize(optimizer, variables, opt_state, grads, noise, key):
+    """Take one step; return the network's variables and the optimiser's state.
+
+    Before Adam the gradient gets Gaussian noise of standard deviation noise / (1 + t)^0.55, where
+    t counts the network's own steps.
+    """
     if is_on(noise):
-        scale = noise / (1 + opt_state[0].count) ** 0.55  # Adam counts the network's own steps
-        grads = jax.tree.map(lambda grad, e: grad + scale * e, grads, optax.tree.random_like(key, grads))
-    updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
-    return {**variables, "params": optax.apply_updates(variables["params"], updates)}, opt_state
+        scale = noise / (1 + opt_state[ADAM].count) ** 0.55
+        draws = optax.tree.random_like(key, grads)
+        grads = jax.tree.map(lambda grad, draw: grad + scale * draw, grads, draws)
+    params = variables["params"]
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return {**variables, "params": params}, opt_state
 
 
-# --- Networks: ReBRAC ---
-
-hidden_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within +-1 / sqrt(fan_in)
-hidden_bias_init = nn.initializers.constant(0.1)
+# --- Networks ---
 
 
-def uniform_init(bound):
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+def hidden_dense(config):
+    """Return a hidden Dense: weights uniform within +-1 / sqrt(fan_in), biases 0.1."""
+    return nn.Dense(
+        config.hidden_dim,
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=nn.initializers.constant(0.1),
+    )
+
+
+def last_dense(size, bound):
+    """Return a last Dense: weights and biases uniform within +-bound."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(size, kernel_init=init, bias_init=init)
 
 
 class Actor(nn.Module):
@@ -370,78 +398,68 @@ class Actor(nn.Module):
 
     @nn.compact
     def __call__(self, observations, train):
-        features = Hidden(self.config, "actor")(observations, train)
-        return nn.tanh(
-            nn.Dense(self.action_dim, kernel_init=uniform_init(1e-3), bias_init=uniform_init(1e-3))(features)
-        )
+        features = ActorHidden(self.config, name="Hidden_0")(observations, train)
+        return nn.tanh(last_dense(self.action_dim, 1e-3)(features))
 
 
 class Critics(nn.Module):
-    """Two critics: states (B, S) and actions (B, A) to logits (2, B, n_classes), or with mse to values (2, B, 1)."""
+    """Two critics: states (B, S) and actions (B, A) to logits (2, B, n_classes).
+
+    With the squared error they have a single output each, the value: (2, B, 1).
+    """
 
     config: Config
 
     @nn.compact
     def __call__(self, observations, actions, train):
         inputs = jnp.concatenate([observations, actions], -1)
-        outputs = self.config.n_classes if self.config.critic_loss == "hl_gauss" else 1
-        return jnp.stack([
-            nn.Dense(outputs, kernel_init=uniform_init(3e-3), bias_init=uniform_init(3e-3))(
-                Hidden(self.config, "critic")(inputs, train)
-            )
-            for _ in range(2)
-        ])  # fmt: skip
+        size = self.config.n_classes if self.config.critic_loss == "hl_gauss" else 1
+        outputs = []
+        for k in range(2):
+            last = last_dense(size, 3e-3)
+            features = CriticHidden(self.config, name=f"Hidden_{k}")(inputs, train)
+            outputs.append(last(features))
+        return jnp.stack(outputs)
 
 
 def networks(config, actions):
-    """The actor's and the critics' modules, for actions of the shape (..., A)."""
+    """Return the modules of the actor and the critics, for actions of the shape (..., A)."""
     return Actor(config, actions.shape[-1]), Critics(config)
 
 
-def act(config, actor, data, observations):
-    """The policy in evaluation: normalised states (B, S) to actions (B, A)."""
-    actor_net, _ = networks(config, data["actions"])
-    return infer(actor_net, actor, observations)
-
-
-# --- Critic: values as classes ---
-
-
-def with_value_range(config, data):
-    """The config with v_min and v_max, unless given: the smallest and largest discounted return to go in the data."""
-    returns, discounts, step = np.array(data["rewards"], np.float64), config.gamma * (1.0 - np.array(data["ends"])), 1
-    while discounts.any():  # from the returns over 1, 2, 4, ... steps those over twice as many
-        returns[:-step] += discounts[:-step] * returns[step:]
-        discounts, step = np.append(discounts[:-step] * discounts[step:], np.zeros(step)), 2 * step
-    v_min = float(returns.min()) if config.v_min is None else config.v_min
-    v_max = float(returns.max()) if config.v_max is None else config.v_max
-    if config.critic_loss == "hl_gauss" and not (v_min < v_max and config.v_expand > -1):
-        sys.exit(f"error: the values' support, {v_min:g} to {v_max:g}, is empty; set v_min, v_max and v_expand > -1")
-    return replace(config, v_min=v_min, v_max=v_max)
+# --- Values as classes (HL-Gauss) ---
 
 
 def support(config):
-    """Edges (n_classes + 1,) of the bins, over [v_min, v_max] widened in all by v_expand of it."""
+    """Return the bins' edges (n_classes + 1,): [v_min, v_max], widened in all by v_expand of it."""
     margin = config.v_expand * (config.v_max - config.v_min) / 2
     return jnp.linspace(config.v_min - margin, config.v_max + margin, config.n_classes + 1)
 
 
 def hl_gauss(config, values):
-    """Probabilities (..., n_classes) of a Gaussian around each value, cut off at the support's ends (HL-Gauss,
-    arXiv 2403.03950). Values outside the support are moved to its end, so that the probabilities always sum to 1."""
+    """Return the probabilities (..., n_classes) of a Gaussian around each value (arXiv 2403.03950).
+
+    It is cut off at the support's ends. A value outside is moved to the end, so that the
+    probabilities always sum to 1.
+    """
     edges = support(config)
     sigma = config.sigma_frac * (edges[1] - edges[0])
     values = jnp.clip(values, edges[0], edges[-1])[..., None]
-    cdf = jax.scipy.special.erf((edges - values) / (math.sqrt(2) * sigma))  # up to a factor and a constant
+    # The cumulative distribution at the edges, up to a factor and a constant
+    cdf = jax.scipy.special.erf((edges - values) / (math.sqrt(2) * sigma))
     return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
 
 
 def critic_values(config, outputs):
-    """Q values (...) of the critics' outputs (..., n_classes or 1): with HL-Gauss the mean over the bins' centres."""
+    """Return the Q values (...) of critics' outputs (..., n_classes), or with mse (..., 1).
+
+    With HL-Gauss a value is the mean over the bins' centres.
+    """
     if config.critic_loss == "mse":
         return outputs[..., 0]
     edges = support(config)
-    return jax.nn.softmax(outputs) @ ((edges[1:] + edges[:-1]) / 2)
+    centres = (edges[1:] + edges[:-1]) / 2
+    return jax.nn.softmax(outputs) @ centres
 
 
 # --- Losses and update ---
@@ -457,154 +475,322 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def init_state(config, data, seed):
-    """The state before the first update; everything random in a run comes from `seed`."""
-    key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
-    observations, actions = data["observations"][:1], data["actions"][:1]
-    actor_net, critic_net = networks(config, actions)
-    actor = init_network(actor_net, actor_key, observations)
-    critic = init_network(critic_net, critic_key, observations, actions)
-    pairs = zip(optimizers(config), (actor, critic))
-    actor_opt, critic_opt = (optimizer.init(variables["params"]) for optimizer, variables in pairs)
-    return TrainState(actor, actor, actor_opt, critic, critic, critic_opt, key)
-
-
-def optimizers(config):
-    """Of the actor and the critics; the schedules count each one's own steps."""
-    return (
-        make_optimizer(config, "actor", config.num_updates // config.policy_freq),
-        make_optimizer(config, "critic", config.num_updates),
-    )
-
-
 def critic_target(config, state, batch, key):
-    """r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2] (ReBRAC), shape (B,)."""
+    """Return r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2], (B,).
+
+    a' is the target actor's action at s' with clipped noise (ReBRAC).
+    """
     actor_net, critic_net = networks(config, batch.actions)
     noise = config.target_noise * jax.random.normal(key, batch.actions.shape)
     noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
-    next_actions = jnp.clip(infer(actor_net, state.target_actor, batch.next_observations) + noise, -1, 1)
+    next_actions = forward(actor_net, state.target_actor, batch.next_observations)
+    next_actions = jnp.clip(next_actions + noise, -1, 1)
     penalty = jnp.sum((next_actions - batch.next_actions) ** 2, -1)
-    outputs = infer(critic_net, state.target_critic, batch.next_observations, next_actions)
+    outputs = forward(critic_net, state.target_critic, batch.next_observations, next_actions)
     next_values = critic_values(config, outputs).min(0) - config.critic_bc_coef * penalty
     return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
 
 
 def critic_loss(params, config, state, batch, target, key):
-    """Cross-entropy to the target's HL-Gauss, or squared error, summed over the two critics."""
-    critic_net = Critics(config)
-    variables = {**state.critic, "params": params}
-    outputs, variables = train_forward(critic_net, variables, key, batch.observations, batch.actions)
+    """Return the cross-entropy to the target's HL-Gauss, or with mse the squared error.
+
+    It is summed over both critics. Also returns the critics' variables and scalars to log.
+    """
+    _, critic_net = networks(config, batch.actions)
+    critic = {**state.critic, "params": params}
+    outputs, critic = forward_train(critic_net, critic, key, batch.observations, batch.actions)
     if config.critic_loss == "mse":
         losses = (outputs[..., 0] - target) ** 2
     else:
         losses = optax.softmax_cross_entropy(outputs, hl_gauss(config, target))
-    values = critic_values(config, outputs)
-    return losses.mean(1).sum(), (variables, {"critic_loss": losses.mean(), "q": values.mean()})
+    info = {"critic_loss": losses.mean(), "q": critic_values(config, outputs).mean()}
+    return losses.mean(1).sum(), (critic, info)
 
 
 def actor_loss(params, config, state, batch, keys):
-    """actor_bc_coef ||pi(s) - a||^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|, with the actor regularised."""
-    dropout_key, input_key, objective_key = keys or (None, None, None)
-    actor_net, critic_net = networks(config, batch.actions)
-    observations, cloned = batch.observations, batch.actions
-    if keys and is_on(config.actor_input_noise):
-        observations += config.actor_input_noise * jax.random.normal(input_key, observations.shape)
-    if keys and is_on(config.actor_bc_noise):
-        cloned -= config.actor_bc_noise * jax.random.normal(objective_key, cloned.shape)
-    variables = {**state.actor, "params": params}
-    actions, variables = train_forward(actor_net, variables, dropout_key, observations)
+    """Return actor_bc_coef ||pi(s) - a||^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|.
+
+    The actor is regularised; the critics see clean states. Also returns the actor's variables and
+    scalars to log.
+    """
+    dropout_key, input_key, objective_key = keys
+    actor_net, _ = networks(config, batch.actions)
+    observations = batch.observations
+    if is_on(config.actor_input_noise):
+        noise = jax.random.normal(input_key, observations.shape)
+        observations = observations + config.actor_input_noise * noise
+    cloned = batch.actions
+    if is_on(config.actor_bc_noise):
+        noise = jax.random.normal(objective_key, cloned.shape)
+        cloned = cloned - config.actor_bc_noise * noise
+    actor = {**state.actor, "params": params}
+    actions, actor = forward_train(actor_net, actor, dropout_key, observations)
+    loss, bc = actor_objective(config, state, batch, actions, cloned)
+    return loss, (actor, {"actor_loss": loss, "bc_loss": bc})
+
+
+def actor_objective(config, state, batch, actions, cloned):
+    """Return the actor's loss for its actions (B, A), and the part of behaviour cloning."""
+    _, critic_net = networks(config, batch.actions)
     bc = jnp.sum((actions - cloned) ** 2, -1).mean()
     loss = config.actor_bc_coef * bc
     if is_on(config.actor_q_coef):
-        values = critic_values(config, infer(critic_net, state.critic, batch.observations, actions)).min(0)
-        loss -= config.actor_q_coef * values.mean() / jax.lax.stop_gradient(jnp.abs(values).mean())
-    return loss, (variables, {"actor_loss": loss, "bc_loss": bc})
+        outputs = forward(critic_net, state.critic, batch.observations, actions)
+        values = critic_values(config, outputs).min(0)
+        scale = jax.lax.stop_gradient(jnp.abs(values).mean())
+        loss = loss - config.actor_q_coef * values.mean() / scale
+    return loss, bc
 
 
-def measured_actor_loss(config, state, batch):
-    """The actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    return actor_loss(state.actor["params"], config, state, batch, None)[0]
+def eval_actor_loss(config, state, batch):
+    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
+    actor_net, _ = networks(config, batch.actions)
+    actions = forward(actor_net, state.actor, batch.observations)
+    loss, _ = actor_objective(config, state, batch, actions, batch.actions)
+    return loss
+
+
+def actor_optimizer(config):
+    """Return the actor's optimiser, whose schedule counts the actor's own steps."""
+    learning_rate = config.actor_learning_rate
+    if config.actor_lr_decay:
+        num_steps = config.num_updates // config.policy_freq
+        learning_rate = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return make_optimizer(
+        learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
+    )
+
+
+def critic_optimizer(config):
+    """Return the critics' optimiser."""
+    learning_rate = config.critic_learning_rate
+    if config.critic_lr_decay:
+        learning_rate = optax.cosine_decay_schedule(learning_rate, config.num_updates)
+    return make_optimizer(
+        learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
+    )
 
 
 def update_critics(config, state, batch):
-    """One update of the critics; returns the new state and a dictionary of scalars."""
-    _, optimizer = optimizers(config)
+    """Update the critics once; return the new state and a dictionary of scalars."""
     key, target_key, dropout_key, noise_key = jax.random.split(state.key, 4)
     target = critic_target(config, state, batch, target_key)
-    grads, (critic, info) = jax.grad(critic_loss, has_aux=True)(
-        state.critic["params"], config, state, batch, target, dropout_key
+    grad = jax.grad(critic_loss, has_aux=True)
+    grads, (critic, info) = grad(state.critic["params"], config, state, batch, target, dropout_key)
+    critic, critic_opt = optimize(
+        critic_optimizer(config),
+        critic,
+        state.critic_opt,
+        grads,
+        config.critic_grad_noise,
+        noise_key,
     )
-    critic, critic_opt = optimize(config, "critic", optimizer, critic, state.critic_opt, grads, noise_key)
     return state._replace(critic=critic, critic_opt=critic_opt, key=key), info
 
 
-def update(config, state, batches):
-    """An update of the critics on each batch (policy_freq, B), then on the last one of the actor and of both targets.
+def update_actor(config, state, batch):
+    """Update the actor and both targets once; return the new state and a dictionary of scalars."""
+    key, noise_key, *keys = jax.random.split(state.key, 5)
+    grad = jax.grad(actor_loss, has_aux=True)
+    grads, (actor, info) = grad(state.actor["params"], config, state, batch, keys)
+    actor, actor_opt = optimize(
+        actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
+    )
+    return state._replace(
+        actor=actor,
+        actor_opt=actor_opt,
+        target_actor=optax.incremental_update(actor, state.target_actor, config.tau),
+        target_critic=optax.incremental_update(state.critic, state.target_critic, config.tau),
+        key=key,
+    ), info
 
-    A pure function of a TrainState and Transitions; returns the new state and a dictionary of scalars.
+
+def update(config, state, batches):
+    """Update the critics on each batch (policy_freq, B), then the actor and targets on the last.
+
+    A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
     """
     state, infos = jax.lax.scan(partial(update_critics, config), state, batches, unroll=True)
-    batch, info = jax.tree.map(lambda x: x[-1], (batches, infos))
-    optimizer, _ = optimizers(config)
-    key, noise_key, *keys = jax.random.split(state.key, 5)
-    grads, (actor, actor_info) = jax.grad(actor_loss, has_aux=True)(state.actor["params"], config, state, batch, keys)
-    actor, actor_opt = optimize(config, "actor", optimizer, actor, state.actor_opt, grads, noise_key)
-    target_actor = optax.incremental_update(actor, state.target_actor, config.tau)
-    target_critic = optax.incremental_update(state.critic, state.target_critic, config.tau)
-    state = state._replace(
-        actor=actor, actor_opt=actor_opt, target_actor=target_actor, target_critic=target_critic, key=key
+    last_batch, critic_info = jax.tree.map(lambda x: x[-1], (batches, infos))
+    state, actor_info = update_actor(config, state, last_batch)
+    return state, {**critic_info, **actor_info}
+
+
+def init_state(config, batch, seed):
+    """Return the state before the first update. `batch` shows the shapes of Transitions."""
+    key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
+    actor_net, critic_net = networks(config, batch.actions)
+    actor = init_network(actor_net, actor_key, batch.observations)
+    critic = init_network(critic_net, critic_key, batch.observations, batch.actions)
+    return TrainState(
+        actor=actor,
+        target_actor=actor,
+        actor_opt=actor_optimizer(config).init(actor["params"]),
+        critic=critic,
+        target_critic=critic,
+        critic_opt=critic_optimizer(config).init(critic["params"]),
+        key=key,
     )
-    return state, info | actor_info
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def epoch(static, traced, states, data):
-    """`log_every` updates of each seed's state in one scan; returns the states and the scalars, (seeds, steps).
+# --- Range of the values ---
 
-    `data` is an argument, and so are the config's numbers: runs that differ in those share the compiled program.
-    """
-    config = replace(static, **traced)
+
+def with_value_range(config, data):
+    """Set v_min and v_max, unless given, to the data's smallest and largest return to go."""
+    returns = returns_to_go(data["rewards"], data["ends"], config.gamma)
+    v_min = float(returns.min()) if config.v_min is None else config.v_min
+    v_max = float(returns.max()) if config.v_max is None else config.v_max
+    is_empty = v_min >= v_max or config.v_expand <= -1
+    if config.critic_loss == "hl_gauss" and is_empty:
+        raise UserError(
+            f"the values' support, {v_min:g} to {v_max:g}, is empty; "
+            "set v_min, v_max and v_expand > -1"
+        )
+    return replace(config, v_min=v_min, v_max=v_max)
+
+
+def returns_to_go(rewards, ends, gamma):
+    """Return the discounted return from each step to the end of its episode, (N,)."""
+    returns = np.empty(len(rewards))
+    following = 0.0
+    steps = zip(rewards[::-1].tolist(), ends[::-1].tolist())
+    for i, (reward, end) in enumerate(steps, start=1):
+        following = reward if end else reward + gamma * following
+        returns[-i] = following
+    return returns
+
+
+# --- Training ---
+
+
+@over_seeds("state", donate="state")
+def epoch(config, state, data):
+    """Make `log_every` updates in one scan; return the state and the scalars (steps,)."""
 
     def step(state, _):
         key, batch_key = jax.random.split(state.key)
-        indices = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
-        return update(config, state._replace(key=key), transitions(data, indices))
+        index = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
+        return update(config, state._replace(key=key), transitions(data, index))
 
-    def run(state):
-        return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
-
-    return over_seeds(run, states)
+    return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
 
 
-# --- Seeds and compilation ---
+@over_seeds("actor", "observations")
+def policy(config, actor, data, observations):
+    """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
+    return act(config, actor, data, (observations - data["mean"]) / data["std"])
 
 
-def init_states(config, data, seeds):
-    """`init_state` for each of the seeds, along a first axis."""
-    first = {key: np.zeros_like(data[key], shape=(1, *data[key].shape[1:])) for key in ("observations", "actions")}
-    return jax.lax.map(partial(init_state, config, first), seeds)  # with vmap, JAX's QR can hang on a CPU
+def act(config, actor, data, observations):
+    """Return the actions (B, A) in evaluation, for normalised states (B, S)."""
+    actor_net, _ = networks(config, data["actions"])
+    return forward(actor_net, actor, observations)
 
 
-def over_seeds(function, *arrays):
-    """`function` over the first axis, that of the seeds. One seed goes without vmap, which makes it slower on a CPU."""
-    if len(jax.tree.leaves(arrays)[0]) > 1:
-        return jax.vmap(function)(*arrays)
-    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
+def train(config, run):
+    """Train from the last checkpoint, if there is one, to the end.
+
+    States, scalars and results have a leading axis of seeds here.
+    """
+    data = make_dataset(config, load_dataset(config))
+    config = with_value_range(config, data)
+    samples = make_samples(data)
+    data = jax.device_put(data)
+    envs = make_envs(config)
+    states = init_states(init_state, config, transitions(data, np.arange(1)))
+    states, update, evaluated = run.restore(states, data)
+    while True:
+        is_last = update == config.num_updates
+        is_due = update > evaluated and (update % config.eval_every == 0 or is_last)
+        run.checkpoint(states, update, evaluated, now=is_due)  # after a signal this is the end
+        if is_due:
+            with run.timed("evaluation"):
+                policies = partial(policy, config, states.actor, data)
+                returns, visited = evaluate(config, policies, envs, update)
+            measured = {}
+            if config.analysis:
+                with run.timed("analysis"):
+                    measured = with_pca_ranks(analyse(config, states, data, samples, visited))
+            run.log_evaluation(update, returns, measured)
+            evaluated = update
+            run.checkpoint(states, update, evaluated, now=True)
+        if is_last:
+            return run.finish()
+        with run.timed("train"):
+            states, infos = jax.block_until_ready(epoch(config, states, data))
+        update += config.log_every
+        run.log_epoch(update, infos, states)
 
 
-def split_config(config):
-    """The config in two: what a compiled program depends on, and the numbers that are its arguments."""
-    traced = {key: value for key, value in vars(config).items() if isinstance(value, float) and value}
-    not_in_it = "seed dataset_path validation_seed eval_every eval_episodes eval_noise results evaluate video".split()
-    return replace(config, **dict.fromkeys([*traced, *not_in_it])), traced
+# --- Appendix: inside the actor ---
+
+NUM_STATES = 10_000  # in each batch in which the actor is watched, at most
 
 
-# --- Analysis: inside the actor ---
+def make_samples(data):
+    """Return the batches in which the actor is watched, the same in each evaluation.
+
+    `train` and `validation` are indices of steps. `random` are states (NUM_STATES, S), uniform in
+    the range of the normalised states for training.
+    """
+    rng = np.random.default_rng(0)
+    samples = {}
+    for part in ("train", "validation"):
+        if len(data[part]) > 0:
+            size = min(len(data[part]), NUM_STATES)
+            samples[part] = rng.choice(data[part], size, replace=False)
+    low = []
+    high = []
+    for column in data["observations"].T:  # one at a time, to spare memory
+        used = column[data["train"]]
+        low.append(used.min())
+        high.append(used.max())
+    samples["random"] = rng.uniform(low, high, (NUM_STATES, len(low))).astype(np.float32)
+    return samples
+
+
+@over_seeds("state", "visited")
+def analyse(config, state, data, samples, visited):
+    """Return what the paper watches inside the actor, by names such as train/dead_neurons.
+
+    It looks at four batches: the steps samples["train"] and samples["validation"] of the data, the
+    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation. All
+    values are scalars but the Gram matrices (F, F), for `with_pca_ranks`.
+    """
+    batches = {}
+    for part in ("train", "validation"):
+        if part in samples:
+            batches[part] = transitions(data, samples[part])
+    observations = {part: batch.observations for part, batch in batches.items()}
+    observations["evaluation"] = (visited - data["mean"]) / data["std"]
+    observations["random"] = samples["random"]
+
+    info = {}
+    actor_net = networks(config, data["actions"])[0]
+    for part, states in observations.items():
+        _, seen = actor_net.apply(state.actor, states, train=False, mutable="intermediates")
+        features = seen["intermediates"]["Hidden_0"]["features"][0]
+        for key, value in measure(features).items():
+            info[f"{part}/{key}"] = value
+    for part, batch in batches.items():
+        info[f"{part}/action_error"] = action_error(config, data, state.actor, batch)
+        info[f"{part}/actor_loss"] = eval_actor_loss(config, state, batch)
+    if "validation" in batches:
+        for key in ("action_error", "actor_loss"):
+            info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
+        probe = jax.tree.map(lambda x: x[:1024], batches["validation"])
+        cloned = clone_further(config, data, state, probe)
+        info["plasticity/before"] = action_error(config, data, state.actor, probe)
+        info["plasticity/after"] = action_error(config, data, cloned, probe)
+    return info
 
 
 def measure(features):
-    """Of features (B, F), the outputs of the actor's last hidden Dense before its ReLU: the share of neurons that are
-    positive nowhere in the batch; mean norm, mean and standard deviation; the Gram matrix, for the `pca_rank`."""
+    """Return statistics of features (B, F): the last hidden Dense's outputs before the ReLU.
+
+    A dead neuron is positive nowhere in the batch. `gram` (F, F) is for the PCA rank.
+    """
     return {
         "dead_neurons": jnp.mean(jnp.all(features <= 0, 0)),
         "feature_norm": jnp.mean(jnp.linalg.norm(features, axis=1)),
@@ -614,114 +800,172 @@ def measure(features):
     }
 
 
+def with_pca_ranks(measured):
+    """Replace the Gram matrices (seeds, F, F) of `analyse` by PCA ranks (seeds,).
+
+    The rank is the number of components that hold 99 % of the squared singular values, without
+    centring. In NumPy, since JAX's batched eigenvalues can hang on a CPU.
+    """
+    measured = jax.device_get(measured)
+    grams = [key for key in measured if key.endswith("/gram")]
+    for key in grams:
+        gram = measured.pop(key).astype(np.float64)
+        energies = np.linalg.eigvalsh(gram)[:, ::-1]
+        is_needed = np.cumsum(energies, 1) < 0.99 * energies.sum(1, keepdims=True)
+        measured[key.replace("gram", "pca_rank")] = is_needed.sum(1) + 1
+    return measured
+
+
 def action_error(config, data, actor, batch):
-    """Mean squared error of the policy's actions to the data's, over the batch and the actions' dimensions."""
+    """Return the mean squared error of the policy's actions, per dimension of an action."""
     return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
 
 
-def plasticity(config, data, state, batch):
-    """The actor after 100 steps of behaviour cloning on the batch, from a copy of it and of its optimiser.
+def clone_further(config, data, state, batch):
+    """Return the actor after 100 steps of behaviour cloning on the batch (the plasticity probe).
 
-    The copy's learning rate does not decay, so that the steps move it at the end of a run, too.
+    It starts from a copy of the actor and of its optimiser. The learning rate does not decay, so
+    that the steps move the copy at the end of a run, too.
     """
     config = replace(config, actor_lr_decay=False)
-    optimizer = optimizers(config)[0]
+    optimizer = actor_optimizer(config)
 
     def step(copy, key):
         actor, opt_state = copy
-        grads = jax.grad(lambda params: action_error(config, data, {**actor, "params": params}, batch))(actor["params"])
-        return optimize(config, "actor", optimizer, actor, opt_state, grads, key), None
 
-    opt_state = (*state.actor_opt[:-1], optimizer.init(state.actor["params"])[-1])  # the last is the schedule's
-    (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), jax.random.split(jax.random.key(0), 100))
+        def loss(params):
+            return action_error(config, data, {**actor, "params": params}, batch)
+
+        grads = jax.grad(loss)(actor["params"])
+        noise = config.actor_grad_noise
+        return optimize(optimizer, actor, opt_state, grads, noise, key), None
+
+    fresh = optimizer.init(state.actor["params"])
+    opt_state = (*state.actor_opt[:SCHEDULE], fresh[SCHEDULE])
+    keys = jax.random.split(jax.random.key(0), 100)
+    (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), keys)
     return actor
 
 
-@partial(jax.jit, static_argnums=0)
-def analyse(static, traced, states, data, samples, visited):
-    """What the paper watches in each seed's actor, by names such as train/dead_neurons; (seeds,), Gram matrices aside.
+# --- Appendix: the paper's hyperparameters ---
 
-    On four batches: the steps samples["train"] and samples["validation"] of the data, the normalised random states
-    samples["random"] (B, S), and the states `visited` (seeds, B, S) in evaluation. A gap is held-out minus training.
-    """
-    config = replace(static, **traced)
-    actor_net = networks(config, data["actions"])[0]
+# The names of `regularisers`, at the strengths that the paper chose for all datasets
+CHOSEN = {
+    "DO": dict(actor_dropout=0.1),
+    "LN": dict(actor_ln=True),
+    "FN": dict(actor_fn=True),
+    "GN": dict(actor_gn=True),
+    "BN": dict(actor_bn=True),
+    "SN": dict(actor_sn=True),
+    "L2": dict(actor_wd=1e-3, actor_l1_ratio=0.0),
+    "L1": dict(actor_wd=1e-5, actor_l1_ratio=1.0),
+    "EN": dict(actor_wd=1e-4, actor_l1_ratio=0.5),
+    "InN": dict(actor_input_noise=0.003),
+    "BCN": dict(actor_bc_noise=0.01),
+    "GrN": dict(actor_grad_noise=0.01),
+}
 
-    def one(state, visited):
-        batches = {part: transitions(data, samples[part]) for part in ("train", "validation") if part in samples}
-        observations = {part: batch.observations for part, batch in batches.items()}
-        observations |= {"evaluation": (visited - data["mean"]) / data["std"], "random": samples["random"]}
-        info = {}
-        for part, x in observations.items():
-            _, seen = actor_net.apply(state.actor, x, train=False, mutable="intermediates")
-            info[part] = measure(seen["intermediates"]["Hidden_0"]["features"][0])
-        for part, batch in batches.items():
-            info[part]["action_error"] = action_error(config, data, state.actor, batch)
-            info[part]["actor_loss"] = measured_actor_loss(config, state, batch)
-        if "validation" in batches:
-            info["gap"] = {key: info["validation"][key] - info["train"][key] for key in ("action_error", "actor_loss")}
-            probe = jax.tree.map(lambda x: x[:1024], batches["validation"])
-            actors = {"before": state.actor, "after": plasticity(config, data, state, probe)}
-            info["plasticity"] = {key: action_error(config, data, actor, probe) for key, actor in actors.items()}
-        return {f"{part}/{key}": value for part, values in info.items() for key, value in values.items()}
+# The names of `regularisers` that are tuned for each dataset, and what that tunes
+BEST = {"best": "DO+LN+GrN", "best-L2": "L2"}
 
-    return over_seeds(one, states, visited)
+# From which `best` was chosen
+TUNING_GRID = dict(
+    actor_ln=[False, True],
+    actor_dropout=[0, 0.1, 0.2],
+    actor_grad_noise=[0, 0.003, 0.01],
+)
+
+# The values that the paper tuned for each dataset:
+#   bc, bins, expand    HL-Gauss: actor_bc_coef, n_classes, v_expand
+#   mse_bc, critic_bc   squared error: actor_bc_coef, critic_bc_coef
+#   l2_wd               best-L2: actor_wd
+#   ln, dropout, noise  best: actor_ln, actor_dropout, actor_grad_noise
+TUNED = read_table("""
+dataset                       bc     bins  expand  mse_bc  critic_bc  l2_wd   ln     dropout  noise
+halfcheetah-random-v2         0.001  201   0.05    0.001   0.1        0.1     False  0.2      0.01
+halfcheetah-medium-v2         0.001  201   0.1     0.001   0.01       0.1     True   0.1      0.01
+halfcheetah-expert-v2         0.01   201   0.05    0.01    0.01       1e-05   True   0.0      0.003
+halfcheetah-medium-replay-v2  0.001  201   0.1     0.01    0.001      1e-05   True   0.2      0.01
+halfcheetah-medium-expert-v2  0.01   201   0.1     0.01    0.1        1e-05   True   0.0      0.003
+halfcheetah-full-replay-v2    0.001  201   -0.05   0.001   0.1        0.01    True   0.0      0.01
+hopper-random-v2              0.001  401   -0.05   0.001   0.01       0.001   False  0.2      0.01
+hopper-medium-v2              0.01   201   -0.05   0.01    0.01       0.01    True   0.2      0.01
+hopper-expert-v2              0.05   401   0.1     0.1     0.1        1e-05   False  0.2      0.003
+hopper-medium-replay-v2       0.01   401   -0.05   0.05    0.5        1e-05   True   0.0      0.003
+hopper-medium-expert-v2       0.05   401   0.05    0.1     0.01       0.0001  False  0.0      0.003
+hopper-full-replay-v2         0.01   201   0.05    0.01    0.01       0.01    False  0.0      0.003
+walker2d-random-v2            0.05   201   0.05    0.01    0.0        0.0001  True   0.1      0.01
+walker2d-medium-v2            0.05   201   0.1     0.05    0.1        0.01    False  0.1      0.0
+walker2d-expert-v2            0.01   401   0.05    0.01    0.5        0.1     False  0.2      0.003
+walker2d-medium-replay-v2     0.01   401   -0.05   0.05    0.01       0.001   False  0.2      0.0
+walker2d-medium-expert-v2     0.05   401   0.05    0.01    0.01       0.1     False  0.2      0.01
+walker2d-full-replay-v2       0.001  201   0.1     0.01    0.01       0.1     True   0.1      0.0
+antmaze-umaze-v2              0.05   401   0.1     0.003   0.002      1e-05   False  0.2      0.01
+antmaze-umaze-diverse-v2      0.01   201   0.1     0.003   0.001      1e-05   True   0.1      0.0
+antmaze-medium-play-v2        0.001  401   0.05    0.001   0.0005     0.0001  True   0.2      0.003
+antmaze-medium-diverse-v2     0.01   401   0.1     0.001   0.0        0.1     True   0.2      0.003
+antmaze-large-play-v2         0.01   401   0.1     0.002   0.001      1e-05   True   0.0      0.0
+antmaze-large-diverse-v2      0.01   401   0.1     0.002   0.002      0.0001  True   0.0      0.003
+pen-human-v1                  0.05   201   -0.05   0.1     0.5        0.1     True   0.1      0.01
+pen-cloned-v1                 0.05   401   0.05    0.05    0.5        1e-05   False  0.1      0.003
+pen-expert-v1                 0.01   401   -0.05   0.01    0.01       0.001   True   0.1      0.0
+door-human-v1                 0.001  401   -0.05   0.1     0.1        0.1     True   0.1      0.01
+door-cloned-v1                0.05   201   0.1     0.01    0.1        0.1     False  0.2      0.003
+door-expert-v1                0.05   401   -0.05   0.05    0.01       0.01    True   0.1      0.0
+hammer-human-v1               0.05   201   -0.05   0.01    0.5        0.1     True   0.2      0.0
+hammer-cloned-v1              0.05   401   0.05    0.1     0.5        0.001   True   0.2      0.01
+hammer-expert-v1              0.01   401   0.1     0.01    0.01       0.0001  True   0.1      0.003
+relocate-human-v1             0.05   201   0.05    0.1     0.01       0.1     True   0.2      0.01
+relocate-cloned-v1            0.05   201   0.1     0.1     0.01       0.01    False  0.2      0.01
+relocate-expert-v1            0.05   401   0.05    0.05    0.01       0.01    True   0.2      0.003
+""")
 
 
-# --- Evaluation ---
+def tuned(config):
+    """Fill in what the user left open with the paper's values for the dataset."""
+    row = tuned_values(TUNED, config.dataset_name)
+    best_l2 = dict(actor_wd=row["l2_wd"], actor_l1_ratio=0.0)
+    best = dict(actor_ln=row["ln"], actor_dropout=row["dropout"], actor_grad_noise=row["noise"])
+    config = with_regularisers(config, {**CHOSEN, "best-L2": best_l2, "best": best})
 
-
-@partial(jax.jit, static_argnums=0)
-def act_all(static, traced, actors, data, observations):
-    """The policy of each seed: states (seeds, E, S) as the environment gives them to actions (seeds, E, A)."""
-    config, observations = replace(static, **traced), (observations - data["mean"]) / data["std"]
-    return over_seeds(lambda actor, states: act(config, actor, data, states), actors, observations)
-
-
-# --- Training ---
-
-
-def train(config, run):
-    """A run, from its last checkpoint if there is one, to its end."""
-    data = make_dataset(config, load_dataset(config))
-    samples = make_samples(data)
-    data = jax.device_put(data)
-    config = with_value_range(config, data)
-    static, traced = split_config(config)
-    envs = make_envs(config)
-    init, seeds = partial(init_states, config, data), config.seed + jnp.arange(config.num_seeds)
-    with compiling(epoch, static, traced, jax.eval_shape(init, seeds), data):
-        states, update, evaluated = run.restore(init, seeds, data)
-    while True:
-        due = update > evaluated and (update % config.eval_every == 0 or update == config.num_updates)
-        run.checkpoint(states, update, evaluated, now=due)  # where a signal ends the run
-        if due:
-            with run.timed("evaluation"):
-                policy = partial(act_all, static, traced, states.actor, data)
-                returns, visited = evaluate(config, policy, envs, update)
-            with run.timed("analysis"):
-                measured = analyse(static, traced, states, data, samples, visited) if config.analysis else {}
-                measured = with_pca_ranks(measured)
-            run.log_evaluation(update, returns, measured)
-            evaluated = update
-            run.checkpoint(states, update, evaluated, now=True)
-        if update == config.num_updates:
-            return run.finish()
-        with run.timed("train"):
-            states, infos = jax.block_until_ready(epoch(static, traced, states, data))
-        update += config.log_every
-        run.log_epoch(update, infos, states)
+    is_mse = config.critic_loss == "mse"
+    is_antmaze = domain(config.dataset_name) == "antmaze"
+    is_small = domain(config.dataset_name) == "adroit" or (is_antmaze and is_mse)
+    critic_learning_rate = 3e-4 if is_small else 1e-3
+    if is_antmaze and is_mse:
+        critic_learning_rate = 5e-5
+    values = dict(
+        normalize_reward=is_antmaze,
+        gamma=0.999 if is_antmaze else 0.99,
+        batch_size=256 if is_small else 1024,
+        actor_learning_rate=3e-4 if is_small else 1e-3,
+        critic_learning_rate=critic_learning_rate,
+        actor_bc_coef=row["mse_bc"] if is_mse else row["bc"],
+        critic_bc_coef=row["critic_bc"] if is_mse else 0.001,
+        n_classes=row["bins"],
+        v_expand=row["expand"],
+        v_min=0.0 if is_antmaze else None,
+        v_max=100.0 if is_antmaze else None,
+        eval_every=50_000 if is_antmaze else 10_000,
+        eval_episodes=100 if is_antmaze else 10,
+    )
+    left_open = {name: value for name, value in values.items() if getattr(config, name) is None}
+    return replace(config, **left_open)
 
 
 def main():
     given = parse(Config)
     if given.evaluate:
-        return evaluate_run(sys.modules[__name__], given)
+        return evaluate_run(given, policy, constraints, BOUNDS)
     config = tuned(given)
-    check(config, rules(config))
+    check(config, constraints, BOUNDS)
+    if given.dataset_name not in TUNED:
+        print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
     with Run(__file__, config, tuned) as run:
-        train(config, run)
+        if not run.finished_before:
+            train(config, run)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -1,6 +1,7 @@
 """Real environments and generated files, for all tests."""
 
 import os
+import subprocess
 import sys
 import tempfile
 
@@ -56,3 +57,14 @@ def random_columns(seed, size=200, states=17, actions=6, ends=0.1):
         terminals=rng.random(size) < ends / 2,
         timeouts=rng.random(size) < ends / 2,
     )
+
+
+def gl_backend():
+    """Return the first of MuJoCo's OpenGL backends that can draw here, or None."""
+    code = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
+    for backend in ("egl", "osmesa", "glfw"):
+        environment = {**os.environ, "MUJOCO_GL": backend}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+        if run.returncode == 0:
+            return backend
+    return None

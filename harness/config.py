@@ -1,0 +1,239 @@
+"""The command line: from words to a Config, and what must hold of it."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import os
+import re
+
+import jax
+import pyrallis
+import yaml
+
+from harness.environments import registered_names
+from harness.errors import UserError, one_line
+
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be, for thousands
+
+# --- pyrallis, made strict ---
+
+
+def strict_bool(value):
+    """Read true and false. pyrallis itself takes any word for true."""
+    if value not in (False, True):
+        raise ValueError("neither true nor false")
+    return bool(value)
+
+
+def strict_int(value):
+    """Read a whole number, also 1e5. pyrallis itself cuts 0.5 to 0."""
+    if float(value) % 1:
+        raise ValueError("not a whole number")
+    return int(float(value))
+
+
+pyrallis.decode.register(bool, strict_bool)
+pyrallis.decode.register(int, strict_int)
+
+
+@functools.cache
+def source_lines(config_class):
+    return inspect.getsource(config_class).splitlines()
+
+
+def inline_comment(config_class, field_name):
+    """Return a field's help: the comment beside it.
+
+    pyrallis prefers the lines above a field, which here are headings, and reads the source anew
+    for each field, which takes seconds.
+    """
+    for line in source_lines(config_class):
+        name, _, rest = line.partition(":")
+        if name.strip() == field_name:
+            comment = rest.partition("#")[2].strip()
+            return pyrallis.wrappers.docstring.AttributeDocString(comment_inline=comment)
+    return pyrallis.wrappers.docstring.AttributeDocString()
+
+
+pyrallis.wrappers.docstring.get_attribute_docstring = inline_comment
+
+
+class Parser(pyrallis.argparsing.ArgumentParser):
+    """pyrallis's parser, whose values are read field by field and whose YAML can't run code."""
+
+    def _postprocessing(self, parsed_args):
+        words = vars(parsed_args)
+        path = words.pop("config_path", None)
+        fields = {} if path is None else read_yaml(path)
+        for name, word in words.items():
+            try:
+                fields[name] = yaml.safe_load(word)
+            except yaml.YAMLError:
+                fields[name] = word
+        return decode(self.config_class, fields)
+
+
+# --- Reading a config ---
+
+
+def parse(config_class, arguments=None):
+    """Return the config that the command line gives, or a list of words. May raise UserError."""
+    config = Parser(config_class).parse_args(arguments)
+    configure_jax(getattr(config, "deterministic", False))
+    return config
+
+
+def read_yaml(path):
+    """Return the dictionary in a YAML file."""
+    try:
+        with open(path) as file:
+            fields = yaml.load(file, SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(one_line(error)) from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} holds no fields: it must have lines such as `seed: 0`")
+    return fields
+
+
+def decode(config_class, fields):
+    """Return the config of a dictionary of fields, with each value in its field's type."""
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
+    values = {}
+    for name, value in fields.items():
+        if name not in types:
+            raise UserError(f"there is no field {name!r}; --help lists them")
+        try:
+            values[name] = pyrallis.decode(types[name], value)
+        except Exception as error:  # pyrallis raises just that
+            raise UserError(f"{name} can't be {value!r}; it is {type_in_words(types[name])}") from (
+                error
+            )
+    return config_class(**values)
+
+
+def type_in_words(field_type):
+    kind = re.search("List|Tuple|float|int|bool|str", str(field_type))[0]
+    words = {
+        "List": "a list such as [a, b]",
+        "Tuple": "a list of pairs such as [[0.2, 0], [0, 0.05]]",
+        "float": "a number",
+        "int": "a whole number",
+        "bool": "true or false",
+        "str": "a word",
+    }
+    return words[kind]
+
+
+def configure_jax(deterministic):
+    """Tell JAX what it must know before it uses a device.
+
+    Compiled programs are kept on disk. A GPU's memory is taken as it is needed. Its operations are
+    deterministic if so asked, as a CPU's always are.
+    """
+    cache = os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if deterministic:
+        flags = os.getenv("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+
+
+# --- What must hold ---
+
+HOLDS = {  # a bound in words -> whether a number keeps it
+    "any number": lambda x: True,
+    "0 or more": lambda x: x >= 0,
+    "1 or more": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+}
+
+
+def check(config, constraints, bounds):
+    """Raise UserError if a field makes no sense, before any work.
+
+    `bounds` maps fields to words of HOLDS. Without one a whole number must be 1 or more and any
+    other 0 or more. `constraints(config)` maps messages to whether they hold.
+    """
+    for name, value in vars(config).items():
+        if type(value) not in (int, float):
+            continue
+        bound = bounds.get(name, "1 or more" if isinstance(value, int) else "0 or more")
+        if not HOLDS[bound](value):
+            raise UserError(f"{name} must be {bound}")
+    for message, holds in {**run_constraints(config), **constraints(config)}.items():
+        if not holds:
+            raise UserError(message)
+
+
+def run_constraints(config):
+    """Return what must hold of the fields that the harness reads: message -> whether it holds."""
+    noise_is_right = all(min(pair) >= 0 and max(pair) > 0 for pair in config.eval_noise)
+    video = config.video or ""
+    folder = os.path.dirname(video) or "."
+    known = registered_names()
+    near = difflib.get_close_matches(config.dataset_name, known, n=3, cutoff=0)
+    return {
+        f"unknown dataset {config.dataset_name!r}; the nearest names are {', '.join(near)}": (
+            config.dataset_name in known
+        ),
+        f"num_updates must be a multiple of log_every, {config.log_every}": (
+            config.num_updates % config.log_every == 0
+        ),
+        f"eval_every must be a multiple of log_every, {config.log_every}": (
+            config.eval_every % config.log_every == 0
+        ),
+        "eval_noise must be pairs of 0 or more, not both 0: [[0.2, 0], [0, 0.05]]": noise_is_right,
+        "seed + num_seeds must be at most 2^31": config.seed + config.num_seeds <= 2**31,
+        "video must end in .mp4 or .gif": not video or video.endswith((".mp4", ".gif")),
+        f"video: there is no directory {folder}": os.path.isdir(folder),
+        "video needs --evaluate RUN, whose policy it shows": not video or bool(config.evaluate),
+    }
+
+
+# --- Names for fields ---
+
+
+def with_regularisers(config, known):
+    """Set the flags that the config's `regularisers` stand for, and set that to none.
+
+    `regularisers` is none, or names of `known` joined by +. Raises UserError if a name is
+    unknown, or if two of them, or one and a flag, contradict each other.
+    """
+    if config.regularisers == "none":
+        return config
+    flags = {}
+    for name in config.regularisers.split("+"):
+        if name not in known:
+            raise UserError(
+                f"unknown regulariser {name!r}; there are none, {', '.join(known)}, "
+                "and DO+LN and the like"
+            )
+        for key, value in known[name].items():
+            default = getattr(type(config), key)
+            contradicts_flag = getattr(config, key) not in (default, value)
+            if contradicts_flag or flags.get(key, value) != value:
+                raise UserError(
+                    f"regularisers {config.regularisers} has {key} {value}, "
+                    "but another value is asked for, too"
+                )
+            flags[key] = value
+    return dataclasses.replace(config, regularisers="none", **flags)
+
+
+def read_table(text):
+    """Read a table in a string, whose first row names its columns and whose first column its rows.
+
+    >>> read_table("name  x    y\\nfirst 0.5  True")
+    {"first": {"x": 0.5, "y": True}}
+    """
+    header, *rows = [line.split() for line in text.strip().splitlines()]
+    table = {}
+    for name, *words in rows:
+        values = [ast.literal_eval(word) for word in words]
+        table[name] = dict(zip(header[1:], values, strict=True))
+    return table

@@ -1,0 +1,115 @@
+"""A run's directory from outside: its name, its config, and how far the run is."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+from harness.config import decode, read_yaml
+from harness.errors import UserError
+
+# The fields that say where and how, or what other fields say, and change no result
+NOT_SAVED = ("results", "evaluate", "video", "regularisers", "deterministic")
+
+
+def saved_fields(fields):
+    """Return the fields on which a run's results depend, as they stand in its config.yaml."""
+    kept = {key: value for key, value in fields.items() if key not in NOT_SAVED}
+    return json.loads(json.dumps(kept))
+
+
+def run_directory(algorithm, config, tuned):
+    """Return results/<algorithm>/<dataset>/<name>.
+
+    The name has the seed and whatever differs from what `tuned` makes of the defaults. It ends in
+    a hash of the whole config.
+    """
+    own = saved_fields(vars(config))
+    defaults = saved_fields(vars(default_config(config, tuned)))
+    changed = [key for key in own if own[key] != defaults[key]]
+    changed.sort(key=lambda key: not key.startswith("actor_"))
+    words = [f"seed={config.seed}"]
+    for key in changed:
+        if key not in ("seed", "dataset_name"):
+            words.append(f"{key}={os.path.basename(str(own[key])).lower()}")
+    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words))
+    if len(name) > 150:
+        name = name[:150].rpartition(",")[0]
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    return os.path.join(config.results, algorithm, config.dataset_name, f"{name}-{digest}")
+
+
+def default_config(config, tuned):
+    """Return the defaults, where fields without one have what `tuned` makes of them here."""
+    defaults = {field.name: field.default for field in fields(config)}
+    left_open = {name: None for name, value in defaults.items() if value is None}
+    filled = tuned(replace(config, **left_open))
+    for name in left_open:
+        defaults[name] = getattr(filled, name)
+    return replace(config, **defaults)
+
+
+class Status(NamedTuple):
+    state: str  # finished, failed or unfinished
+    reason: str  # why it failed
+    update: int  # the last one in train.csv
+    busy: bool  # whether a process is training it, perhaps on another machine with this disk
+
+
+def status(directory):
+    """Return how far a run is."""
+    path = os.path.join(directory, "failed.txt")
+    state = "unfinished"
+    reason = ""
+    if os.path.exists(os.path.join(directory, "finished.json")):
+        state = "finished"
+    elif os.path.exists(path):
+        state = "failed"
+        with open(path, errors="replace") as file:
+            reason = file.read()
+    return Status(state, reason, last_update(directory), is_busy(directory))
+
+
+def last_update(directory):
+    """Return the update of the last whole row in train.csv, 0 without any."""
+    try:
+        with open(os.path.join(directory, "train.csv"), "rb") as file:
+            file.seek(-min(1000, os.path.getsize(file.name)), os.SEEK_END)
+            whole_lines = file.read().split(b"\n")[:-1]
+        return int(whole_lines[-1].split(b",")[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def is_busy(directory):
+    """Return whether a process holds a run's lock."""
+    try:
+        with open(os.path.join(directory, "lock")) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def read_fields(directory):
+    """Return the fields in a run's config.yaml."""
+    path = os.path.join(directory, "config.yaml")
+    try:
+        return read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{path} is not the config of a run ({error})") from error
+
+
+def load_config(config_class, directory):
+    """Return a run's config."""
+    saved = read_fields(directory)
+    try:
+        return decode(config_class, {**saved, "results": directory})
+    except UserError as error:
+        path = os.path.join(directory, "config.yaml")
+        raise UserError(f"{path} is not the config of a run ({error})") from error

@@ -1,0 +1,145 @@
+"""Episodes of a policy in lock-step, with and without noise."""
+
+import imageio
+import numpy as np
+
+from harness.datasets import normalized_score
+from harness.environments import Envs, inner, reset
+from harness.errors import UserError
+
+NUM_VISITED = 10_000  # states of an evaluation in which the actor is watched
+
+
+def evaluation_episodes(config):
+    """List one seed's episodes in an evaluation as rows (episode, action_noise, state_noise).
+
+    First come `eval_episodes` without noise. Each pair of `eval_noise` follows with as many, or
+    in training with half as many.
+    """
+    noisy = config.eval_episodes
+    if not config.evaluate:
+        noisy = (config.eval_episodes + 1) // 2
+    rows = [(episode, 0.0, 0.0) for episode in range(config.eval_episodes)]
+    for action_noise, state_noise in config.eval_noise:
+        rows += [(episode, action_noise, state_noise) for episode in range(noisy)]
+    return rows
+
+
+def score_columns(config):
+    """Return the names of an evaluation's scores and the rows of `evaluation_episodes` of each.
+
+    >>> score_columns(config)
+    {"score": [0, 1], "score/action_noise=0.2": [2], "score/state_noise=0.05": [3]}
+    """
+    columns = {}
+    for i, (_, action_noise, state_noise) in enumerate(evaluation_episodes(config)):
+        name = "score"
+        if action_noise:
+            name += f"/action_noise={action_noise:g}"
+        if state_noise:
+            name += f"/state_noise={state_noise:g}"
+        columns.setdefault(name, []).append(i)
+    return columns
+
+
+def make_envs(config):
+    """Return the environments for an evaluation, one for each episode of each seed."""
+    return Envs(config.dataset_name, config.num_seeds * len(evaluation_episodes(config)))
+
+
+def evaluate(config, policy, envs, update):
+    """Run the E episodes of `evaluation_episodes` for each seed, all of them in lock-step.
+
+    `policy` maps states (seeds, E, S) to actions (seeds, E, A) and is called once a step. Noise
+    is Gaussian. Action noise is added to the actions, which are then clipped to [-1, 1]. State
+    noise is added to the states that the policy sees, in the environment's units.
+
+    An episode's start and its noise depend only on the training seed, the update and the
+    episode's number. So an episode with noise starts as the one without.
+
+    Returns the returns (seeds, E), and states (seeds, NUM_VISITED, S) drawn uniformly from those
+    that were visited in the episodes without noise.
+    """
+    rows = evaluation_episodes(config)
+    num_seeds, num_episodes = config.num_seeds, len(rows)
+    numbers = []
+    for seed in range(config.seed, config.seed + num_seeds):
+        numbers += [(seed, update, row[0]) for row in rows]
+    noise = np.tile(np.array(rows, np.float32)[:, 1:], (num_seeds, 1))
+    action_noise, state_noise = noise.T
+    has_noise = (noise > 0).any(1)
+    rngs = [np.random.default_rng(number) for number in numbers]
+
+    observations = envs.reset(numbers)
+    state_dim = observations.shape[1]
+    action_dim = envs.own[0].action_space.shape[0]
+    seen = observations.copy()  # by the policy
+    returns = np.zeros(len(numbers))
+    running = np.arange(len(numbers))
+    visited = []  # pairs of episodes and their states
+    while len(running):
+        visited.append((running, observations[running]))
+        seen[running] = observations[running]
+        noisy = running[has_noise[running]]
+        if len(noisy):
+            size = state_dim + action_dim
+            draws = np.stack([rngs[i].standard_normal(size, np.float32) for i in noisy])
+            seen[noisy] += state_noise[noisy, None] * draws[:, :state_dim]
+        actions = np.array(policy(seen.reshape(num_seeds, num_episodes, -1)))
+        actions = actions.reshape(len(numbers), -1)
+        if len(noisy):
+            actions[noisy] += action_noise[noisy, None] * draws[:, state_dim:]
+            actions[noisy] = actions[noisy].clip(-1, 1)  # D4RL's environments clip, too
+        observations[running], rewards, done = envs.step(running, actions[running])
+        returns[running] += rewards
+        running = running[~done]
+
+    episodes = np.concatenate([running for running, _ in visited])
+    states = np.concatenate([states for _, states in visited])
+    samples = []
+    for seed in range(num_seeds):
+        own = states[~has_noise[episodes] & (episodes // num_episodes == seed)]
+        rng = np.random.default_rng(update)  # as the seed would draw alone
+        samples.append(rng.choice(own, NUM_VISITED))
+    return returns.reshape(num_seeds, num_episodes), np.stack(samples)
+
+
+def summary(scores):
+    """Say the mean and standard deviation of scores (seeds, episodes).
+
+    The standard deviation is over the seeds' means, or of a single seed over its episodes.
+    """
+    if len(scores) > 1:
+        return f"{scores.mean():.1f} +- {scores.mean(1).std():.1f} over {len(scores)} seeds"
+    return f"{scores.mean():.1f} +- {scores.std():.1f} over {scores.size} episodes"
+
+
+def print_scores(config, policy, envs, update):
+    """Evaluate a policy and print a line for each kind of noise."""
+    returns, _ = evaluate(config, policy, envs, update)
+    scores = normalized_score(config.dataset_name, returns)
+    for name, index in score_columns(config).items():
+        print(f"{name} {summary(scores[:, index])}")
+
+
+def record(path, policy, env, *numbers):
+    """Write a video, .mp4 or .gif, of an episode of a policy from states (S,) to actions (A,).
+
+    It needs OpenGL. The episode's start depends on `numbers`.
+    """
+    observation = reset(env, *numbers)
+    seconds = inner(env).dt  # of a step
+    stride = max(1, round(0.04 / seconds))  # for about 25 frames a second
+    steps = 0
+    done = False
+    try:
+        env.render(mode="rgb_array")  # where OpenGL is missing this fails before a file is there
+        with imageio.get_writer(path, fps=1 / (stride * seconds)) as video:
+            while not done:
+                if steps % stride == 0:
+                    frame = env.render(mode="rgb_array")
+                    video.append_data(frame[2:-2, 2:-2])  # sides that 16 divides
+                observation, _, done, _ = env.step(policy(observation))
+                steps += 1
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"can't write {path}: {error}") from error

@@ -1,0 +1,71 @@
+"""What one does with a finished run: load its policy, evaluate it, film it."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from harness.checkpoint import last_checkpoint, unflatten
+from harness.config import check
+from harness.directory import load_config
+from harness.errors import UserError
+from harness.evaluation import make_envs, print_scores, record
+
+
+def load(config_class, policy, directory):
+    """Load a run.
+
+    Returns its config, the update of its checkpoint, and its policies as a function from states
+    (seeds, E, S) to actions (seeds, E, A). `config_class` and `policy` are its script's.
+    """
+    config = load_config(config_class, directory)
+    found = last_checkpoint(directory)
+    if found is None:
+        raise UserError(f"{directory} has no checkpoint")
+    _, arrays, about = found
+    actors = unflatten(arrays, "states/actor")
+    data = unflatten(arrays, "data")
+    return config, about["update"], functools.partial(policy, config, actors, data)
+
+
+def load_policy(script, directory, seed=None):
+    """Return the policy of a run of `script`, which is rebrac or iql.
+
+    It is a function from states (..., S), as the environment gives them, to actions (..., A).
+    `seed` is one of the run's, by default its first.
+    """
+    config, _, policies = load(script.Config, script.policy, directory)
+    return one_policy(config, policies, config.seed if seed is None else seed)
+
+
+def one_policy(config, policies, seed):
+    """Return the policy of one seed, given those of all as `load` returns them."""
+    last = config.seed + config.num_seeds - 1
+    if not config.seed <= seed <= last:
+        raise UserError(f"the run has the seeds {config.seed} to {last}, not {seed}")
+
+    def policy(observations):
+        observations = np.asarray(observations, np.float32)
+        rows = observations.reshape(-1, observations.shape[-1])
+        actions = policies(np.broadcast_to(rows, (config.num_seeds, *rows.shape)))
+        own = np.asarray(actions[seed - config.seed])
+        return own.reshape(*observations.shape[:-1], -1)
+
+    return policy
+
+
+def evaluate_run(given, policy, constraints, bounds):
+    """Do as `--evaluate RUN` says: print the scores of its policies, and film an episode."""
+    config, update, policies = load(type(given), policy, given.evaluate)
+    fields = dict(evaluate=given.evaluate, video=given.video)
+    if given.eval_episodes is not None:
+        fields["eval_episodes"] = given.eval_episodes
+    if given.eval_noise != type(given).eval_noise:
+        fields["eval_noise"] = given.eval_noise
+    config = dataclasses.replace(config, **fields)
+    check(config, constraints, bounds)
+    envs = make_envs(config)
+    print_scores(config, policies, envs, update)
+    if config.video:
+        first = one_policy(config, policies, config.seed)
+        record(config.video, first, envs.own[0], config.seed, update, 0)

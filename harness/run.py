@@ -1,0 +1,287 @@
+"""A run: its directory, its end, its checkpoints, and what it logs."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from harness.checkpoint import (
+    flatten,
+    last_checkpoint,
+    restore_tree,
+    without_keys,
+    write_checkpoint,
+    write_file,
+)
+from harness.datasets import fingerprint, normalized_score
+from harness.directory import run_directory, saved_fields
+from harness.errors import BusyError, UserError
+from harness.evaluation import score_columns, summary
+from harness.finite import find_divergence
+from harness.tables import Tables, episode_rows, seed_rows
+from harness.wandb_log import WandB
+
+# What is shown of the analysis on the screen
+SHOWN = ("train/action_error", "validation/action_error", "evaluation/dead_neurons")
+
+
+class Run:
+    """A run's directory, which belongs to one process at a time:
+
+    config.yaml      the whole config
+    train.csv        a row for each epoch and seed: the losses' means over the epoch
+    evaluations.csv  a row for each evaluation and seed: the scores, what is inside the actor
+    episodes.csv     a row for each episode of an evaluation
+    checkpoint.npz   everything from which the run resumes; previous.npz, the one before it
+    finished.json    once the run is finished: how long it took
+    failed.txt       once an error has stopped it: the error
+
+    Within it as a context manager, SIGTERM and Ctrl-C end the run with a checkpoint.
+    """
+
+    def __init__(self, script, config, tuned):
+        self.algorithm = os.path.basename(script).removesuffix(".py")
+        self.config = config
+        self.directory = run_directory(self.algorithm, config, tuned)
+        self.tables = Tables(self.directory)
+        self.finished_before = os.path.exists(self.path("finished.json"))
+        self.score = {}  # to show
+        self.losses = {}  # to show
+        self.phase = "starting"
+        self.stopping = 0  # the signal that asked for the end
+        self.saved = 0  # the last checkpoint's update
+        self.saved_at = -np.inf  # and when it was made
+        self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)
+        if self.finished_before:
+            print(f"finished already: {self.directory}")
+            return
+        with self.disk_errors():
+            os.makedirs(self.directory, exist_ok=True)
+            self.take_lock()
+            text = yaml.safe_dump(saved_fields(vars(config)), sort_keys=False)
+            write_file(self.path("config.yaml"), lambda file: file.write(text.encode()))
+            self.remove("failed.txt")
+            self.wandb = WandB(self.directory, self.algorithm, saved_fields(vars(config)))
+        self.bar = tqdm(
+            total=config.num_updates,
+            unit=" updates",
+            disable=not sys.stderr.isatty(),
+            smoothing=0.1,
+            leave=False,
+        )
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def remove(self, name):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path(name))
+
+    def take_lock(self):
+        self.lock = open(self.path("lock"), "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another process is training {self.directory}") from error
+
+    @contextlib.contextmanager
+    def disk_errors(self):
+        """Say what to do when the disk is full or can't be written to."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"can't write to {self.directory} ({error.strerror}); once that is mended, the "
+                f"same command resumes from the last checkpoint, of update {self.saved}"
+            ) from error
+
+    # Its beginning and its end
+
+    def __enter__(self):
+        if self.finished_before:
+            self.send_again()
+            return self
+        self.handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.stop)
+        return self
+
+    def __exit__(self, kind, error, _):
+        if self.finished_before:
+            return
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        if error is not None and not self.stopping:
+            with contextlib.suppress(OSError), open(self.path("failed.txt"), "w") as file:
+                file.write(f"error: {error}\n" if isinstance(error, UserError) else f"{error}\n")
+        self.wandb.close(0 if error is None else 1, preempted=bool(self.stopping))
+        self.lock.close()
+
+    def send_again(self):
+        """Send a finished run to W&B, where a sweep has made a run for it that would stay empty."""
+        if os.getenv("WANDB_SWEEP_ID"):
+            wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
+            wandb.start(self.tables.updates())
+            wandb.close(0, preempted=False)
+
+    def stop(self, number, _):
+        """End the run on a signal, at the next checkpoint.
+
+        An evaluation begins with one, and ends at once. A second signal always ends at once.
+        """
+        is_second = self.stopping
+        self.stopping = number
+        if is_second or self.phase in ("starting", "evaluation"):
+            sys.exit(128 + number)
+
+    def finish(self):
+        """Mark the run as finished."""
+        about = dict(updates=self.config.num_updates, seconds=self.seconds, **self.score)
+        with self.disk_errors():
+            text = json.dumps(about)
+            write_file(self.path("finished.json"), lambda file: file.write(text.encode()))
+            self.remove("previous.npz")
+        times = [f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items()]
+        print(f"final score {self.score['score']}; {', '.join(times)}; {self.directory}")
+
+    @contextlib.contextmanager
+    def timed(self, phase):
+        """Add the time of the body to the phase's."""
+        self.phase = phase
+        started = time.monotonic()
+        yield
+        self.seconds[phase] += time.monotonic() - started
+        self.phase = "between"
+
+    # Checkpoints
+
+    def restore(self, states, data):
+        """Return the states, the update and the last evaluation's update to resume from.
+
+        They are those of the last whole checkpoint, or at first `states`, 0 and 0. The tables are
+        cut to what they were then. `data` is a script's dataset.
+        """
+        self.dataset = fingerprint(data)
+        # What the policy needs beside the actor: how states were normalised, the actions' shape
+        self.policy_data = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
+        with self.disk_errors():
+            self.tables.create()
+        found = last_checkpoint(self.directory)
+        if found is None:
+            if not self.tables.are_empty():
+                raise UserError(
+                    f"{self.directory} has lost its checkpoints; remove it to start anew"
+                )
+            self.wandb.start([])
+            self.checkpoint(states, 0, 0, now=True)
+            return states, 0, 0
+        path, arrays, about = found
+        self.check_checkpoint(path, arrays, about, states)
+        with self.disk_errors():
+            # The newer one may be damaged. It must not become the previous one.
+            os.replace(path, self.path("checkpoint.npz"))
+            self.tables.cut(about["tables"])
+        self.wandb.start(self.tables.updates())
+        self.seconds = about["seconds"]
+        self.score = about["score"]
+        self.saved = about["update"]
+        self.saved_at = time.monotonic()
+        self.bar.update(about["update"])
+        print(f"resuming from update {about['update']}")
+        return restore_tree(states, arrays, "states"), about["update"], about["evaluated"]
+
+    def check_checkpoint(self, path, arrays, about, states):
+        """Raise UserError if a checkpoint is of another version or another dataset."""
+        here = {f"states/{key}": leaf.shape for key, leaf in flatten(without_keys(states)).items()}
+        there = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
+        for key in {**here, **there}:
+            if here.get(key) != there.get(key):
+                raise UserError(
+                    f"{path} is of another version of the script: {key} has shape "
+                    f"{there.get(key)} there and {here.get(key)} here; resume with that version, "
+                    f"or remove {self.directory} to start anew"
+                )
+        if about["dataset"] != self.dataset:
+            raise UserError(
+                f"this is not the dataset with which {self.directory} began; "
+                "get that, or remove this"
+            )
+
+    def checkpoint(self, states, update, evaluated, now=False):
+        """Save everything if `now`, after a signal, or a minute after the last time.
+
+        After a signal, exit.
+        """
+        is_due = time.monotonic() - self.saved_at > 60
+        if not (now or self.stopping or is_due):
+            return
+        with self.disk_errors():
+            about = dict(
+                update=update,
+                evaluated=evaluated,
+                dataset=self.dataset,
+                seconds=self.seconds,
+                score=self.score,
+                tables=self.tables.save(),
+            )
+            tree = {"states": states, "data": self.policy_data}
+            path = self.path("checkpoint.npz")
+            write_checkpoint(path, tree, about, keep=self.path("previous.npz"))
+        self.saved = update
+        self.saved_at = time.monotonic()
+        if self.stopping:
+            print(f"stopped at update {update}; the same command resumes there", flush=True)
+            sys.exit(128 + self.stopping)
+
+    # Logs
+
+    def log_epoch(self, update, infos, states):
+        """Log the scalars (seeds, steps) of the epoch that ends with `update`.
+
+        Raises UserError if anything isn't finite.
+        """
+        infos = {key: np.asarray(values) for key, values in infos.items()}
+        problem = find_divergence(self.config, update, infos, states)
+        if problem:
+            raise UserError(
+                f"{problem}; the last good checkpoint is {self.path('checkpoint.npz')}, "
+                f"of update {self.saved}"
+            )
+        means = {key: values.mean(1) for key, values in infos.items()}
+        self.write("train.csv", seed_rows(self.config, update, means))
+        self.losses = {key: f"{values.mean():.4g}" for key, values in means.items()}
+        self.bar.update(self.config.log_every)
+        self.bar.set_postfix({**self.score, **self.losses})
+
+    def log_evaluation(self, update, returns, measured):
+        """Log the returns (seeds, E) of an evaluation, and what was measured with it, (seeds,)."""
+        scores = normalized_score(self.config.dataset_name, returns)
+        self.write("episodes.csv", episode_rows(self.config, update, returns, scores))
+        means = {}
+        for name, index in score_columns(self.config).items():
+            means[name] = scores[:, index].mean(1)
+        self.write("evaluations.csv", seed_rows(self.config, update, {**means, **measured}))
+
+        without_noise = score_columns(self.config)["score"]
+        self.score = {"score": summary(scores[:, without_noise])}
+        shown = {key: f"{measured[key].mean():.4g}" for key in SHOWN if key in measured}
+        speed = {"updates/s": f"{update / self.seconds['train']:.0f}"}
+        words = [f"{update:>9,} updates"]
+        for key, value in {**self.score, **self.losses, **shown, **speed}.items():
+            words.append(f"{key} {value}")
+        self.bar.write("  ".join(words), sys.stdout)
+
+    def write(self, table, rows):
+        """Append rows to a table, and send them to W&B unless they are of episodes."""
+        with self.disk_errors():
+            self.tables.append(table, rows)
+        if table != "episodes.csv":
+            self.wandb.send(rows)

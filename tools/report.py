@@ -1,0 +1,269 @@
+"""Turns runs' directories, or a W&B project, into the paper's tables and figures, with rliable.
+
+    python -m tools.report                        # the runs in results/, or else in data/study
+    python -m tools.report --results '[results, elsewhere]' --final mean
+    python -m tools.report --wandb team/project
+
+Into `output` go tables.md, tables.tex, each figure as .png and .pdf, and index.html, one page with
+all of it. Runs are compared with those of the same settings: whatever differs from the paper's
+values, beside datasets, seeds and regularisers, makes sections. Of several seeds trained in one
+run each counts as a run.
+"""
+
+import base64
+import glob
+import html
+import os
+import re
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+import numpy as np
+import pandas as pd
+
+from harness.config import parse
+from harness.datasets import DOMAINS
+from harness.errors import UserError, one_line_errors
+from tools import report_figures as figures
+from tools import report_tables as tables
+from tools.report_runs import SCRIPTS, by_label, by_settings, read_results, read_wandb
+
+
+def default_results():
+    return ["results" if glob.glob("results/*/*/*") else "data/study"]
+
+
+@dataclass(frozen=True)
+class Config:
+    results: List[str] = field(default_factory=default_results)  # directories that hold runs
+    wandb: Optional[str] = None  # team/project, read instead of directories
+    output: str = "report"  # directory
+    final: str = "last"  # a run's score: the last evaluation's, or mean: of the last 10 (AntMaze 5)
+    reps: int = 2000  # bootstrap resamples
+    variants: int = 8  # in a figure of lines, at most
+
+
+CSS = """
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em}
+table {border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto}
+td, th {padding: 3px 9px; text-align: right !important; border-bottom: 1px solid #ddd}
+td:first-child, th:first-child {text-align: left !important; white-space: nowrap}
+p, li {color: #555; font-size: 13px}
+img {max-width: 100%}
+h2 {border-top: 1px solid #ccc; padding-top: 1em}
+"""
+
+
+class Report:
+    """Collects tables and figures. Writes tables.md, tables.tex, index.html and the figures."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.markdown = []
+        self.latex = []
+        self.html = []
+        self.sections = 0
+        os.makedirs(directory, exist_ok=True)
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def begin(self, intro):
+        self.markdown.append(f"# Report\n\n{intro}\n")
+        self.latex.append(f"% {intro}\n% needs booktabs and graphicx\n")
+        head = "<!doctype html><html lang=en><meta charset=utf-8><title>Report</title>"
+        self.html.append(f"{head}<style>{CSS}</style>")
+        self.html.append(f"<h1>Report</h1><p>{html.escape(intro)}</p>")
+
+    def begin_section(self, title):
+        self.sections += 1
+        self.markdown.append(f"## {title}\n")
+        self.latex.append(f"% {title}\n")
+        self.html.append(f"<h2>{html.escape(title)}</h2>")
+
+    def add_table(self, table):
+        self.markdown.append(tables.to_markdown(table))
+        self.latex.append(tables.to_latex(table))
+        self.html.append(tables.to_html(table))
+
+    def add_figure(self, title, figure):
+        """Add a figure and write its files. None is nothing to show."""
+        if figure is None:
+            return
+        words = re.sub(r"[^a-z0-9]+", "-", title.lower())
+        name = f"{self.sections}-{words}"
+        figure.tight_layout()
+        for suffix in ("png", "pdf"):
+            figure.savefig(self.path(f"{name}.{suffix}"), dpi=130, bbox_inches="tight")
+        figures.plt.close(figure)
+        with open(self.path(f"{name}.png"), "rb") as file:
+            data = base64.b64encode(file.read()).decode()
+        self.markdown.append(f"![{title}]({name}.png)\n")
+        title = html.escape(title)
+        self.html.append(f"<h3>{title}</h3>")
+        self.html.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
+
+    def add_left_out(self, left_out):
+        self.markdown.append("## Left out\n")
+        self.html.append("<h2>Left out</h2><ul>")
+        for run, reason in left_out:
+            self.markdown.append(f"- `{run}`: {reason}")
+            self.html.append(f"<li>{html.escape(run)}: {html.escape(reason)}</li>")
+        self.markdown.append("")
+        self.html.append("</ul>")
+
+    def write(self):
+        for name, blocks in (
+            ("tables.md", self.markdown),
+            ("tables.tex", self.latex),
+            ("index.html", self.html),
+        ):
+            with open(self.path(name), "w") as file:
+                file.write("\n".join(blocks) + "\n")
+        print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
+
+
+# --- What is in it ---
+
+ALL = "all domains"
+
+
+def final_score(seed, final):
+    """Return a finished seed's score: its last evaluation's, or the mean of the last 10 or 5."""
+    if seed["state"] != "finished":
+        return np.nan
+    if final == "last":
+        return seed["curve"].iloc[-1]
+    return seed["curve"].iloc[-5 if seed["domain"] == "antmaze" else -10 :].mean()
+
+
+def datasets_by_domain(rows):
+    """Return the datasets of each domain by its title, and of all domains if they are several."""
+    found = {}
+    for domain, title in DOMAINS.items():
+        names = rows.loc[rows["domain"] == domain, "dataset"].unique()
+        if len(names):
+            found[title] = sorted(names)
+    if len(found) > 1:
+        found[ALL] = sum(found.values(), [])
+    return found
+
+
+def add_settings(report, config, seeds):
+    """Add the tables and figures of the seeds with the same settings."""
+    improvements = {}
+    curves = {}
+    for algorithm, script in SCRIPTS.items():
+        own = seeds[seeds["algorithm"] == algorithm]
+        if own.empty:
+            continue
+        rows = by_label(own)
+        domains = datasets_by_domain(rows)
+        for domain, datasets in domains.items():
+            title = f"{script.NAME}, {domain}"
+            add_scores(report, title, rows, datasets, domain == ALL)
+            arrays = tables.score_arrays(rows, datasets)
+            if not arrays:
+                continue
+            estimates = add_aggregates(report, config, title, arrays)
+            panel = title if len(datasets) > 1 else f"{script.NAME}, {datasets[0]}"
+            gains = estimates[estimates["measure"] == tables.IMPROVEMENT]
+            if len(gains):
+                improvements[panel] = gains
+            if len(arrays) > 1:  # as if each dataset were tuned on its own
+                means = 100 * np.stack([scores.mean(0) for scores in arrays.values()])
+                expected = [tables.expected_online_performance(column) for column in means.T]
+                curves[panel] = np.mean(expected, axis=0)
+        finished = rows[rows["final"].notna()]
+        if len(finished):
+            add_runs(report, config, script, finished, datasets)
+    if improvements:
+        title = "improvement over no regulariser"
+        report.add_figure(title, figures.improvement_figure(improvements))
+    if curves:
+        report.add_figure("expected online performance", figures.online_performance(curves))
+
+
+def add_scores(report, title, rows, datasets, of_all):
+    """Add the tables of scores and of differences from none."""
+    columns = {"mean": datasets} if len(datasets) > 1 else {}
+    if not of_all:
+        report.add_table(tables.score_table(f"{title}: scores", rows, datasets))
+        columns = {dataset: [dataset] for dataset in datasets} | columns
+    labels = set(rows["label"])
+    if "none" in labels and len(labels) > 1:
+        report.add_table(tables.difference_table(f"{title}: differences", rows, columns))
+
+
+def add_aggregates(report, config, title, arrays):
+    """Add rliable's table and figures of scores / 100, and return the estimates."""
+    estimates = tables.estimate(arrays, config.reps)
+    report.add_table(tables.aggregate_table(f"{title}: aggregates", estimates, arrays))
+    figure = figures.interval_figure(estimates)
+    report.add_figure(f"{title}: aggregates with 95 % intervals", figure)
+    first = dict(list(arrays.items())[: config.variants])
+    figure = figures.performance_profiles(first, config.reps)
+    report.add_figure(f"{title}: performance profiles", figure)
+    return estimates
+
+
+def add_runs(report, config, script, rows, datasets):
+    """Add what else is known of an algorithm's finished runs, on all its datasets."""
+    name = script.NAME
+    labels = list(rows["label"].sort_values().unique())
+    curves = figures.learning_curves(rows, labels[: config.variants], datasets)
+    report.add_figure(f"{name}: learning curves", curves)
+    strengths = figures.strength_map(rows, datasets, script.CHOSEN)
+    report.add_figure(f"{name}: strength of a regulariser", strengths)
+    pairs = figures.pair_map(rows, datasets, script.CHOSEN)
+    report.add_figure(f"{name}: pairs of regularisers", pairs)
+    inside = tables.inside_table(f"{name}: inside the actor", rows, datasets)
+    if len(inside.cells):
+        report.add_table(inside)
+    first = labels[:24]
+    inside = figures.inside_figure(rows, first, datasets)
+    report.add_figure(f"{name}: inside the actor", inside)
+    robustness = figures.robustness_figure(rows, first, datasets)
+    report.add_figure(f"{name}: robustness", robustness)
+
+
+def main(config):
+    if config.final not in ("last", "mean") or config.reps < 1 or config.variants < 1:
+        raise UserError("final must be last or mean, reps and variants 1 or more")
+    if config.wandb:
+        source = config.wandb
+        seeds, left_out = read_wandb(config.wandb)
+    else:
+        source = ", ".join(config.results)
+        seeds, left_out = read_results(config.results)
+    finished = [seed for seed in seeds if seed["state"] == "finished"]
+    summary = f"{source}: {len(finished)} finished seeds; left out: {len(left_out)}"
+    print(summary)
+    for run, reason in left_out[:20]:
+        print(f"  left out: {run}: {reason}")
+    if len(left_out) > 20:
+        print(f"  and {len(left_out) - 20} more, which the report lists")
+    if not finished:
+        raise UserError(
+            "there is no finished run; name the directories that hold runs with --results '[...]'"
+        )
+
+    for seed in seeds:
+        seed["final"] = final_score(seed, config.final)
+    final = "the last evaluation"
+    if config.final == "mean":
+        final = "the mean of the last 10 evaluations, on AntMaze 5"
+    report = Report(config.output)
+    report.begin(f"{summary}. A run's score is that of {final}.")
+    for settings, own in by_settings(pd.DataFrame(seeds)):
+        words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
+        report.begin_section(f"Settings: {', '.join(words)}")
+        add_settings(report, config, own)
+    if left_out:
+        report.add_left_out(left_out)
+    report.write()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse(Config))
