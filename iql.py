@@ -421,9 +421,19 @@ class Value(nn.Module):
         return last_dense(1, math.sqrt(2))(features)[..., 0]
 
 
+class Networks(NamedTuple):
+    actor: nn.Module
+    critics: nn.Module
+    value: nn.Module
+
+
 def networks(config, actions):
-    """Return the modules of actor, critics and value, for actions of the shape (..., A)."""
-    return Actor(config, actions.shape[-1]), Critics(config), Value(config)
+    """Return the modules, for actions of the shape (..., A)."""
+    return Networks(
+        actor=Actor(config, actions.shape[-1]),
+        critics=Critics(config),
+        value=Value(config),
+    )
 
 
 # --- Losses and update ---
@@ -442,8 +452,8 @@ class TrainState(NamedTuple):
 
 def target_values(config, state, batch):
     """Return min_k Q'_k(s, a), (B,)."""
-    _, critic_net, _ = networks(config, batch.actions)
-    return forward(critic_net, state.target_critic, batch.observations, batch.actions).min(0)
+    nets = networks(config, batch.actions)
+    return forward(nets.critics, state.target_critic, batch.observations, batch.actions).min(0)
 
 
 def value_loss(params, config, state, batch, target, key):
@@ -451,9 +461,9 @@ def value_loss(params, config, state, batch, target, key):
 
     Also returns the value's variables and scalars to log.
     """
-    _, _, value_net = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     value = {**state.value, "params": params}
-    values, value = forward_train(value_net, value, key, batch.observations)
+    values, value = forward_train(nets.value, value, key, batch.observations)
     difference = target - values
     weights = jnp.where(difference > 0, config.expectile, 1 - config.expectile)
     loss = jnp.mean(weights * difference**2)
@@ -467,7 +477,7 @@ def actor_loss(params, config, state, batch, target, keys):
     actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key = keys
-    actor_net, _, _ = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     exponents = weight_exponents(config, state, batch, target)
     observations = batch.observations
     if is_on(config.actor_input_noise):
@@ -477,15 +487,15 @@ def actor_loss(params, config, state, batch, target, keys):
         noise = jax.random.normal(objective_key, exponents.shape)
         exponents = exponents + config.actor_bc_noise * noise
     actor = {**state.actor, "params": params}
-    policies, actor = forward_train(actor_net, actor, dropout_key, observations)
+    policies, actor = forward_train(nets.actor, actor, dropout_key, observations)
     loss, info = actor_objective(config, batch, policies, exponents)
     return loss, (actor, info)
 
 
 def weight_exponents(config, state, batch, target):
     """Return temperature A, (B,)."""
-    _, _, value_net = networks(config, batch.actions)
-    advantages = target - forward(value_net, state.value, batch.observations)
+    nets = networks(config, batch.actions)
+    advantages = target - forward(nets.value, state.value, batch.observations)
     return config.temperature * advantages
 
 
@@ -500,10 +510,10 @@ def actor_objective(config, batch, policies, exponents):
 
 def eval_actor_loss(config, state, batch):
     """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    actor_net, _, _ = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     target = target_values(config, state, batch)
     exponents = weight_exponents(config, state, batch, target)
-    policies = forward(actor_net, state.actor, batch.observations)
+    policies = forward(nets.actor, state.actor, batch.observations)
     loss, _ = actor_objective(config, batch, policies, exponents)
     return loss
 
@@ -513,12 +523,12 @@ def critic_loss(params, config, state, batch, key):
 
     It is summed over the two. Also returns the critics' variables and scalars to log.
     """
-    _, critic_net, value_net = networks(config, batch.actions)
-    next_values = forward(value_net, state.value, batch.next_observations)
+    nets = networks(config, batch.actions)
+    next_values = forward(nets.value, state.value, batch.next_observations)
     rewards = batch.rewards + config.reward_shift
     target = rewards + config.gamma * (1 - batch.terminals) * next_values
     critic = {**state.critic, "params": params}
-    values, critic = forward_train(critic_net, critic, key, batch.observations, batch.actions)
+    values, critic = forward_train(nets.critics, critic, key, batch.observations, batch.actions)
     losses = (values - target) ** 2
     info = {"critic_loss": losses.mean(), "q": values.mean()}
     return losses.mean(1).sum(), (critic, info)
@@ -604,10 +614,10 @@ def update(config, state, batch):
 def init_state(config, batch, seed):
     """Return the state before the first update. `batch` shows the shapes of Transitions."""
     key, actor_key, critic_key, value_key = jax.random.split(jax.random.key(seed), 4)
-    actor_net, critic_net, value_net = networks(config, batch.actions)
-    actor = init_network(actor_net, actor_key, batch.observations)
-    critic = init_network(critic_net, critic_key, batch.observations, batch.actions)
-    value = init_network(value_net, value_key, batch.observations)
+    nets = networks(config, batch.actions)
+    actor = init_network(nets.actor, actor_key, batch.observations)
+    critic = init_network(nets.critics, critic_key, batch.observations, batch.actions)
+    value = init_network(nets.value, value_key, batch.observations)
     return TrainState(
         actor=actor,
         actor_opt=actor_optimizer(config).init(actor["params"]),
@@ -643,8 +653,8 @@ def policy(config, actor, data, observations):
 
 def act(config, actor, data, observations):
     """Return the actions (B, A) in evaluation, the means, for normalised states (B, S)."""
-    actor_net, _, _ = networks(config, data["actions"])
-    means, _ = forward(actor_net, actor, observations)
+    nets = networks(config, data["actions"])
+    means, _ = forward(nets.actor, actor, observations)
     return means
 
 
@@ -726,9 +736,9 @@ def analyse(config, state, data, samples, visited):
     observations["random"] = samples["random"]
 
     info = {}
-    actor_net = networks(config, data["actions"])[0]
+    nets = networks(config, data["actions"])
     for part, states in observations.items():
-        _, seen = actor_net.apply(state.actor, states, train=False, mutable="intermediates")
+        _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
         features = seen["intermediates"]["Hidden_0"]["features"][0]
         for key, value in measure(features).items():
             info[f"{part}/{key}"] = value

@@ -422,9 +422,14 @@ class Critics(nn.Module):
         return jnp.stack(outputs)
 
 
+class Networks(NamedTuple):
+    actor: nn.Module
+    critics: nn.Module
+
+
 def networks(config, actions):
-    """Return the modules of the actor and the critics, for actions of the shape (..., A)."""
-    return Actor(config, actions.shape[-1]), Critics(config)
+    """Return the modules, for actions of the shape (..., A)."""
+    return Networks(actor=Actor(config, actions.shape[-1]), critics=Critics(config))
 
 
 # --- Values as classes (HL-Gauss) ---
@@ -480,13 +485,13 @@ def critic_target(config, state, batch, key):
 
     a' is the target actor's action at s' with clipped noise (ReBRAC).
     """
-    actor_net, critic_net = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     noise = config.target_noise * jax.random.normal(key, batch.actions.shape)
     noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
-    next_actions = forward(actor_net, state.target_actor, batch.next_observations)
+    next_actions = forward(nets.actor, state.target_actor, batch.next_observations)
     next_actions = jnp.clip(next_actions + noise, -1, 1)
     penalty = jnp.sum((next_actions - batch.next_actions) ** 2, -1)
-    outputs = forward(critic_net, state.target_critic, batch.next_observations, next_actions)
+    outputs = forward(nets.critics, state.target_critic, batch.next_observations, next_actions)
     next_values = critic_values(config, outputs).min(0) - config.critic_bc_coef * penalty
     return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
 
@@ -496,9 +501,9 @@ def critic_loss(params, config, state, batch, target, key):
 
     It is summed over both critics. Also returns the critics' variables and scalars to log.
     """
-    _, critic_net = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     critic = {**state.critic, "params": params}
-    outputs, critic = forward_train(critic_net, critic, key, batch.observations, batch.actions)
+    outputs, critic = forward_train(nets.critics, critic, key, batch.observations, batch.actions)
     if config.critic_loss == "mse":
         losses = (outputs[..., 0] - target) ** 2
     else:
@@ -508,13 +513,13 @@ def critic_loss(params, config, state, batch, target, key):
 
 
 def actor_loss(params, config, state, batch, keys):
-    """Return actor_bc_coef ||pi(s) - a||^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|.
+    """Return actor_bc_coef ||pi(s) - a||^2 - actor_q_coef min_k Q_k(s, pi(s)) / mean |min_k Q_k|.
 
-    The actor is regularised; the critics see clean states. Also returns the actor's variables and
+    The actor is regularised. The critics see clean states. Also returns the actor's variables and
     scalars to log.
     """
     dropout_key, input_key, objective_key = keys
-    actor_net, _ = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     observations = batch.observations
     if is_on(config.actor_input_noise):
         noise = jax.random.normal(input_key, observations.shape)
@@ -524,18 +529,18 @@ def actor_loss(params, config, state, batch, keys):
         noise = jax.random.normal(objective_key, cloned.shape)
         cloned = cloned - config.actor_bc_noise * noise
     actor = {**state.actor, "params": params}
-    actions, actor = forward_train(actor_net, actor, dropout_key, observations)
+    actions, actor = forward_train(nets.actor, actor, dropout_key, observations)
     loss, bc = actor_objective(config, state, batch, actions, cloned)
     return loss, (actor, {"actor_loss": loss, "bc_loss": bc})
 
 
 def actor_objective(config, state, batch, actions, cloned):
     """Return the actor's loss for its actions (B, A), and the part of behaviour cloning."""
-    _, critic_net = networks(config, batch.actions)
+    nets = networks(config, batch.actions)
     bc = jnp.sum((actions - cloned) ** 2, -1).mean()
     loss = config.actor_bc_coef * bc
     if is_on(config.actor_q_coef):
-        outputs = forward(critic_net, state.critic, batch.observations, actions)
+        outputs = forward(nets.critics, state.critic, batch.observations, actions)
         values = critic_values(config, outputs).min(0)
         scale = jax.lax.stop_gradient(jnp.abs(values).mean())
         loss = loss - config.actor_q_coef * values.mean() / scale
@@ -544,8 +549,8 @@ def actor_objective(config, state, batch, actions, cloned):
 
 def eval_actor_loss(config, state, batch):
     """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    actor_net, _ = networks(config, batch.actions)
-    actions = forward(actor_net, state.actor, batch.observations)
+    nets = networks(config, batch.actions)
+    actions = forward(nets.actor, state.actor, batch.observations)
     loss, _ = actor_objective(config, state, batch, actions, batch.actions)
     return loss
 
@@ -619,9 +624,9 @@ def update(config, state, batches):
 def init_state(config, batch, seed):
     """Return the state before the first update. `batch` shows the shapes of Transitions."""
     key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
-    actor_net, critic_net = networks(config, batch.actions)
-    actor = init_network(actor_net, actor_key, batch.observations)
-    critic = init_network(critic_net, critic_key, batch.observations, batch.actions)
+    nets = networks(config, batch.actions)
+    actor = init_network(nets.actor, actor_key, batch.observations)
+    critic = init_network(nets.critics, critic_key, batch.observations, batch.actions)
     return TrainState(
         actor=actor,
         target_actor=actor,
@@ -638,11 +643,12 @@ def init_state(config, batch, seed):
 
 def with_value_range(config, data):
     """Set v_min and v_max, unless given, to the data's smallest and largest return to go."""
+    if config.critic_loss == "mse":
+        return config
     returns = returns_to_go(data["rewards"], data["ends"], config.gamma)
     v_min = float(returns.min()) if config.v_min is None else config.v_min
     v_max = float(returns.max()) if config.v_max is None else config.v_max
-    is_empty = v_min >= v_max or config.v_expand <= -1
-    if config.critic_loss == "hl_gauss" and is_empty:
+    if v_min >= v_max or config.v_expand <= -1:
         raise UserError(
             f"the values' support, {v_min:g} to {v_max:g}, is empty; "
             "set v_min, v_max and v_expand > -1"
@@ -684,8 +690,8 @@ def policy(config, actor, data, observations):
 
 def act(config, actor, data, observations):
     """Return the actions (B, A) in evaluation, for normalised states (B, S)."""
-    actor_net, _ = networks(config, data["actions"])
-    return forward(actor_net, actor, observations)
+    nets = networks(config, data["actions"])
+    return forward(nets.actor, actor, observations)
 
 
 def train(config, run):
@@ -767,9 +773,9 @@ def analyse(config, state, data, samples, visited):
     observations["random"] = samples["random"]
 
     info = {}
-    actor_net = networks(config, data["actions"])[0]
+    nets = networks(config, data["actions"])
     for part, states in observations.items():
-        _, seen = actor_net.apply(state.actor, states, train=False, mutable="intermediates")
+        _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
         features = seen["intermediates"]["Hidden_0"]["features"][0]
         for key, value in measure(features).items():
             info[f"{part}/{key}"] = value

@@ -1,0 +1,191 @@
+"""The README's worked examples of a fork: a regulariser of one's own, and an algorithm."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, lowered_epoch, random_columns
+
+import iql
+import rebrac
+
+SMALL = {
+    "num_updates": 4,
+    "log_every": 2,
+    "eval_every": 4,
+    "eval_episodes": 1,
+    "hidden_dim": 16,
+    "batch_size": 8,
+    "dataset_name": "hopper-medium-v2",
+}
+
+
+def read(*path):
+    with open(os.path.join(ROOT, *path)) as file:
+        return file.read()
+
+
+def with_rms_norm(source):
+    """Apply the README's diff to a script. Each hunk must fit in exactly one place."""
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", read("README.md"), re.DOTALL | re.MULTILINE)
+    hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]
+    assert len(hunks) == 3
+    for hunk in hunks:
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] == " ")
+        new = "".join(line[1:] for line in lines)
+        assert source.count(old) == 1, hunk
+        source = source.replace(old, new)
+    return source
+
+
+def behaviour_cloning():
+    """Apply tests/forks/bc.diff to iql.py, line by line.
+
+    To renew it after a change of iql.py: `patch -o bc.py iql.py tests/forks/bc.diff`, mend bc.py,
+    and `diff -U1 --label iql.py --label bc.py iql.py bc.py > tests/forks/bc.diff`.
+    """
+    source = read("iql.py").splitlines(keepends=True)
+    result = []
+    position = 0
+    for line in read("tests", "forks", "bc.diff").splitlines(keepends=True)[2:]:
+        if line.startswith("@@"):
+            start = int(re.match(r"@@ -(\d+)", line)[1]) - 1
+            result += source[position:start]
+            position = start
+            continue
+        if line[0] in " -":
+            assert source[position] == line[1:], "bc.diff doesn't fit iql.py: renew it"
+            position += 1
+        if line[0] in " +":
+            result.append(line[1:])
+    return "".join(result + source[position:])
+
+
+def import_from(path):
+    spec = importlib.util.spec_from_file_location("forked", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a fork has beside its scripts."""
+    for folder in ("harness", "tools"):
+        shutil.copytree(os.path.join(ROOT, folder), tmp_path / folder)
+    return tmp_path
+
+
+@pytest.fixture
+def run(checkout, write_dataset):
+    """Run a command of the fork on a small dataset, and return what it printed."""
+    path = write_dataset("hopper_medium-v2.hdf5", **random_columns(0, states=11, actions=3))
+
+    def run(*words, **flags):
+        for key, value in flags.items():
+            words += (f"--{key}", str(value))
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def train(script, **flags):
+        return run(script, **{**SMALL, "dataset_path": path, **flags})
+
+    run.train = train
+    return run
+
+
+# --- RMSNorm ---
+
+
+@pytest.mark.parametrize("original", [rebrac, iql])
+def test_rms_norm_is_exactly_off_or_divides_by_the_root_mean_square(original, tmp_path):
+    path = tmp_path / "forked.py"
+    path.write_text(with_rms_norm(read(os.path.basename(original.__file__))))
+    forked = import_from(path)
+    off = lowered_epoch(forked)
+    assert off == lowered_epoch(original)
+    assert off != lowered_epoch(forked, actor_rms=True)
+
+    config = forked.Config(hidden_dim=16, actor_layers=1, actor_dropout=0.0)
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    plain = forked.ActorHidden(config)
+    rms = forked.ActorHidden(replace(config, actor_rms=True))
+    variables = forked.init_network(rms, jax.random.key(0), x)
+    y = forked.forward(plain, variables, x)
+    expected = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(forked.forward(rms, variables, x), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_rms_norm_trains_by_its_name_and_is_reported_under_it(checkout, run):
+    for script in ("rebrac.py", "iql.py"):
+        (checkout / script).write_text(with_rms_norm(read(script)))
+        output = run.train(script, regularisers="DO+RMS")
+        assert "actor_dropout=0.1,actor_rms=true" in output.splitlines()[-1]
+    run("-m", "tools.report", reps=50)
+    assert (checkout / "report" / "tables.md").read_text().count("| DO+RMS |") >= 2
+
+
+# --- Behaviour cloning ---
+
+
+def test_behaviour_cloning_trains_resumes_and_is_found(checkout, run):
+    (checkout / "bc.py").write_text(behaviour_cloning())
+    output = run.train("bc.py", regularisers="DO+LN", validation_frac=0.2)
+    assert "final score" in output
+    assert "actor_dropout=0.1,actor_ln=true" in output.splitlines()[-1]
+    assert "finished already" in run.train("bc.py", regularisers="DO+LN", validation_frac=0.2)
+    found = run(
+        "-c", "import harness.scripts as s; print({k: m.NAME for k, m in s.scripts().items()})"
+    )
+    assert found.strip() == "{'bc': 'BC'}"
+
+
+@pytest.mark.slow
+def test_behaviour_cloning_is_reported_beside_the_others(checkout, run):
+    (checkout / "bc.py").write_text(behaviour_cloning())
+    shutil.copy(os.path.join(ROOT, "iql.py"), checkout)
+    for script in ("bc.py", "iql.py"):
+        for regularisers in ("none", "LN"):
+            run.train(script, regularisers=regularisers)
+    run("-m", "tools.report", reps=50)
+    tables = (checkout / "report" / "tables.md").read_text()
+    assert "BC, Gym-MuJoCo: scores" in tables
+    assert "IQL, Gym-MuJoCo: scores" in tables
+
+
+def test_behaviour_cloning_learns_the_actions_that_it_sees(tmp_path):
+    """The loss is smallest at the data's mean and standard deviation, which are known here."""
+    path = tmp_path / "bc.py"
+    path.write_text(behaviour_cloning())
+    bc = import_from(path)
+    rng = np.random.default_rng(0)
+    size = 512
+    actions = 0.5 + 0.2 * rng.normal(size=(size, 2)).astype(np.float32)
+    data = dict(
+        observations=np.zeros((size, 3), np.float32),
+        actions=actions.astype(np.float32),
+        rewards=np.zeros(size, np.float32),
+        terminals=np.zeros(size, bool),
+        train=np.arange(size - 1, dtype=np.int32),
+    )
+    flags = dict(hidden_dim=16, batch_size=256, log_every=500, num_updates=500)
+    config = bc.tuned(bc.Config(actor_learning_rate=1e-2, **flags))
+    batch = bc.transitions(data, np.arange(1))
+    states = jax.tree.map(lambda x: x[None], bc.init_state(config, batch, 0))
+    states, infos = bc.epoch(config, states, jax.device_put(data))
+    actor = jax.tree.map(lambda x: x[0], states.actor)
+    means, log_stds = bc.forward(bc.Actor(config, 2), actor, data["observations"][:1])
+    np.testing.assert_allclose(means[0], actions.mean(0), atol=0.03)
+    np.testing.assert_allclose(np.exp(log_stds[0]), actions.std(0), atol=0.03)
+    assert np.all(np.isfinite(infos["actor_loss"]))
