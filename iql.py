@@ -5,10 +5,9 @@ The algorithm: "Offline Reinforcement Learning with Implicit Q-Learning" (IQL, a
 
     python iql.py --dataset_name hopper-medium-v2  # the paper's baseline
     python iql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
-    python iql.py --dataset_name antmaze-umaze-v2 --normalize_reward false --reward_shift -1 \
-        --state_dependent_std false --log_std_min -5 --normalize_states false  # the original's
+    python iql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
 
-Two CPU cores make about 180 updates a second.
+Two CPU cores make about 180 updates a second (Hopper's sizes).
 """
 
 import math
@@ -30,80 +29,82 @@ from harness.policies import evaluate_run
 from harness.run import Run
 from harness.seeds import init_states, is_on, over_seeds
 
-NAME = "IQL"
+NAME = "IQL"  # by this line the tools find the script
 
 # --- Config ---
 
 
 @dataclass(frozen=True)
 class Config:
+    """Every field is a flag. None stands for the paper's value for the dataset (see `tuned`)."""
+
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
     dataset_path: Optional[str] = None  # file in D4RL's HDF5 format; default: D4RL's own
-    normalize_states: bool = True  # states to mean 0 and standard deviation 1 over the data
-    normalize_reward: Optional[bool] = None  # AntMaze: x 100; else x 1000 / range of returns
-    validation_frac: float = 0.0  # share of the episodes held out; 0.05 when tuning
-    validation_seed: Optional[int] = None  # shuffles before holding out; default: the file's last
+    normalize_states: bool = True  # normalise states to mean 0 and standard deviation 1
+    normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
+    validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
-    gamma: float = 0.99  # discount
-    tau: Optional[float] = None  # share of the new parameters in the target's moving average
-    batch_size: int = 256  # transitions in an update
-    actor_learning_rate: float = 3e-4  # of the actor's Adam
-    critic_learning_rate: float = 3e-4  # of the Adams of Q and V
-    expectile: Optional[float] = None  # of the Q values, which V estimates
-    temperature: Optional[float] = None  # factor of the advantages in the weights' exponent
-    max_weight: float = 100.0  # largest weight of a cloned action
+    gamma: float = 0.99  # discount factor
+    tau: Optional[float] = None  # step size of the target's Polyak average; default: tuned
+    batch_size: int = 256  # transitions per update
+    actor_learning_rate: float = 3e-4  # learning rate of the actor's Adam
+    critic_learning_rate: float = 3e-4  # learning rate of the Adams of Q and V
+    expectile: Optional[float] = None  # expectile of Q that V regresses to; default: tuned
+    temperature: Optional[float] = None  # weights are exp(temperature x advantage); default: tuned
+    max_weight: float = 100.0  # upper bound of the weights exp(temperature x advantage)
     reward_shift: float = 0.0  # added to the rewards; -1 on AntMaze in the original IQL
-    state_dependent_std: bool = True  # of the policy; false in the original IQL
-    log_std_min: float = -20.0  # of the policy; -5 in the original IQL
-    log_std_max: float = 2.0  # of the policy
+    state_dependent_std: bool = True  # let the policy's standard deviation depend on the state
+    log_std_min: float = -20.0  # lower bound of the log standard deviation; original IQL: -5
+    log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 2  # hidden layers of the actor
     critic_layers: int = 2  # hidden layers of V and of each Q
     # Regularisers of the actor; 0 or false is exactly off
-    regularisers: str = "none"  # names such as DO+LN (see CHOSEN); best or best-L1: tuned ones
-    actor_dropout: Optional[float] = None  # DO: share of units dropped in its loss; Adroit: 0.1
-    actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay of the actor
-    actor_l1_ratio: float = 0.0  # share of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
-    actor_wd_kernels_only: bool = False  # actor_wd spares biases and normalisation parameters
+    regularisers: str = "none"  # names joined by +, such as DO+LN; best, best-L1: tuned
+    actor_dropout: Optional[float] = None  # DO: dropout rate in its loss; default: 0 (Adroit 0.1)
+    actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
+    actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
+    actor_wd_kernels_only: bool = False  # spare biases and normalisation from actor_wd
     actor_ln: bool = False  # LN: LayerNorm
     actor_fn: bool = False  # FN: FeatureNorm, a LayerNorm without scale and bias
     actor_gn: bool = False  # GN: GroupNorm with 32 groups
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
-    actor_input_noise: float = 0.0  # InN: standard deviation of noise on the states in its loss
-    actor_bc_noise: float = 0.0  # BCN: standard deviation of noise on temperature x advantage
-    actor_grad_noise: float = 0.0  # GrN: noise on the first gradient; decays by (1 + t)^-0.55
+    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
+    actor_bc_noise: float = 0.0  # BCN: std of noise on temperature x advantage
+    actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_lr_decay: bool = True  # cosine decay of the actor's learning rate to 0 over the run
     # Regularisers of Q and V, which the paper leaves alone
-    critic_dropout: float = 0.0  # like actor_dropout
-    critic_wd: float = 0.0  # like actor_wd
-    critic_l1_ratio: float = 0.0  # like actor_l1_ratio
-    critic_wd_kernels_only: bool = False  # like actor_wd_kernels_only
-    critic_ln: bool = False  # like actor_ln
-    critic_fn: bool = False  # like actor_fn
-    critic_gn: bool = False  # like actor_gn
-    critic_bn: bool = False  # like actor_bn
-    critic_sn: bool = False  # like actor_sn
-    critic_grad_noise: float = 0.0  # like actor_grad_noise
-    critic_lr_decay: bool = False  # like actor_lr_decay
+    critic_dropout: float = 0.0  # dropout rate in the critics' loss
+    critic_wd: float = 0.0  # decoupled weight decay of the critics
+    critic_l1_ratio: float = 0.0  # fraction of L1 in critic_wd
+    critic_wd_kernels_only: bool = False  # spare biases and normalisation from critic_wd
+    critic_ln: bool = False  # LayerNorm in Q and V
+    critic_fn: bool = False  # FeatureNorm in Q and V
+    critic_gn: bool = False  # GroupNorm with 32 groups in Q and V
+    critic_bn: bool = False  # BatchNorm in Q and V
+    critic_sn: bool = False  # SpectralNorm of the last hidden Dense of Q and V
+    critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
+    critic_lr_decay: bool = False  # cosine decay of the critics' learning rate to 0
     # Run
     seed: int = 0  # everything random in a run follows from it
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = 1_000_000  # updates in all
-    log_every: int = 1000  # updates in an epoch, which is one compiled scan
+    log_every: int = 1000  # updates between rows of train.csv; one compiled scan
     eval_every: Optional[int] = None  # updates between evaluations; default 10,000 (AntMaze 50,000)
     eval_episodes: Optional[int] = None  # episodes in an evaluation; default 10 (AntMaze 100)
-    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # on actions, on states
-    analysis: bool = True  # measure what is inside the actor in each evaluation
-    deterministic: bool = False  # the same bits each time on a GPU, too; slower
+    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # on actions, states
+    analysis: bool = True  # measure dead neurons, ranks and errors in each evaluation
+    deterministic: bool = False  # be bitwise reproducible on a GPU, too; slower
     results: str = "results"  # folder in which each run has its directory
     evaluate: Optional[str] = None  # directory of a run to evaluate; nothing is trained
     video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-BOUNDS = {  # a whole number without one must be 1 or more, any other 0 or more
+BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
     "seed": "0 or more",
     "validation_seed": "0 or more",
     "validation_frac": "at least 0 and below 1",
@@ -121,7 +122,7 @@ BOUNDS = {  # a whole number without one must be 1 or more, any other 0 or more
 
 
 def constraints(config):
-    """Return what must hold of a config: error message -> whether it holds."""
+    """Return {error message: whether the config is right about it}."""
     has_group_norm = config.actor_gn or config.critic_gn
     return {
         "actor_gn and critic_gn need a hidden_dim of 64, 96, ...: 32 groups of two units or more": (
@@ -137,9 +138,9 @@ def constraints(config):
 def make_dataset(config, raw):
     """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
 
-    Returns the file's arrays; `ends` (N,), where its episodes end; `train` and `validation`, the
-    indices of the steps that make transitions; and the `mean` and `std` (S,) by which the states
-    were normalised.
+    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled;
+    terminals (N,); ends (N,), the last step of each episode; train and validation, the indices of
+    the steps that are transitions; mean and std of the states, (S,) or the scalars 0 and 1.
     """
     ends = raw["terminals"] | raw["timeouts"]
     ends[-1] = True
@@ -194,13 +195,13 @@ def hold_out(config, ends):
 
 
 def reward_scale(config, raw):
-    """Return the factor of the rewards with `normalize_reward`."""
+    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
     if domain(config.dataset_name) == "antmaze":
         return np.float32(100)
-    spread = np.ptp(episode_returns(raw))
-    if spread == 0:
+    return_range = np.ptp(episode_returns(raw))
+    if return_range == 0:
         raise UserError("all episodes have the same return; use --normalize_reward false")
-    return np.float32(1000 / spread)
+    return np.float32(1000 / return_range)
 
 
 class Transitions(NamedTuple):
@@ -228,12 +229,15 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
+# In compiled code every float of the config is a traced array, but for 0 (harness/seeds.py).
+# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+
 
 class ActorHidden(nn.Module):
     """The actor's hidden layers, states (B, S) to features (B, F).
 
-    Each is Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm and Dropout, in the paper's
-    order. SpectralNorm acts on the last Dense.
+    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
+    and Dropout, in the paper's order. SpectralNorm acts on the last Dense.
     """
 
     config: Config
@@ -243,13 +247,13 @@ class ActorHidden(nn.Module):
         config = self.config
         for layer in range(config.actor_layers):
             is_last = layer == config.actor_layers - 1
-            dense = hidden_dense(config)
+            dense = hidden_dense(config)  # below, with the algorithm's initialisation
             if config.actor_sn and is_last:
                 x = nn.SpectralNorm(dense)(x, update_stats=train)
             else:
                 x = dense(x)
             if is_last:
-                self.sow("intermediates", "features", x)  # for `analyse`
+                self.sow("intermediates", "preactivations", x)  # for `analyse`
             x = nn.relu(x)
             if config.actor_ln:
                 x = nn.LayerNorm()(x)
@@ -294,7 +298,7 @@ class CriticHidden(nn.Module):
 
 
 def dropout(key, rate, x):
-    """Drop a share of the units. (nn.Dropout takes no traced rate.)"""
+    """Drop units at a rate that may be traced, which nn.Dropout's may not."""
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0)
 
@@ -305,7 +309,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output as targets and evaluation see it: no dropout, running statistics."""
+    """Return the output without dropout, with running statistics: in targets and evaluation."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -319,13 +323,12 @@ def forward_train(network, variables, key, *inputs):
 
 # --- Optimiser ---
 
-ADAM, SCHEDULE = 0, -1  # positions in the chain of `make_optimizer`
-
 
 def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
     """Return Adam with decoupled weight decay (the paper's L2, L1 and elastic net).
 
-    theta -= lr wd ((1 - rho) theta + rho sign theta), where rho is the L1 ratio.
+    theta -= lr (step + wd ((1 - rho) theta + rho sign theta)), where step is Adam's and rho the L1
+    ratio. For rho = 0 this is AdamW (arXiv 1711.05101).
     """
 
     def add_decay(updates, params):
@@ -350,10 +353,12 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
     """Take one step; return the network's variables and the optimiser's state.
 
     Before Adam the gradient gets Gaussian noise of standard deviation noise / (1 + t)^0.55, where
-    t counts the network's own steps.
+    t counts the network's own steps. (So in the paper's code; arXiv 1511.06807 decays the variance
+    so.)
     """
     if is_on(noise):
-        scale = noise / (1 + opt_state[ADAM].count) ** 0.55
+        adam = opt_state[0]
+        scale = noise / (1 + adam.count) ** 0.55
         draws = optax.tree.random_like(key, grads)
         grads = jax.tree.map(lambda grad, draw: grad + scale * draw, grads, draws)
     params = variables["params"]
@@ -366,7 +371,7 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 
 
 def hidden_dense(config):
-    """Return a hidden Dense: orthogonal weights, biases 0."""
+    """Return a hidden Dense: orthogonal weights, biases 0, as IQL."""
     return nn.Dense(config.hidden_dim, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
 
 
@@ -402,12 +407,11 @@ class Critics(nn.Module):
     @nn.compact
     def __call__(self, observations, actions, train):
         inputs = jnp.concatenate([observations, actions], -1)
-        values = []
+        outputs = []
         for k in range(2):
-            last = last_dense(1, math.sqrt(2))
             features = CriticHidden(self.config, name=f"Hidden_{k}")(inputs, train)
-            values.append(last(features))
-        return jnp.stack(values)[..., 0]
+            outputs.append(last_dense(1, math.sqrt(2))(features))
+        return jnp.stack(outputs)[..., 0]
 
 
 class Value(nn.Module):
@@ -440,9 +444,9 @@ def networks(config, actions):
 
 
 class TrainState(NamedTuple):
-    actor: dict  # variables: params and batch_stats
+    actor: dict  # variables: params and batch_stats, as those of the other networks
     actor_opt: optax.OptState
-    critic: dict
+    critic: dict  # of both critics
     target_critic: dict
     critic_opt: optax.OptState
     value: dict
@@ -450,13 +454,13 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def target_values(config, state, batch):
+def target_q_values(config, state, batch):
     """Return min_k Q'_k(s, a), (B,)."""
     nets = networks(config, batch.actions)
     return forward(nets.critics, state.target_critic, batch.observations, batch.actions).min(0)
 
 
-def value_loss(params, config, state, batch, target, key):
+def value_loss(params, config, state, batch, target_q, key):
     """Return |expectile - 1(u < 0)| u^2 of u = min_k Q'_k(s, a) - V(s) (IQL, equation 5).
 
     Also returns the value's variables and scalars to log.
@@ -464,64 +468,17 @@ def value_loss(params, config, state, batch, target, key):
     nets = networks(config, batch.actions)
     value = {**state.value, "params": params}
     values, value = forward_train(nets.value, value, key, batch.observations)
-    difference = target - values
-    weights = jnp.where(difference > 0, config.expectile, 1 - config.expectile)
-    loss = jnp.mean(weights * difference**2)
+    u = target_q - values
+    weights = jnp.where(u > 0, config.expectile, 1 - config.expectile)
+    loss = jnp.mean(weights * u**2)
     return loss, (value, {"value_loss": loss, "v": values.mean()})
-
-
-def actor_loss(params, config, state, batch, target, keys):
-    """Return -min(exp(temperature A), max_weight) log pi(a|s) (IQL, equation 7).
-
-    A = min_k Q'_k(s, a) - V(s) sees clean states. The actor is regularised. Also returns the
-    actor's variables and scalars to log.
-    """
-    dropout_key, input_key, objective_key = keys
-    nets = networks(config, batch.actions)
-    exponents = weight_exponents(config, state, batch, target)
-    observations = batch.observations
-    if is_on(config.actor_input_noise):
-        noise = jax.random.normal(input_key, observations.shape)
-        observations = observations + config.actor_input_noise * noise
-    if is_on(config.actor_bc_noise):
-        noise = jax.random.normal(objective_key, exponents.shape)
-        exponents = exponents + config.actor_bc_noise * noise
-    actor = {**state.actor, "params": params}
-    policies, actor = forward_train(nets.actor, actor, dropout_key, observations)
-    loss, info = actor_objective(config, batch, policies, exponents)
-    return loss, (actor, info)
-
-
-def weight_exponents(config, state, batch, target):
-    """Return temperature A, (B,)."""
-    nets = networks(config, batch.actions)
-    advantages = target - forward(nets.value, state.value, batch.observations)
-    return config.temperature * advantages
-
-
-def actor_objective(config, batch, policies, exponents):
-    """Return the actor's loss for its means and log standard deviations, and scalars to log."""
-    means, log_stds = policies
-    weights = jnp.minimum(jnp.exp(exponents), config.max_weight)
-    log_probs = jax.scipy.stats.norm.logpdf(batch.actions, means, jnp.exp(log_stds)).sum(-1)
-    loss = -jnp.mean(weights * log_probs)
-    return loss, {"actor_loss": loss, "bc_loss": -log_probs.mean(), "weight": weights.mean()}
-
-
-def eval_actor_loss(config, state, batch):
-    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    nets = networks(config, batch.actions)
-    target = target_values(config, state, batch)
-    exponents = weight_exponents(config, state, batch, target)
-    policies = forward(nets.actor, state.actor, batch.observations)
-    loss, _ = actor_objective(config, batch, policies, exponents)
-    return loss
 
 
 def critic_loss(params, config, state, batch, key):
     """Return the squared error of both Q(s, a) to r + gamma (1 - d) V(s') (IQL, equation 6).
 
-    It is summed over the two. Also returns the critics' variables and scalars to log.
+    It is summed over both critics; the logged one is their mean. Also returns the critics'
+    variables and scalars to log.
     """
     nets = networks(config, batch.actions)
     next_values = forward(nets.value, state.value, batch.next_observations)
@@ -532,6 +489,51 @@ def critic_loss(params, config, state, batch, key):
     losses = (values - target) ** 2
     info = {"critic_loss": losses.mean(), "q": values.mean()}
     return losses.mean(1).sum(), (critic, info)
+
+
+def actor_loss(params, config, state, batch, target_q, keys):
+    """Return -min(exp(temperature * A), max_weight) log pi(a|s) (IQL, equation 7).
+
+    It is a mean over the batch. A = min_k Q'_k(s, a) - V(s) sees clean states. The actor is
+    regularised. Also returns the actor's variables and scalars to log.
+    """
+    dropout_key, input_key, objective_key = keys
+    nets = networks(config, batch.actions)
+    exponents = weight_exponents(config, state, batch, target_q)
+    observations = batch.observations
+    if is_on(config.actor_input_noise):
+        noise = jax.random.normal(input_key, observations.shape)
+        observations = observations + config.actor_input_noise * noise
+    if is_on(config.actor_bc_noise):
+        noise = jax.random.normal(objective_key, exponents.shape)
+        exponents = exponents + config.actor_bc_noise * noise
+    actor = {**state.actor, "params": params}
+    (means, log_stds), actor = forward_train(nets.actor, actor, dropout_key, observations)
+    loss, info = actor_objective(config, batch, means, log_stds, exponents)
+    return loss, (actor, info)
+
+
+def weight_exponents(config, state, batch, target_q):
+    """Return temperature * (min_k Q'_k(s, a) - V(s)), (B,)."""
+    nets = networks(config, batch.actions)
+    return config.temperature * (target_q - forward(nets.value, state.value, batch.observations))
+
+
+def actor_objective(config, batch, means, log_stds, exponents):
+    """Return the actor's loss for the policy's parameters (B, A), and scalars to log."""
+    weights = jnp.minimum(jnp.exp(exponents), config.max_weight)
+    log_probs = jax.scipy.stats.norm.logpdf(batch.actions, means, jnp.exp(log_stds)).sum(-1)
+    loss = -jnp.mean(weights * log_probs)
+    return loss, {"actor_loss": loss, "bc_loss": -log_probs.mean(), "weight": weights.mean()}
+
+
+def eval_actor_loss(config, state, batch):
+    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
+    nets = networks(config, batch.actions)
+    exponents = weight_exponents(config, state, batch, target_q_values(config, state, batch))
+    means, log_stds = forward(nets.actor, state.actor, batch.observations)
+    loss, _ = actor_objective(config, batch, means, log_stds, exponents)
+    return loss
 
 
 def actor_optimizer(config):
@@ -545,7 +547,7 @@ def actor_optimizer(config):
 
 
 def critic_optimizer(config):
-    """Return the optimiser of the critics, and of the value with a state of its own."""
+    """Return the critics' optimiser. V has the same one with a state of its own."""
     learning_rate = config.critic_learning_rate
     if config.critic_lr_decay:
         learning_rate = optax.cosine_decay_schedule(learning_rate, config.num_updates)
@@ -554,61 +556,60 @@ def critic_optimizer(config):
     )
 
 
-def update(config, state, batch):
-    """Update V, then the actor by the new V, then the critics by it, and the critics' target.
-
-    A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
-    """
-    key, value_key, critic_key, *keys = jax.random.split(state.key, 9)
-    actor_keys = keys[:3]
-    value_noise_key, actor_noise_key, critic_noise_key = keys[3:]
-    target = target_values(config, state, batch)
-
-    grad = jax.grad(value_loss, has_aux=True)
-    grads, (value, value_info) = grad(
-        state.value["params"], config, state, batch, target, value_key
-    )
+def update_value(config, state, batch, target_q, key, noise_key):
+    """Update V once; return the new state and a dictionary of scalars."""
+    grad_fn = jax.grad(value_loss, has_aux=True)
+    grads, (value, info) = grad_fn(state.value["params"], config, state, batch, target_q, key)
     value, value_opt = optimize(
         critic_optimizer(config),
         value,
         state.value_opt,
         grads,
         config.critic_grad_noise,
-        value_noise_key,
+        noise_key,
     )
-    state = state._replace(value=value, value_opt=value_opt, key=key)
+    return state._replace(value=value, value_opt=value_opt), info
 
-    grad = jax.grad(actor_loss, has_aux=True)
-    grads, (actor, actor_info) = grad(
-        state.actor["params"], config, state, batch, target, actor_keys
-    )
+
+def update_actor(config, state, batch, target_q, keys, noise_key):
+    """Update the actor once; return the new state and a dictionary of scalars."""
+    grad_fn = jax.grad(actor_loss, has_aux=True)
+    grads, (actor, info) = grad_fn(state.actor["params"], config, state, batch, target_q, keys)
     actor, actor_opt = optimize(
-        actor_optimizer(config),
-        actor,
-        state.actor_opt,
-        grads,
-        config.actor_grad_noise,
-        actor_noise_key,
+        actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
+    return state._replace(actor=actor, actor_opt=actor_opt), info
 
-    grad = jax.grad(critic_loss, has_aux=True)
-    grads, (critic, critic_info) = grad(state.critic["params"], config, state, batch, critic_key)
+
+def update_critics(config, state, batch, key, noise_key):
+    """Update the critics and their targets once; return the new state and scalars."""
+    grad_fn = jax.grad(critic_loss, has_aux=True)
+    grads, (critic, info) = grad_fn(state.critic["params"], config, state, batch, key)
     critic, critic_opt = optimize(
         critic_optimizer(config),
         critic,
         state.critic_opt,
         grads,
         config.critic_grad_noise,
-        critic_noise_key,
+        noise_key,
     )
-    state = state._replace(
-        actor=actor,
-        actor_opt=actor_opt,
-        critic=critic,
-        critic_opt=critic_opt,
-        target_critic=optax.incremental_update(critic, state.target_critic, config.tau),
-    )
-    return state, {**critic_info, **actor_info, **value_info}
+    target_critic = optax.incremental_update(critic, state.target_critic, config.tau)
+    return state._replace(critic=critic, critic_opt=critic_opt, target_critic=target_critic), info
+
+
+def update(config, state, batch):
+    """Update V, then the actor and the critics by the new V, then the critics' targets.
+
+    A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
+    """
+    key, value_key, critic_key, *keys = jax.random.split(state.key, 9)
+    actor_keys = keys[:3]
+    value_noise_key, actor_noise_key, critic_noise_key = keys[3:]
+    target_q = target_q_values(config, state, batch)
+    state, value_info = update_value(config, state, batch, target_q, value_key, value_noise_key)
+    state, actor_info = update_actor(config, state, batch, target_q, actor_keys, actor_noise_key)
+    state, critic_info = update_critics(config, state, batch, critic_key, critic_noise_key)
+    return state._replace(key=key), {**critic_info, **actor_info, **value_info}
 
 
 def init_state(config, batch, seed):
@@ -645,12 +646,6 @@ def epoch(config, state, data):
     return jax.lax.scan(step, state, length=config.log_every)
 
 
-@over_seeds("actor", "observations")
-def policy(config, actor, data, observations):
-    """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
-    return act(config, actor, data, (observations - data["mean"]) / data["std"])
-
-
 def act(config, actor, data, observations):
     """Return the actions (B, A) in evaluation, the means, for normalised states (B, S)."""
     nets = networks(config, data["actions"])
@@ -658,47 +653,59 @@ def act(config, actor, data, observations):
     return means
 
 
-def train(config, run):
-    """Train from the last checkpoint, if there is one, to the end.
+@over_seeds("actor", "observations")
+def policy(config, actor, data, observations):
+    """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
+    return act(config, actor, data, (observations - data["mean"]) / data["std"])
 
-    States, scalars and results have a leading axis of seeds here.
+
+def train(config, run):
+    """Train to the end, from the last checkpoint if there is one.
+
+    In turn: evaluate if that is due, then make `log_every` updates. All arrays of states, infos,
+    returns and measurements have a first axis of seeds here.
     """
     data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
     data = jax.device_put(data)
     envs = make_envs(config)
     states = init_states(init_state, config, transitions(data, np.arange(1)))
-    states, update, evaluated = run.restore(states, data)
+    states, num_updates, last_evaluated = run.restore(states, data)
     while True:
-        is_last = update == config.num_updates
-        is_due = update > evaluated and (update % config.eval_every == 0 or is_last)
-        run.checkpoint(states, update, evaluated, now=is_due)  # after a signal this is the end
+        is_last = num_updates == config.num_updates
+        is_due = num_updates % config.eval_every == 0 or is_last
+        is_due = is_due and num_updates > last_evaluated
+        # Saves if an evaluation follows, so that a kill in it costs no training, or once a minute.
+        # After a signal it saves and exits.
+        run.checkpoint(states, num_updates, last_evaluated, now=is_due)
         if is_due:
             with run.timed("evaluation"):
-                policies = partial(policy, config, states.actor, data)
-                returns, visited = evaluate(config, policies, envs, update)
+                act_in_all_seeds = partial(policy, config, states.actor, data)
+                returns, visited = evaluate(config, act_in_all_seeds, envs, num_updates)
             measured = {}
             if config.analysis:
                 with run.timed("analysis"):
                     measured = with_pca_ranks(analyse(config, states, data, samples, visited))
-            run.log_evaluation(update, returns, measured)
-            evaluated = update
-            run.checkpoint(states, update, evaluated, now=True)
+            run.log_evaluation(num_updates, returns, measured)
+            last_evaluated = num_updates
+            run.checkpoint(states, num_updates, last_evaluated, now=True)
         if is_last:
             return run.finish()
         with run.timed("train"):
             states, infos = jax.block_until_ready(epoch(config, states, data))
-        update += config.log_every
-        run.log_epoch(update, infos, states)
+        num_updates += config.log_every
+        run.log_epoch(num_updates, infos, states)
 
 
 # --- Appendix: inside the actor ---
 
-NUM_STATES = 10_000  # in each batch in which the actor is watched, at most
+NUM_STATES = 10_000  # at most, in each batch on which the actor is measured
+NUM_PROBED = 1024  # held-out states of the plasticity probe
+PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
 
 
 def make_samples(data):
-    """Return the batches in which the actor is watched, the same in each evaluation.
+    """Return the batches on which the actor is measured, the same in each evaluation.
 
     `train` and `validation` are indices of steps. `random` are states (NUM_STATES, S), uniform in
     the range of the normalised states for training.
@@ -721,11 +728,11 @@ def make_samples(data):
 
 @over_seeds("state", "visited")
 def analyse(config, state, data, samples, visited):
-    """Return what the paper watches inside the actor, by names such as train/dead_neurons.
+    """Return what the paper measures inside the actor, by names such as train/dead_neurons.
 
-    It looks at four batches: the steps samples["train"] and samples["validation"] of the data, the
-    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation. All
-    values are scalars but the Gram matrices (F, F), for `with_pca_ranks`.
+    There are four batches: the steps samples["train"] and samples["validation"] of the data, the
+    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation.
+    Returns scalars, and for each batch a matrix `gram` (F, F) for `with_pca_ranks`.
     """
     batches = {}
     for part in ("train", "validation"):
@@ -739,33 +746,34 @@ def analyse(config, state, data, samples, visited):
     nets = networks(config, data["actions"])
     for part, states in observations.items():
         _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
-        features = seen["intermediates"]["Hidden_0"]["features"][0]
-        for key, value in measure(features).items():
+        preactivations = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+        for key, value in measure(preactivations).items():
             info[f"{part}/{key}"] = value
     for part, batch in batches.items():
         info[f"{part}/action_error"] = action_error(config, data, state.actor, batch)
         info[f"{part}/actor_loss"] = eval_actor_loss(config, state, batch)
     if "validation" in batches:
-        for key in ("action_error", "actor_loss"):
+        for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
-        probe = jax.tree.map(lambda x: x[:1024], batches["validation"])
+        probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
         cloned = clone_further(config, data, state, probe)
         info["plasticity/before"] = action_error(config, data, state.actor, probe)
         info["plasticity/after"] = action_error(config, data, cloned, probe)
     return info
 
 
-def measure(features):
-    """Return statistics of features (B, F): the last hidden Dense's outputs before the ReLU.
+def measure(preactivations):
+    """Return statistics of the last hidden Dense's outputs before the ReLU (B, F).
 
-    A dead neuron is positive nowhere in the batch. `gram` (F, F) is for the PCA rank.
+    dead_neurons is the fraction of neurons that are at most 0 on the whole batch. feature_* are
+    the mean norm of a row, and mean and standard deviation over rows and neurons.
     """
     return {
-        "dead_neurons": jnp.mean(jnp.all(features <= 0, 0)),
-        "feature_norm": jnp.mean(jnp.linalg.norm(features, axis=1)),
-        "feature_mean": features.mean(),
-        "feature_std": features.std(),
-        "gram": features.T @ features,
+        "dead_neurons": jnp.mean(jnp.all(preactivations <= 0, 0)),
+        "feature_norm": jnp.mean(jnp.linalg.norm(preactivations, axis=1)),
+        "feature_mean": preactivations.mean(),
+        "feature_std": preactivations.std(),
+        "gram": preactivations.T @ preactivations,
     }
 
 
@@ -779,8 +787,8 @@ def with_pca_ranks(measured):
     grams = [key for key in measured if key.endswith("/gram")]
     for key in grams:
         gram = measured.pop(key).astype(np.float64)
-        energies = np.linalg.eigvalsh(gram)[:, ::-1]
-        is_needed = np.cumsum(energies, 1) < 0.99 * energies.sum(1, keepdims=True)
+        squares = np.linalg.eigvalsh(gram)[:, ::-1]  # of the singular values, largest first
+        is_needed = np.cumsum(squares, 1) < 0.99 * squares.sum(1, keepdims=True)
         measured[key.replace("gram", "pca_rank")] = is_needed.sum(1) + 1
     return measured
 
@@ -791,7 +799,7 @@ def action_error(config, data, actor, batch):
 
 
 def clone_further(config, data, state, batch):
-    """Return the actor after 100 steps of behaviour cloning on the batch (the plasticity probe).
+    """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
     It starts from a copy of the actor and of its optimiser. The learning rate does not decay, so
     that the steps move the copy at the end of a run, too.
@@ -809,16 +817,17 @@ def clone_further(config, data, state, batch):
         noise = config.actor_grad_noise
         return optimize(optimizer, actor, opt_state, grads, noise, key), None
 
-    fresh = optimizer.init(state.actor["params"])
-    opt_state = (*state.actor_opt[:SCHEDULE], fresh[SCHEDULE])
-    keys = jax.random.split(jax.random.key(0), 100)
+    adam, decay, _ = state.actor_opt
+    _, _, constant_rate = optimizer.init(state.actor["params"])  # a schedule has a counter here
+    opt_state = (adam, decay, constant_rate)
+    keys = jax.random.split(jax.random.key(0), PROBE_STEPS)
     (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), keys)
     return actor
 
 
 # --- Appendix: the paper's hyperparameters ---
 
-# The names of `regularisers`, at the strengths that the paper chose for all datasets
+# Names of `regularisers` -> flags, at the strengths that the paper chose for all datasets
 CHOSEN = {
     "DO": dict(actor_dropout=0.1),
     "LN": dict(actor_ln=True),
@@ -834,10 +843,10 @@ CHOSEN = {
     "GrN": dict(actor_grad_noise=0.01),
 }
 
-# The names of `regularisers` that are tuned for each dataset, and what that tunes
+# Names of `regularisers` that stand for values tuned per dataset -> what was tuned
 BEST = {"best": "DO+LN+EN", "best-L1": "L1"}
 
-# From which `best` was chosen
+# The grid in which `best` was tuned
 TUNING_GRID = dict(
     actor_ln=[False, True],
     actor_dropout=[0, 0.1, 0.2],
@@ -913,8 +922,11 @@ def tuned(config):
         eval_every=50_000 if is_antmaze else 10_000,
         eval_episodes=100 if is_antmaze else 10,
     )
-    left_open = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return replace(config, **left_open)
+    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    return replace(config, **unset)
+
+
+# --- Main ---
 
 
 def main():

@@ -5,9 +5,9 @@ The algorithm: "Revisiting the Minimalist Approach to Offline RL" (ReBRAC, arXiv
 
     python rebrac.py --dataset_name hopper-medium-v2  # the paper's baseline
     python rebrac.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
-    python rebrac.py --dataset_name pen-human-v1 --critic_loss mse  # the original's critic
+    python rebrac.py --dataset_name pen-human-v1 --critic_loss mse  # the original ReBRAC's critic
 
-Two CPU cores make about 24 updates a second at batch 1024 (Gym-MuJoCo), 80 at 256 (Adroit).
+Two CPU cores make about 24 updates a second at batch 1024 and 80 at 256 (Hopper's sizes).
 """
 
 import math
@@ -29,85 +29,87 @@ from harness.policies import evaluate_run
 from harness.run import Run
 from harness.seeds import init_states, is_on, over_seeds
 
-NAME = "ReBRAC"
+NAME = "ReBRAC"  # by this line the tools find the script
 
 # --- Config ---
 
 
 @dataclass(frozen=True)
 class Config:
+    """Every field is a flag. None stands for the paper's value for the dataset (see `tuned`)."""
+
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
     dataset_path: Optional[str] = None  # file in D4RL's HDF5 format; default: D4RL's own
-    normalize_states: bool = False  # states to mean 0 and standard deviation 1 over the data
-    normalize_reward: Optional[bool] = None  # AntMaze: x 100; else x 1000 / range of returns
-    validation_frac: float = 0.0  # share of the episodes held out; 0.05 when tuning
-    validation_seed: Optional[int] = None  # shuffles before holding out; default: the file's last
+    normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
+    normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
+    validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
     critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (original)
-    gamma: Optional[float] = None  # discount
-    tau: float = 0.005  # share of the new parameters in the targets' moving average
-    batch_size: Optional[int] = None  # transitions in an update
-    actor_learning_rate: Optional[float] = None  # of the actor's Adam
-    critic_learning_rate: Optional[float] = None  # of the critics' Adam
-    actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss
-    critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2 in the critic's target
-    actor_q_coef: float = 1.0  # weight of the normalised Q in the actor's loss; 0: cloning alone
+    gamma: Optional[float] = None  # discount factor; default: 0.99 (AntMaze 0.999)
+    tau: float = 0.005  # step size of the targets' Polyak average
+    batch_size: Optional[int] = None  # transitions per update; default: 1024 or 256 (Adroit, ...)
+    actor_learning_rate: Optional[float] = None  # of the actor's Adam; default: 1e-3 or 3e-4
+    critic_learning_rate: Optional[float] = None  # default: as the actor's (AntMaze with mse 5e-5)
+    actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss; tuned
+    critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2 in the critics' target
+    actor_q_coef: float = 1.0  # weight of Q / mean |Q| in the actor's loss; 0: cloning only
     policy_freq: int = 2  # critic updates for each update of the actor and the targets
     target_noise: float = 0.2  # standard deviation of the noise on the target actor's actions
     noise_clip: float = 0.5  # largest absolute value of the noise on the target actor's actions
-    n_classes: Optional[int] = None  # hl_gauss: number of bins
-    v_min: Optional[float] = None  # hl_gauss: smallest return to go; default: the dataset's
-    v_max: Optional[float] = None  # hl_gauss: largest return to go; default: the dataset's
-    v_expand: Optional[float] = None  # hl_gauss: widening of [v_min, v_max], as a share of it
-    sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target, in bins
+    n_classes: Optional[int] = None  # hl_gauss: number of bins; default: tuned per dataset
+    v_min: Optional[float] = None  # hl_gauss: lowest value; default: the data's (AntMaze: 0)
+    v_max: Optional[float] = None  # hl_gauss: highest value; default: the data's (AntMaze: 100)
+    v_expand: Optional[float] = None  # hl_gauss: fraction by which [v_min, v_max] is widened; tuned
+    sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target's Gaussian, in bin widths
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 3  # hidden layers of the actor
     critic_layers: int = 3  # hidden layers of each critic
     # Regularisers of the actor; 0 or false is exactly off
-    regularisers: str = "none"  # names such as DO+LN (see CHOSEN); best or best-L2: tuned ones
-    actor_dropout: float = 0.0  # DO: share of the hidden units dropped in the actor's loss
-    actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay of the actor
-    actor_l1_ratio: float = 0.0  # share of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
-    actor_wd_kernels_only: bool = False  # actor_wd spares biases and normalisation parameters
+    regularisers: str = "none"  # names joined by +, such as DO+LN; best, best-L2: tuned
+    actor_dropout: float = 0.0  # DO: dropout rate in the actor's loss
+    actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
+    actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
+    actor_wd_kernels_only: bool = False  # spare biases and normalisation from actor_wd
     actor_ln: bool = False  # LN: LayerNorm
     actor_fn: bool = False  # FN: FeatureNorm, a LayerNorm without scale and bias
     actor_gn: bool = False  # GN: GroupNorm with 32 groups
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
-    actor_input_noise: float = 0.0  # InN: standard deviation of noise on the states in its loss
-    actor_bc_noise: float = 0.0  # BCN: standard deviation of noise on the cloned actions
-    actor_grad_noise: float = 0.0  # GrN: noise on the first gradient; decays by (1 + t)^-0.55
+    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
+    actor_bc_noise: float = 0.0  # BCN: std of noise on the cloned actions
+    actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_lr_decay: bool = False  # cosine decay of the actor's learning rate to 0 over the run
     # Regularisers of the critics, which the paper leaves alone
-    critic_dropout: float = 0.0  # like actor_dropout
-    critic_wd: float = 0.0  # like actor_wd
-    critic_l1_ratio: float = 0.0  # like actor_l1_ratio
-    critic_wd_kernels_only: bool = False  # like actor_wd_kernels_only
-    critic_ln: bool = True  # like actor_ln; ReBRAC itself has it
-    critic_fn: bool = False  # like actor_fn
-    critic_gn: bool = False  # like actor_gn
-    critic_bn: bool = False  # like actor_bn
-    critic_sn: bool = False  # like actor_sn
-    critic_grad_noise: float = 0.0  # like actor_grad_noise
-    critic_lr_decay: bool = False  # like actor_lr_decay
+    critic_dropout: float = 0.0  # dropout rate in the critics' loss
+    critic_wd: float = 0.0  # decoupled weight decay of the critics
+    critic_l1_ratio: float = 0.0  # fraction of L1 in critic_wd
+    critic_wd_kernels_only: bool = False  # spare biases and normalisation from critic_wd
+    critic_ln: bool = True  # LayerNorm in the critics; ReBRAC has it
+    critic_fn: bool = False  # FeatureNorm in the critics
+    critic_gn: bool = False  # GroupNorm with 32 groups in the critics
+    critic_bn: bool = False  # BatchNorm in the critics
+    critic_sn: bool = False  # SpectralNorm of the critics' last hidden Dense
+    critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
+    critic_lr_decay: bool = False  # cosine decay of the critics' learning rate to 0
     # Run
     seed: int = 0  # everything random in a run follows from it
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = 1_000_000  # updates of the critics in all
-    log_every: int = 1000  # updates in an epoch, which is one compiled scan
+    log_every: int = 1000  # updates between rows of train.csv; one compiled scan
     eval_every: Optional[int] = None  # updates between evaluations; default 10,000 (AntMaze 50,000)
     eval_episodes: Optional[int] = None  # episodes in an evaluation; default 10 (AntMaze 100)
-    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # on actions, on states
-    analysis: bool = True  # measure what is inside the actor in each evaluation
-    deterministic: bool = False  # the same bits each time on a GPU, too; slower
+    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # on actions, states
+    analysis: bool = True  # measure dead neurons, ranks and errors in each evaluation
+    deterministic: bool = False  # be bitwise reproducible on a GPU, too; slower
     results: str = "results"  # folder in which each run has its directory
     evaluate: Optional[str] = None  # directory of a run to evaluate; nothing is trained
     video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-BOUNDS = {  # a whole number without one must be 1 or more, any other 0 or more
+BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
     "seed": "0 or more",
     "validation_seed": "0 or more",
     "validation_frac": "at least 0 and below 1",
@@ -125,7 +127,7 @@ BOUNDS = {  # a whole number without one must be 1 or more, any other 0 or more
 
 
 def constraints(config):
-    """Return what must hold of a config: error message -> whether it holds."""
+    """Return {error message: whether the config is right about it}."""
     has_group_norm = config.actor_gn or config.critic_gn
     has_range = config.v_min is not None and config.v_max is not None
     return {
@@ -144,9 +146,9 @@ def constraints(config):
 def make_dataset(config, raw):
     """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
 
-    Returns the file's arrays; `ends` (N,), where its episodes end; `train` and `validation`, the
-    indices of the steps that make transitions; and the `mean` and `std` (S,) by which the states
-    were normalised.
+    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled;
+    terminals (N,); ends (N,), the last step of each episode; train and validation, the indices of
+    the steps that are transitions; mean and std of the states, (S,) or the scalars 0 and 1.
     """
     ends = raw["terminals"] | raw["timeouts"]
     ends[-1] = True
@@ -201,13 +203,13 @@ def hold_out(config, ends):
 
 
 def reward_scale(config, raw):
-    """Return the factor of the rewards with `normalize_reward`."""
+    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
     if domain(config.dataset_name) == "antmaze":
         return np.float32(100)
-    spread = np.ptp(episode_returns(raw))
-    if spread == 0:
+    return_range = np.ptp(episode_returns(raw))
+    if return_range == 0:
         raise UserError("all episodes have the same return; use --normalize_reward false")
-    return np.float32(1000 / spread)
+    return np.float32(1000 / return_range)
 
 
 class Transitions(NamedTuple):
@@ -235,12 +237,15 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
+# In compiled code every float of the config is a traced array, but for 0 (harness/seeds.py).
+# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+
 
 class ActorHidden(nn.Module):
     """The actor's hidden layers, states (B, S) to features (B, F).
 
-    Each is Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm and Dropout, in the paper's
-    order. SpectralNorm acts on the last Dense.
+    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
+    and Dropout, in the paper's order. SpectralNorm acts on the last Dense.
     """
 
     config: Config
@@ -250,13 +255,13 @@ class ActorHidden(nn.Module):
         config = self.config
         for layer in range(config.actor_layers):
             is_last = layer == config.actor_layers - 1
-            dense = hidden_dense(config)
+            dense = hidden_dense(config)  # below, with the algorithm's initialisation
             if config.actor_sn and is_last:
                 x = nn.SpectralNorm(dense)(x, update_stats=train)
             else:
                 x = dense(x)
             if is_last:
-                self.sow("intermediates", "features", x)  # for `analyse`
+                self.sow("intermediates", "preactivations", x)  # for `analyse`
             x = nn.relu(x)
             if config.actor_ln:
                 x = nn.LayerNorm()(x)
@@ -301,7 +306,7 @@ class CriticHidden(nn.Module):
 
 
 def dropout(key, rate, x):
-    """Drop a share of the units. (nn.Dropout takes no traced rate.)"""
+    """Drop units at a rate that may be traced, which nn.Dropout's may not."""
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0)
 
@@ -312,7 +317,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output as targets and evaluation see it: no dropout, running statistics."""
+    """Return the output without dropout, with running statistics: in targets and evaluation."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -326,13 +331,12 @@ def forward_train(network, variables, key, *inputs):
 
 # --- Optimiser ---
 
-ADAM, SCHEDULE = 0, -1  # positions in the chain of `make_optimizer`
-
 
 def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
     """Return Adam with decoupled weight decay (the paper's L2, L1 and elastic net).
 
-    theta -= lr wd ((1 - rho) theta + rho sign theta), where rho is the L1 ratio.
+    theta -= lr (step + wd ((1 - rho) theta + rho sign theta)), where step is Adam's and rho the L1
+    ratio. For rho = 0 this is AdamW (arXiv 1711.05101).
     """
 
     def add_decay(updates, params):
@@ -357,10 +361,12 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
     """Take one step; return the network's variables and the optimiser's state.
 
     Before Adam the gradient gets Gaussian noise of standard deviation noise / (1 + t)^0.55, where
-    t counts the network's own steps.
+    t counts the network's own steps. (So in the paper's code; arXiv 1511.06807 decays the variance
+    so.)
     """
     if is_on(noise):
-        scale = noise / (1 + opt_state[ADAM].count) ** 0.55
+        adam = opt_state[0]
+        scale = noise / (1 + adam.count) ** 0.55
         draws = optax.tree.random_like(key, grads)
         grads = jax.tree.map(lambda grad, draw: grad + scale * draw, grads, draws)
     params = variables["params"]
@@ -373,7 +379,7 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 
 
 def hidden_dense(config):
-    """Return a hidden Dense: weights uniform within +-1 / sqrt(fan_in), biases 0.1."""
+    """Return a hidden Dense: weights uniform within +-1 / sqrt(fan_in), biases 0.1, as ReBRAC."""
     return nn.Dense(
         config.hidden_dim,
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
@@ -398,7 +404,8 @@ class Actor(nn.Module):
 
     @nn.compact
     def __call__(self, observations, train):
-        features = ActorHidden(self.config, name="Hidden_0")(observations, train)
+        config = self.config
+        features = ActorHidden(config, name="Hidden_0")(observations, train)
         return nn.tanh(last_dense(self.action_dim, 1e-3)(features))
 
 
@@ -413,12 +420,11 @@ class Critics(nn.Module):
     @nn.compact
     def __call__(self, observations, actions, train):
         inputs = jnp.concatenate([observations, actions], -1)
-        size = self.config.n_classes if self.config.critic_loss == "hl_gauss" else 1
+        num_outputs = self.config.n_classes if self.config.critic_loss == "hl_gauss" else 1
         outputs = []
         for k in range(2):
-            last = last_dense(size, 3e-3)
             features = CriticHidden(self.config, name=f"Hidden_{k}")(inputs, train)
-            outputs.append(last(features))
+            outputs.append(last_dense(num_outputs, 3e-3)(features))
         return jnp.stack(outputs)
 
 
@@ -432,11 +438,14 @@ def networks(config, actions):
     return Networks(actor=Actor(config, actions.shape[-1]), critics=Critics(config))
 
 
-# --- Values as classes (HL-Gauss) ---
+# --- Values as classes: HL-Gauss ---
 
 
 def support(config):
-    """Return the bins' edges (n_classes + 1,): [v_min, v_max], widened in all by v_expand of it."""
+    """Return the bins' edges (n_classes + 1,) over [v_min, v_max], made wider by v_expand of it.
+
+    `with_value_range`, below, has set v_min and v_max from the data.
+    """
     margin = config.v_expand * (config.v_max - config.v_min) / 2
     return jnp.linspace(config.v_min - margin, config.v_max + margin, config.n_classes + 1)
 
@@ -471,10 +480,10 @@ def critic_values(config, outputs):
 
 
 class TrainState(NamedTuple):
-    actor: dict  # variables: params and batch_stats
+    actor: dict  # variables: params and batch_stats, as those of the other networks
     target_actor: dict
     actor_opt: optax.OptState
-    critic: dict
+    critic: dict  # of both critics
     target_critic: dict
     critic_opt: optax.OptState
     key: jax.Array
@@ -497,9 +506,10 @@ def critic_target(config, state, batch, key):
 
 
 def critic_loss(params, config, state, batch, target, key):
-    """Return the cross-entropy to the target's HL-Gauss, or with mse the squared error.
+    """Return the cross-entropy of the critics' logits to HL-Gauss(target), or the squared error.
 
-    It is summed over both critics. Also returns the critics' variables and scalars to log.
+    It is summed over both critics; the logged one is their mean. Also returns the critics'
+    variables and scalars to log.
     """
     nets = networks(config, batch.actions)
     critic = {**state.critic, "params": params}
@@ -515,8 +525,9 @@ def critic_loss(params, config, state, batch, target, key):
 def actor_loss(params, config, state, batch, keys):
     """Return actor_bc_coef ||pi(s) - a||^2 - actor_q_coef min_k Q_k(s, pi(s)) / mean |min_k Q_k|.
 
-    The actor is regularised. The critics see clean states. Also returns the actor's variables and
-    scalars to log.
+    It is a mean over the batch, without a gradient through the denominator. The actor is
+    regularised. The critics see clean states. Also returns the actor's variables and scalars to
+    log.
     """
     dropout_key, input_key, objective_key = keys
     nets = networks(config, batch.actions)
@@ -524,20 +535,20 @@ def actor_loss(params, config, state, batch, keys):
     if is_on(config.actor_input_noise):
         noise = jax.random.normal(input_key, observations.shape)
         observations = observations + config.actor_input_noise * noise
-    cloned = batch.actions
+    bc_targets = batch.actions
     if is_on(config.actor_bc_noise):
-        noise = jax.random.normal(objective_key, cloned.shape)
-        cloned = cloned - config.actor_bc_noise * noise
+        noise = jax.random.normal(objective_key, bc_targets.shape)
+        bc_targets = bc_targets - config.actor_bc_noise * noise  # as in the paper's code
     actor = {**state.actor, "params": params}
     actions, actor = forward_train(nets.actor, actor, dropout_key, observations)
-    loss, bc = actor_objective(config, state, batch, actions, cloned)
+    loss, bc = actor_objective(config, state, batch, actions, bc_targets)
     return loss, (actor, {"actor_loss": loss, "bc_loss": bc})
 
 
-def actor_objective(config, state, batch, actions, cloned):
-    """Return the actor's loss for its actions (B, A), and the part of behaviour cloning."""
+def actor_objective(config, state, batch, actions, bc_targets):
+    """Return the actor's loss for its actions (B, A), and its term of behaviour cloning."""
     nets = networks(config, batch.actions)
-    bc = jnp.sum((actions - cloned) ** 2, -1).mean()
+    bc = jnp.sum((actions - bc_targets) ** 2, -1).mean()
     loss = config.actor_bc_coef * bc
     if is_on(config.actor_q_coef):
         outputs = forward(nets.critics, state.critic, batch.observations, actions)
@@ -580,8 +591,10 @@ def update_critics(config, state, batch):
     """Update the critics once; return the new state and a dictionary of scalars."""
     key, target_key, dropout_key, noise_key = jax.random.split(state.key, 4)
     target = critic_target(config, state, batch, target_key)
-    grad = jax.grad(critic_loss, has_aux=True)
-    grads, (critic, info) = grad(state.critic["params"], config, state, batch, target, dropout_key)
+    grad_fn = jax.grad(critic_loss, has_aux=True)
+    grads, (critic, info) = grad_fn(
+        state.critic["params"], config, state, batch, target, dropout_key
+    )
     critic, critic_opt = optimize(
         critic_optimizer(config),
         critic,
@@ -596,8 +609,8 @@ def update_critics(config, state, batch):
 def update_actor(config, state, batch):
     """Update the actor and both targets once; return the new state and a dictionary of scalars."""
     key, noise_key, *keys = jax.random.split(state.key, 5)
-    grad = jax.grad(actor_loss, has_aux=True)
-    grads, (actor, info) = grad(state.actor["params"], config, state, batch, keys)
+    grad_fn = jax.grad(actor_loss, has_aux=True)
+    grads, (actor, info) = grad_fn(state.actor["params"], config, state, batch, keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -613,11 +626,13 @@ def update_actor(config, state, batch):
 def update(config, state, batches):
     """Update the critics on each batch (policy_freq, B), then the actor and targets on the last.
 
-    A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
+    A pure function of a TrainState and Transitions. Returns the new state and scalars to log,
+    of the critics those of their last update.
     """
-    state, infos = jax.lax.scan(partial(update_critics, config), state, batches, unroll=True)
-    last_batch, critic_info = jax.tree.map(lambda x: x[-1], (batches, infos))
-    state, actor_info = update_actor(config, state, last_batch)
+    for k in range(config.policy_freq):
+        batch = jax.tree.map(lambda x: x[k], batches)  # noqa: B023
+        state, critic_info = update_critics(config, state, batch)
+    state, actor_info = update_actor(config, state, batch)
     return state, {**critic_info, **actor_info}
 
 
@@ -659,11 +674,11 @@ def with_value_range(config, data):
 def returns_to_go(rewards, ends, gamma):
     """Return the discounted return from each step to the end of its episode, (N,)."""
     returns = np.empty(len(rewards))
-    following = 0.0
+    return_to_go = 0.0
     steps = zip(rewards[::-1].tolist(), ends[::-1].tolist())
     for i, (reward, end) in enumerate(steps, start=1):
-        following = reward if end else reward + gamma * following
-        returns[-i] = following
+        return_to_go = reward if end else reward + gamma * return_to_go
+        returns[-i] = return_to_go
     return returns
 
 
@@ -682,22 +697,23 @@ def epoch(config, state, data):
     return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
 
 
-@over_seeds("actor", "observations")
-def policy(config, actor, data, observations):
-    """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
-    return act(config, actor, data, (observations - data["mean"]) / data["std"])
-
-
 def act(config, actor, data, observations):
     """Return the actions (B, A) in evaluation, for normalised states (B, S)."""
     nets = networks(config, data["actions"])
     return forward(nets.actor, actor, observations)
 
 
-def train(config, run):
-    """Train from the last checkpoint, if there is one, to the end.
+@over_seeds("actor", "observations")
+def policy(config, actor, data, observations):
+    """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
+    return act(config, actor, data, (observations - data["mean"]) / data["std"])
 
-    States, scalars and results have a leading axis of seeds here.
+
+def train(config, run):
+    """Train to the end, from the last checkpoint if there is one.
+
+    In turn: evaluate if that is due, then make `log_every` updates. All arrays of states, infos,
+    returns and measurements have a first axis of seeds here.
     """
     data = make_dataset(config, load_dataset(config))
     config = with_value_range(config, data)
@@ -705,37 +721,42 @@ def train(config, run):
     data = jax.device_put(data)
     envs = make_envs(config)
     states = init_states(init_state, config, transitions(data, np.arange(1)))
-    states, update, evaluated = run.restore(states, data)
+    states, num_updates, last_evaluated = run.restore(states, data)
     while True:
-        is_last = update == config.num_updates
-        is_due = update > evaluated and (update % config.eval_every == 0 or is_last)
-        run.checkpoint(states, update, evaluated, now=is_due)  # after a signal this is the end
+        is_last = num_updates == config.num_updates
+        is_due = num_updates % config.eval_every == 0 or is_last
+        is_due = is_due and num_updates > last_evaluated
+        # Saves if an evaluation follows, so that a kill in it costs no training, or once a minute.
+        # After a signal it saves and exits.
+        run.checkpoint(states, num_updates, last_evaluated, now=is_due)
         if is_due:
             with run.timed("evaluation"):
-                policies = partial(policy, config, states.actor, data)
-                returns, visited = evaluate(config, policies, envs, update)
+                act_in_all_seeds = partial(policy, config, states.actor, data)
+                returns, visited = evaluate(config, act_in_all_seeds, envs, num_updates)
             measured = {}
             if config.analysis:
                 with run.timed("analysis"):
                     measured = with_pca_ranks(analyse(config, states, data, samples, visited))
-            run.log_evaluation(update, returns, measured)
-            evaluated = update
-            run.checkpoint(states, update, evaluated, now=True)
+            run.log_evaluation(num_updates, returns, measured)
+            last_evaluated = num_updates
+            run.checkpoint(states, num_updates, last_evaluated, now=True)
         if is_last:
             return run.finish()
         with run.timed("train"):
             states, infos = jax.block_until_ready(epoch(config, states, data))
-        update += config.log_every
-        run.log_epoch(update, infos, states)
+        num_updates += config.log_every
+        run.log_epoch(num_updates, infos, states)
 
 
 # --- Appendix: inside the actor ---
 
-NUM_STATES = 10_000  # in each batch in which the actor is watched, at most
+NUM_STATES = 10_000  # at most, in each batch on which the actor is measured
+NUM_PROBED = 1024  # held-out states of the plasticity probe
+PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
 
 
 def make_samples(data):
-    """Return the batches in which the actor is watched, the same in each evaluation.
+    """Return the batches on which the actor is measured, the same in each evaluation.
 
     `train` and `validation` are indices of steps. `random` are states (NUM_STATES, S), uniform in
     the range of the normalised states for training.
@@ -758,11 +779,11 @@ def make_samples(data):
 
 @over_seeds("state", "visited")
 def analyse(config, state, data, samples, visited):
-    """Return what the paper watches inside the actor, by names such as train/dead_neurons.
+    """Return what the paper measures inside the actor, by names such as train/dead_neurons.
 
-    It looks at four batches: the steps samples["train"] and samples["validation"] of the data, the
-    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation. All
-    values are scalars but the Gram matrices (F, F), for `with_pca_ranks`.
+    There are four batches: the steps samples["train"] and samples["validation"] of the data, the
+    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation.
+    Returns scalars, and for each batch a matrix `gram` (F, F) for `with_pca_ranks`.
     """
     batches = {}
     for part in ("train", "validation"):
@@ -776,33 +797,34 @@ def analyse(config, state, data, samples, visited):
     nets = networks(config, data["actions"])
     for part, states in observations.items():
         _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
-        features = seen["intermediates"]["Hidden_0"]["features"][0]
-        for key, value in measure(features).items():
+        preactivations = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+        for key, value in measure(preactivations).items():
             info[f"{part}/{key}"] = value
     for part, batch in batches.items():
         info[f"{part}/action_error"] = action_error(config, data, state.actor, batch)
         info[f"{part}/actor_loss"] = eval_actor_loss(config, state, batch)
     if "validation" in batches:
-        for key in ("action_error", "actor_loss"):
+        for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
-        probe = jax.tree.map(lambda x: x[:1024], batches["validation"])
+        probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
         cloned = clone_further(config, data, state, probe)
         info["plasticity/before"] = action_error(config, data, state.actor, probe)
         info["plasticity/after"] = action_error(config, data, cloned, probe)
     return info
 
 
-def measure(features):
-    """Return statistics of features (B, F): the last hidden Dense's outputs before the ReLU.
+def measure(preactivations):
+    """Return statistics of the last hidden Dense's outputs before the ReLU (B, F).
 
-    A dead neuron is positive nowhere in the batch. `gram` (F, F) is for the PCA rank.
+    dead_neurons is the fraction of neurons that are at most 0 on the whole batch. feature_* are
+    the mean norm of a row, and mean and standard deviation over rows and neurons.
     """
     return {
-        "dead_neurons": jnp.mean(jnp.all(features <= 0, 0)),
-        "feature_norm": jnp.mean(jnp.linalg.norm(features, axis=1)),
-        "feature_mean": features.mean(),
-        "feature_std": features.std(),
-        "gram": features.T @ features,
+        "dead_neurons": jnp.mean(jnp.all(preactivations <= 0, 0)),
+        "feature_norm": jnp.mean(jnp.linalg.norm(preactivations, axis=1)),
+        "feature_mean": preactivations.mean(),
+        "feature_std": preactivations.std(),
+        "gram": preactivations.T @ preactivations,
     }
 
 
@@ -816,8 +838,8 @@ def with_pca_ranks(measured):
     grams = [key for key in measured if key.endswith("/gram")]
     for key in grams:
         gram = measured.pop(key).astype(np.float64)
-        energies = np.linalg.eigvalsh(gram)[:, ::-1]
-        is_needed = np.cumsum(energies, 1) < 0.99 * energies.sum(1, keepdims=True)
+        squares = np.linalg.eigvalsh(gram)[:, ::-1]  # of the singular values, largest first
+        is_needed = np.cumsum(squares, 1) < 0.99 * squares.sum(1, keepdims=True)
         measured[key.replace("gram", "pca_rank")] = is_needed.sum(1) + 1
     return measured
 
@@ -828,7 +850,7 @@ def action_error(config, data, actor, batch):
 
 
 def clone_further(config, data, state, batch):
-    """Return the actor after 100 steps of behaviour cloning on the batch (the plasticity probe).
+    """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
     It starts from a copy of the actor and of its optimiser. The learning rate does not decay, so
     that the steps move the copy at the end of a run, too.
@@ -846,16 +868,17 @@ def clone_further(config, data, state, batch):
         noise = config.actor_grad_noise
         return optimize(optimizer, actor, opt_state, grads, noise, key), None
 
-    fresh = optimizer.init(state.actor["params"])
-    opt_state = (*state.actor_opt[:SCHEDULE], fresh[SCHEDULE])
-    keys = jax.random.split(jax.random.key(0), 100)
+    adam, decay, _ = state.actor_opt
+    _, _, constant_rate = optimizer.init(state.actor["params"])  # a schedule has a counter here
+    opt_state = (adam, decay, constant_rate)
+    keys = jax.random.split(jax.random.key(0), PROBE_STEPS)
     (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), keys)
     return actor
 
 
 # --- Appendix: the paper's hyperparameters ---
 
-# The names of `regularisers`, at the strengths that the paper chose for all datasets
+# Names of `regularisers` -> flags, at the strengths that the paper chose for all datasets
 CHOSEN = {
     "DO": dict(actor_dropout=0.1),
     "LN": dict(actor_ln=True),
@@ -871,10 +894,10 @@ CHOSEN = {
     "GrN": dict(actor_grad_noise=0.01),
 }
 
-# The names of `regularisers` that are tuned for each dataset, and what that tunes
+# Names of `regularisers` that stand for values tuned per dataset -> what was tuned
 BEST = {"best": "DO+LN+GrN", "best-L2": "L2"}
 
-# From which `best` was chosen
+# The grid in which `best` was tuned
 TUNING_GRID = dict(
     actor_ln=[False, True],
     actor_dropout=[0, 0.1, 0.2],
@@ -936,18 +959,21 @@ def tuned(config):
 
     is_mse = config.critic_loss == "mse"
     is_antmaze = domain(config.dataset_name) == "antmaze"
-    is_small = domain(config.dataset_name) == "adroit" or (is_antmaze and is_mse)
-    critic_learning_rate = 3e-4 if is_small else 1e-3
+    is_adroit = domain(config.dataset_name) == "adroit"
     if is_antmaze and is_mse:
-        critic_learning_rate = 5e-5
+        batch_size, actor_learning_rate, critic_learning_rate = 256, 3e-4, 5e-5
+    elif is_adroit:
+        batch_size, actor_learning_rate, critic_learning_rate = 256, 3e-4, 3e-4
+    else:
+        batch_size, actor_learning_rate, critic_learning_rate = 1024, 1e-3, 1e-3
     values = dict(
         normalize_reward=is_antmaze,
         gamma=0.999 if is_antmaze else 0.99,
-        batch_size=256 if is_small else 1024,
-        actor_learning_rate=3e-4 if is_small else 1e-3,
+        batch_size=batch_size,
+        actor_learning_rate=actor_learning_rate,
         critic_learning_rate=critic_learning_rate,
         actor_bc_coef=row["mse_bc"] if is_mse else row["bc"],
-        critic_bc_coef=row["critic_bc"] if is_mse else 0.001,
+        critic_bc_coef=row["critic_bc"] if is_mse else 0.001,  # with HL-Gauss the same for all
         n_classes=row["bins"],
         v_expand=row["expand"],
         v_min=0.0 if is_antmaze else None,
@@ -955,8 +981,11 @@ def tuned(config):
         eval_every=50_000 if is_antmaze else 10_000,
         eval_episodes=100 if is_antmaze else 10,
     )
-    left_open = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return replace(config, **left_open)
+    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    return replace(config, **unset)
+
+
+# --- Main ---
 
 
 def main():

@@ -15,7 +15,7 @@ import yaml
 from harness.environments import registered_names
 from harness.errors import UserError, one_line
 
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where it can be, for thousands
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a report reads thousands of configs
 
 # --- pyrallis, made strict ---
 
@@ -79,7 +79,10 @@ class Parser(pyrallis.argparsing.ArgumentParser):
 
 
 def parse(config_class, arguments=None):
-    """Return the config that the command line gives, or a list of words. May raise UserError."""
+    """Return the config that the command line gives, or a list of words.
+
+    Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
+    """
     config = Parser(config_class).parse_args(arguments)
     configure_jax(getattr(config, "deterministic", False))
     return config
@@ -106,10 +109,9 @@ def decode(config_class, fields):
             raise UserError(f"there is no field {name!r}; --help lists them")
         try:
             values[name] = pyrallis.decode(types[name], value)
-        except Exception as error:  # pyrallis raises just that
-            raise UserError(f"{name} can't be {value!r}; it is {type_in_words(types[name])}") from (
-                error
-            )
+        except Exception as error:  # pyrallis raises a bare Exception
+            kind = type_in_words(types[name])
+            raise UserError(f"{name} can't be {value!r}; it is {kind}") from error
     return config_class(**values)
 
 
@@ -136,9 +138,10 @@ def configure_jax(deterministic):
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if deterministic:
-        flags = os.getenv("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    flags = os.getenv("XLA_FLAGS", "")
+    deterministic_ops = "--xla_gpu_deterministic_ops=true"
+    if deterministic and deterministic_ops not in flags:  # a sweep reads thousands of configs
+        os.environ["XLA_FLAGS"] = f"{flags} {deterministic_ops}"
 
 
 # --- What must hold ---
@@ -160,7 +163,7 @@ def check(config, constraints, bounds):
     other 0 or more. `constraints(config)` maps messages to whether they hold.
     """
     for name, value in vars(config).items():
-        if type(value) not in (int, float):
+        if type(value) not in (int, float):  # a bool is an int, too
             continue
         bound = bounds.get(name, "1 or more" if isinstance(value, int) else "0 or more")
         if not HOLDS[bound](value):

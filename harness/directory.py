@@ -11,14 +11,14 @@ from typing import NamedTuple
 from harness.config import decode, read_yaml
 from harness.errors import UserError
 
-# The fields that say where and how, or what other fields say, and change no result
+# Fields that change no result: where a run is written, what is shown, and names for other fields
 NOT_SAVED = ("results", "evaluate", "video", "regularisers", "deterministic")
 
 
-def saved_fields(fields):
+def saved_fields(values):
     """Return the fields on which a run's results depend, as they stand in its config.yaml."""
-    kept = {key: value for key, value in fields.items() if key not in NOT_SAVED}
-    return json.loads(json.dumps(kept))
+    kept = {key: value for key, value in values.items() if key not in NOT_SAVED}
+    return json.loads(json.dumps(kept))  # tuples become lists, as YAML has them
 
 
 def run_directory(algorithm, config, tuned):
@@ -30,7 +30,7 @@ def run_directory(algorithm, config, tuned):
     own = saved_fields(vars(config))
     defaults = saved_fields(vars(default_config(config, tuned)))
     changed = [key for key in own if own[key] != defaults[key]]
-    changed.sort(key=lambda key: not key.startswith("actor_"))
+    changed.sort(key=lambda key: not key.startswith("actor_"))  # first, since names are cut
     words = [f"seed={config.seed}"]
     for key in changed:
         if key not in ("seed", "dataset_name"):
@@ -43,7 +43,10 @@ def run_directory(algorithm, config, tuned):
 
 
 def default_config(config, tuned):
-    """Return the defaults, where fields without one have what `tuned` makes of them here."""
+    """Return the default config for the dataset.
+
+    A field whose default is None has what `tuned` makes of it under the config's other fields.
+    """
     defaults = {field.name: field.default for field in fields(config)}
     left_open = {name: None for name, value in defaults.items() if value is None}
     filled = tuned(replace(config, **left_open))

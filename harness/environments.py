@@ -46,7 +46,10 @@ def registered_names():
 
 
 def make_env(name):
-    """Make one of D4RL's environments. EPISODE_STEPS=15 in the environment cuts its episodes."""
+    """Make one of D4RL's environments.
+
+    The environment variable EPISODE_STEPS, which the tests set, shortens its episodes.
+    """
     with contextlib.redirect_stdout(io.StringIO()):  # AntMaze prints its targets
         env = gym.make(name)
     if "EPISODE_STEPS" in os.environ:
@@ -97,7 +100,7 @@ class Envs:
         self.name = name
         self.own = []  # this process's environments
         self.workers = []  # pairs of another process and the connection to it
-        self.starts = np.arange(processes) * number // processes  # of the shares; the first is own
+        self.starts = np.arange(processes) * number // processes  # each process's first environment
         self.sizes = np.diff(self.starts, append=number)
 
     def start(self):

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how a script shows them."""
+"""Errors that the user can fix, and how a script shows them."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import sys
 
 
 class UserError(ValueError):
-    """An error in what the user gave, in one line that says what to do."""
+    """An error that the user can fix. Its message is one line and says how."""
 
     exit_code = 1
 
@@ -14,7 +14,7 @@ class UserError(ValueError):
 class BusyError(UserError):
     """Another process is at work on the same run."""
 
-    exit_code = os.EX_TEMPFAIL
+    exit_code = os.EX_TEMPFAIL  # by which tools/sweep.py knows it
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from harness.datasets import normalized_score
 from harness.environments import Envs, inner, reset
 from harness.errors import UserError
 
-NUM_VISITED = 10_000  # states of an evaluation in which the actor is watched
+NUM_VISITED = 10_000  # states of an evaluation, on which the actor is measured
 
 
 def evaluation_episodes(config):
@@ -16,12 +16,12 @@ def evaluation_episodes(config):
     First come `eval_episodes` without noise. Each pair of `eval_noise` follows with as many, or
     in training with half as many.
     """
-    noisy = config.eval_episodes
+    num_noisy = config.eval_episodes
     if not config.evaluate:
-        noisy = (config.eval_episodes + 1) // 2
+        num_noisy = (config.eval_episodes + 1) // 2
     rows = [(episode, 0.0, 0.0) for episode in range(config.eval_episodes)]
     for action_noise, state_noise in config.eval_noise:
-        rows += [(episode, action_noise, state_noise) for episode in range(noisy)]
+        rows += [(episode, action_noise, state_noise) for episode in range(num_noisy)]
     return rows
 
 
@@ -99,7 +99,7 @@ def evaluate(config, policy, envs, update):
     samples = []
     for seed in range(num_seeds):
         own = states[~has_noise[episodes] & (episodes // num_episodes == seed)]
-        rng = np.random.default_rng(update)  # as the seed would draw alone
+        rng = np.random.default_rng(update)  # the same for each seed, as if it were alone
         samples.append(rng.choice(own, NUM_VISITED))
     return returns.reshape(num_seeds, num_episodes), np.stack(samples)
 

@@ -1,4 +1,4 @@
-"""What one does with a finished run: load its policy, evaluate it, film it."""
+"""What one does with a run's checkpoint: load its policy, evaluate it, film it."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def load(config_class, policy, directory):
 
 
 def load_policy(script, directory, seed=None):
-    """Return the policy of a run of `script`, which is rebrac or iql.
+    """Return the policy of a run of `script`, the algorithm's module.
 
     It is a function from states (..., S), as the environment gives them, to actions (..., A).
     `seed` is one of the run's, by default its first.
@@ -60,7 +60,7 @@ def evaluate_run(given, policy, constraints, bounds):
     fields = dict(evaluate=given.evaluate, video=given.video)
     if given.eval_episodes is not None:
         fields["eval_episodes"] = given.eval_episodes
-    if given.eval_noise != type(given).eval_noise:
+    if given.eval_noise != type(given).eval_noise:  # else it was not given
         fields["eval_noise"] = given.eval_noise
     config = dataclasses.replace(config, **fields)
     check(config, constraints, bounds)

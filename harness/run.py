@@ -43,7 +43,7 @@ class Run:
     finished.json    once the run is finished: how long it took
     failed.txt       once an error has stopped it: the error
 
-    Within it as a context manager, SIGTERM and Ctrl-C end the run with a checkpoint.
+    In a `with` statement it handles SIGTERM and Ctrl-C: they save a checkpoint and exit.
     """
 
     def __init__(self, script, config, tuned):
@@ -85,11 +85,14 @@ class Run:
             os.remove(self.path(name))
 
     def take_lock(self):
+        """Take the run's lock, or raise BusyError. `is_busy` elsewhere holds it for an instant."""
         self.lock = open(self.path("lock"), "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"another process is training {self.directory}") from error
+        for _ in range(3):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+        raise BusyError(f"another process is training {self.directory}")
 
     @contextlib.contextmanager
     def disk_errors(self):
@@ -121,7 +124,8 @@ class Run:
         self.bar.close()
         if error is not None and not self.stopping:
             with contextlib.suppress(OSError), open(self.path("failed.txt"), "w") as file:
-                file.write(f"error: {error}\n" if isinstance(error, UserError) else f"{error}\n")
+                name = "error" if isinstance(error, UserError) else type(error).__name__
+                file.write(f"{name}: {error}\n")
         self.wandb.close(0 if error is None else 1, preempted=bool(self.stopping))
         self.lock.close()
 
@@ -133,9 +137,10 @@ class Run:
             wandb.close(0, preempted=False)
 
     def stop(self, number, _):
-        """End the run on a signal, at the next checkpoint.
+        """End the run on a signal.
 
-        An evaluation begins with one, and ends at once. A second signal always ends at once.
+        While it trains it stops at its next checkpoint. While it starts or evaluates it stops at
+        once, since a checkpoint was made just before. A second signal always stops it at once.
         """
         is_second = self.stopping
         self.stopping = number
@@ -164,10 +169,11 @@ class Run:
     # Checkpoints
 
     def restore(self, states, data):
-        """Return the states, the update and the last evaluation's update to resume from.
+        """Start or resume the run. `data` is a script's dataset.
 
-        They are those of the last whole checkpoint, or at first `states`, 0 and 0. The tables are
-        cut to what they were then. `data` is a script's dataset.
+        Returns the states, the number of updates made, and the update of the last evaluation. They
+        are those of the last whole checkpoint; a new run has `states`, 0 and 0. The tables are cut
+        to what they were then. W&B begins here, too.
         """
         self.dataset = fingerprint(data)
         # What the policy needs beside the actor: how states were normalised, the actions' shape
@@ -200,14 +206,15 @@ class Run:
 
     def check_checkpoint(self, path, arrays, about, states):
         """Raise UserError if a checkpoint is of another version or another dataset."""
-        here = {f"states/{key}": leaf.shape for key, leaf in flatten(without_keys(states)).items()}
-        there = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
-        for key in {**here, **there}:
-            if here.get(key) != there.get(key):
+        leaves = flatten(without_keys(states))
+        expected = {f"states/{key}": leaf.shape for key, leaf in leaves.items()}
+        found = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
+        for key in {**expected, **found}:
+            if expected.get(key) != found.get(key):
                 raise UserError(
                     f"{path} is of another version of the script: {key} has shape "
-                    f"{there.get(key)} there and {here.get(key)} here; resume with that version, "
-                    f"or remove {self.directory} to start anew"
+                    f"{found.get(key)} there and {expected.get(key)} here; resume with that "
+                    f"version, or remove {self.directory} to start anew"
                 )
         if about["dataset"] != self.dataset:
             raise UserError(

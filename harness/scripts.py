@@ -16,7 +16,7 @@ def script_names():
         with open(path) as file:
             if re.search(r"^NAME = ", file.read(), re.MULTILINE):
                 names.append(os.path.basename(path).removesuffix(".py"))
-    return sorted(names, reverse=True)
+    return sorted(names, key=lambda name: (name != "rebrac", name))
 
 
 def load_script(name):

@@ -31,9 +31,10 @@ NOT_COMPILED = (
 
 
 def is_on(strength):
-    """Return whether a regulariser is on.
+    """Return whether a coefficient is not 0.
 
-    A Python 0 is off and leaves no trace in the program. A traced strength is on.
+    A 0 is static, so that its term is not compiled. Any other float is a traced array, whose
+    value isn't known here but isn't 0.
     """
     return isinstance(strength, jax.Array) or strength > 0
 

@@ -42,6 +42,7 @@ class WandB:
         self.mode, why = wandb_mode()
         print(f"W&B: {'off' if self.mode == 'disabled' else self.mode} ({why})")
         self.run = None
+        self.first_step = 0  # that W&B doesn't have from before
         self.step = 0
         self.values = {}  # of this step, not sent yet: its losses and its evaluation come apart
         self.later = f"later, `wandb sync {directory}/wandb/*run*` sends it"
@@ -64,6 +65,7 @@ class WandB:
             return
         with self.never_fatal():
             self.run = self.begin()
+            self.first_step = self.run.step
         for rows in updates:
             self.send(rows)
 
@@ -71,15 +73,27 @@ class WandB:
         """Return a W&B run, offline if W&B can't be reached in time."""
         import wandb
 
-        settings = wandb.Settings(
-            init_timeout=TIME_LIMIT, finish_timeout=TIME_LIMIT, console="off", silent=True
-        )
         try:
-            return wandb.init(mode=self.mode, settings=settings, **self.settings)
+            return self.init(self.mode)
         except Exception as error:
             print(f"W&B: offline after all ({one_line(error)[:200]}); {self.later}")
             wandb.teardown()  # or the next init would fail, too
-            return wandb.init(mode="offline", settings=settings, **self.settings)
+            return self.init("offline")
+
+    def init(self, mode):
+        import wandb
+
+        # Otherwise wandb reports its own errors, for which a process would wait at its end
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        settings = wandb.Settings(
+            init_timeout=TIME_LIMIT,
+            finish_timeout=TIME_LIMIT,
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
+        )
+        wandb.setup(settings)  # since a silent wandb doesn't ask for a login on a terminal
+        return wandb.init(mode=mode, settings=settings, **self.settings)
 
     @contextlib.contextmanager
     def never_fatal(self):
@@ -92,7 +106,7 @@ class WandB:
 
     def send(self, rows):
         """Send an update's rows of one table, a row for each seed."""
-        if self.run is None or rows[0]["update"] < self.run.step:  # W&B has it from before
+        if self.run is None or rows[0]["update"] < self.first_step:  # W&B has it from before
             return
         with self.never_fatal():
             if rows[0]["update"] > self.step:
@@ -120,7 +134,10 @@ class WandB:
                 self.flush()
             if preempted:
                 self.run.mark_preempting()
-            self.run.finish(exit_code=exit_code)
+            try:
+                self.run.finish(exit_code=exit_code)
+            except TimeoutError:
+                print(f"W&B has not taken everything in {TIME_LIMIT} s; {self.later}")
 
 
 def own_id(directory):
