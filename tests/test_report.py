@@ -1,4 +1,7 @@
-"""The report: what it reads and leaves out, its numbers against rliable's and by hand, and the files that it writes."""
+"""The report: what it reads and leaves out, its numbers, and the files that it writes.
+
+Numbers are held against rliable's, and against those that are worked out by hand.
+"""
 
 import csv
 import dataclasses
@@ -9,8 +12,10 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
+import pandas as pd
 import pytest
 import wandb
 import yaml
@@ -19,47 +24,95 @@ from rliable import library, metrics
 from scipy import stats
 from wandb_server import Server
 
-import report
-import runs
-from report import SCRIPTS, Config, Table
+import iql
+import rebrac
+from harness.directory import read_fields, run_directory, saved_fields
+from harness.errors import UserError
+from harness.tables import Tables
+from harness.wandb_log import WandB
+from tools import report, report_figures, report_runs, report_tables
+from tools.report import Config, Report
+from tools.report_tables import Table
 
-HEADER = "seed,update,score,score/action_noise=0.2,train/dead_neurons,plasticity/before,plasticity/after".split(",")
-HOPPER, WALKER, MAZE, PEN = "hopper-medium-v2", "walker2d-medium-v2", "antmaze-umaze-v2", "pen-human-v1"
+SCRIPTS = {"rebrac": rebrac, "iql": iql}
+HOPPER = "hopper-medium-v2"
+WALKER = "walker2d-medium-v2"
+MAZE = "antmaze-umaze-v2"
+PEN = "pen-human-v1"
+COLUMNS = ["score", "score/action_noise=0.2", "train/dead_neurons"]
+COLUMNS += ["plasticity/before", "plasticity/after"]
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes a run's directory, whose evaluations have the scores given, a list for each seed; returns its path."""
+    """Write a run's directory, with a list of scores for each seed; return its path."""
 
     def make(scores, algorithm="rebrac", finished=True, folder="results", **flags):
         script = SCRIPTS[algorithm]
-        flags = dict(dataset_name=HOPPER, num_updates=len(scores[0]) * 1000, eval_every=1000) | flags
-        config = script.tuned(script.Config(**flags, num_seeds=len(scores), results=str(tmp_path / folder)))
-        path = runs.run_directory(algorithm, config, script.tuned)
+        length = 1000 * len(scores[0])
+        flags = {"dataset_name": HOPPER, "num_updates": length, "eval_every": 1000, **flags}
+        flags["results"] = str(tmp_path / folder)
+        config = script.tuned(script.Config(**flags, num_seeds=len(scores)))
+        path = run_directory(algorithm, config, script.tuned)
         os.makedirs(path)
         with open(os.path.join(path, "config.yaml"), "w") as file:
-            yaml.safe_dump(runs.identity(vars(config)), file)
-        with open(os.path.join(path, "evaluations.csv"), "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(HEADER)
-            for i, row in enumerate(zip(*scores)):
-                for k, score in enumerate(row):
-                    writer.writerow([config.seed + k, 1000 * (i + 1), score, score - 1, 0.1, 0.5, 0.1])
+            yaml.safe_dump(saved_fields(vars(config)), file)
+        tables = Tables(path)
+        for i in range(len(scores[0])):
+            rows = []
+            for seed, own in enumerate(scores, config.seed):
+                values = dict(zip(COLUMNS, [own[i], own[i] - 1, 0.1, 0.5, 0.1]))
+                rows.append({"seed": seed, "update": 1000 * (i + 1), **values})
+            tables.append("evaluations.csv", rows)
+        tables.files["evaluations.csv"].close()
         if finished:
             with open(os.path.join(path, "finished.json"), "w") as file:
-                json.dump(dict(updates=config.num_updates), file)
+                json.dump({"updates": config.num_updates}, file)
         return path
 
     return make
 
 
-def tables(folders, monkeypatch, tmp_path, **options):
-    """The tables of a report, by title."""
-    found = {}
-    monkeypatch.setattr(report, "markdown", lambda table: found.setdefault(table.title, table) and "")
-    monkeypatch.setattr(report.matplotlib.figure.Figure, "savefig", lambda self, path, **_: open(path, "w").close())
-    report.main(Config(results=folders, output=str(tmp_path / "report"), reps=50, **options))
-    return found
+@pytest.fixture
+def make_report(tmp_path, monkeypatch):
+    """Make a report of folders in tmp_path, without drawing; return its tables' cells by title."""
+
+    def draw(figure, path, **_):
+        open(path, "w").close()
+
+    def make(*folders, **options):
+        found = {}
+        add_table = Report.add_table
+
+        def keep_table(self, table):
+            found[table.title] = table.cells
+            add_table(self, table)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Report, "add_table", keep_table)
+            patch.setattr("matplotlib.figure.Figure.savefig", draw)
+            results = [str(tmp_path / folder) for folder in folders]
+            config = Config(results=results, output=str(tmp_path / "report"), reps=50, **options)
+            report.main(config)
+        return found
+
+    return make
+
+
+def rows_of(cells):
+    """Return a table's cells as lists that begin with the label."""
+    return cells.reset_index().to_numpy().tolist()
+
+
+def make_rows(scores):
+    """Return what the tables are made of, from {label: {dataset: {seed: score}}}."""
+    rows = []
+    for label, datasets in scores.items():
+        for dataset, seeds in datasets.items():
+            for seed, score in seeds.items():
+                rows.append({"label": label, "dataset": dataset, "seed": seed, "final": score})
+    rows = pd.DataFrame(rows)
+    return rows.assign(label=pd.Categorical(rows["label"], list(scores), ordered=True))
 
 
 # --- What it reads ---
@@ -73,13 +126,21 @@ def tables(folders, monkeypatch, tmp_path, **options):
         ("rebrac", dict(actor_dropout=0.3), (), ("DO(0.3)",)),
         ("rebrac", dict(actor_wd=1e-4, actor_l1_ratio=0.5), (), ("EN",)),
         ("rebrac", dict(actor_wd=1.0), (), ("L2(1)",)),
+        ("rebrac", dict(actor_wd=1.0, actor_l1_ratio=1.0), (), ("L1(1)",)),
+        ("rebrac", dict(actor_wd=2, actor_l1_ratio=0.3), (), ("actor_wd actor_l1_ratio=0.3(2)",)),
         ("rebrac", dict(actor_wd=0.01), (), ("L2(0.01)", "best-L2")),
         ("rebrac", dict(regularisers="best"), (), ("DO(0.2)+LN+GrN", "best")),
         ("rebrac", dict(regularisers="LN", actor_lr_decay=True), (), ("LN+actor_lr_decay=True",)),
         ("rebrac", dict(critic_ln=False), (), ("critic_ln=False",)),
         ("rebrac", dict(batch_size=32, seed=3, actor_gn=True), (("batch_size", "32"),), ("GN",)),
         ("rebrac", dict(critic_loss="mse"), (("critic_loss", "mse"),), ("none",)),
-        ("iql", dict(actor_wd=0.01, actor_l1_ratio=1.0, temperature=2.0), (("temperature", "2.0"),), ("L1", "best-L1")),
+        (
+            "iql",
+            dict(actor_wd=0.01, actor_l1_ratio=1.0, temperature=2.0),
+            (("temperature", "2.0"),),
+            ("L1", "best-L1"),
+        ),
+        ("iql", dict(dataset_name="mine-v2"), (), ("none",)),  # which isn't the paper's
         ("iql", dict(dataset_name=PEN), (), ("none", "DO")),
         ("iql", dict(dataset_name=PEN, actor_ln=True), (), ("LN", "DO+LN")),
         ("iql", dict(dataset_name=PEN, actor_ln=True, actor_dropout=0.0), (), ("LN (no DO)",)),
@@ -87,362 +148,526 @@ def tables(folders, monkeypatch, tmp_path, **options):
 )
 def test_runs_are_named_after_their_regularisers(algorithm, flags, settings, labels):
     script = SCRIPTS[algorithm]
-    config = runs.identity(vars(script.tuned(script.Config(**{"dataset_name": HOPPER, **flags}))))
-    assert report.describe(algorithm, config) == (settings, flags.get("dataset_name", HOPPER), labels)
+    config = script.tuned(script.Config(**{"dataset_name": HOPPER, **flags}))
+    about = report_runs.describe(algorithm, saved_fields(vars(config)))
+    assert about["dataset"] == flags.get("dataset_name", HOPPER)
+    assert about["settings"] == settings
+    assert about["labels"] == labels
 
 
-def test_another_file_is_another_dataset():
-    name = lambda path: report.describe(
-        "iql", runs.identity(vars(report.iql.tuned(report.iql.Config(dataset_name=HOPPER, dataset_path=path))))
-    )[1]
-    assert name("a/hopper_medium-v2.hdf5") == HOPPER and name("a/mine.hdf5") == f"{HOPPER} (mine.hdf5)"
+def test_a_regulariser_that_only_iql_has_labels_its_runs(monkeypatch):
+    config_class = dataclasses.make_dataclass(
+        "Config",
+        [("actor_rms", bool, False), ("weight_noise", float, 0.0)],
+        bases=(iql.Config,),
+        frozen=True,
+    )
+    script = types.ModuleType("iql")
+    vars(script).update(vars(iql), Config=config_class)
+    own = {"RMS": {"actor_rms": True}, "WN": {"weight_noise": 0.2}}
+    script.CHOSEN = {**iql.CHOSEN, **own}
+    monkeypatch.setitem(report_runs.SCRIPTS, "iql", script)
+    for flags, label in (
+        (dict(actor_rms=True), "RMS"),
+        (dict(actor_rms=True, actor_ln=True, weight_noise=0.2), "LN+RMS+WN"),
+        (dict(weight_noise=0.5), "WN(0.5)"),
+    ):
+        config = script.tuned(config_class(dataset_name=HOPPER, **flags))
+        about = report_runs.describe("iql", saved_fields(vars(config)))
+        assert about["labels"] == (label,)
+        assert about["settings"] == ()
+    assert report_runs.label_key(script, "LN") < report_runs.label_key(script, "RMS")
+    assert report_runs.label_key(script, "RMS") < report_runs.label_key(script, "DO+RMS")
 
 
-def test_runs_are_compared_with_those_of_the_same_settings(make_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "path, name",
+    [("a/hopper_medium-v2.hdf5", HOPPER), ("a/mine.hdf5", f"{HOPPER} (mine.hdf5)")],
+)
+def test_another_file_is_another_dataset(path, name):
+    config = iql.tuned(iql.Config(dataset_name=HOPPER, dataset_path=path))
+    assert report_runs.describe("iql", saved_fields(vars(config)))["dataset"] == name
+
+
+def test_runs_are_compared_with_those_of_the_same_settings(make_run, make_report, tmp_path):
     for seed in (0, 1):
         make_run([[1, 40]], seed=seed, batch_size=256, critic_loss="mse")
-        make_run([[1, 80]], seed=seed, dataset_name=PEN, critic_loss="mse")  # whose batch size is 256 in the paper
+        make_run([[1, 80]], seed=seed, dataset_name=PEN, critic_loss="mse")  # 256 in the paper
         make_run([[1, 60]], seed=seed, dataset_name=PEN, algorithm="iql")
-    seeds, _ = report.read_results([str(tmp_path / "results")])
+    folder = str(tmp_path / "results")
+    seeds = pd.DataFrame(report_runs.read_results([folder])[0])
+    ((settings, group),) = report_runs.by_settings(seeds)
     common = (("critic_loss", "mse"), ("eval_every", "1000"), ("num_updates", "2000"))
-    assert [(s, len(group)) for s, group in report.by_settings(seeds)] == [((("batch_size", "256"), *common), 6)]
-    found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
-    assert found["ReBRAC, all domains: aggregates"].rows[0][3] == "60.0 (60.0 – 60.0)"
+    assert settings == (("batch_size", "256"), *common)
+    assert len(group) == 6
+    cells = make_report("results")["ReBRAC, all domains: aggregates"]
+    assert cells["mean"].tolist() == ["60.0 (60.0 – 60.0)"]
+
     make_run([[1, 50]], critic_loss="mse")  # at the paper's batch size, 1024
-    seeds, _ = report.read_results([str(tmp_path / "results")])
-    (_, large), (settings, small) = report.by_settings(seeds)
-    assert settings == common and len(large) == 6
-    assert sorted(seed.scores[-1] for seed in small) == [50, 60, 60, 80, 80]
+    seeds = pd.DataFrame(report_runs.read_results([folder])[0])
+    (_, large), (settings, small) = report_runs.by_settings(seeds)
+    assert len(large) == 6
+    assert settings == common
+    assert sorted(scores[-1] for scores in small["scores"]) == [50, 60, 60, 80, 80]
 
 
-def test_missing_unfinished_and_failed_runs_are_shown_as_such(make_run, tmp_path, monkeypatch):
-    for seed, scores in enumerate(([1, 40], [2, 50], [3, 60])):
-        make_run([scores], seed=seed)
-    for seed, scores in enumerate(([1, 70], [2, 71])):
-        make_run([scores], seed=seed, actor_ln=True)
+def test_missing_unfinished_and_failed_runs_are_shown_as_such(make_run, make_report, tmp_path):
+    for seed, score in enumerate([40, 50, 60]):
+        make_run([[1, score]], seed=seed)
+    for seed, score in enumerate([70, 71]):
+        make_run([[1, score]], seed=seed, actor_ln=True)
     failed = make_run([[1, 99]], seed=2, actor_ln=True, finished=False)
     with open(os.path.join(failed, "failed.txt"), "w") as file:
         file.write("error: q is nan\n")
-    make_run([[5, 5]], seed=0, dataset_name=WALKER, finished=False)
-    found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
-    table = found["ReBRAC, Gym-MuJoCo: scores"]
-    assert table.header == ["regularisers", HOPPER, WALKER, "mean"]
-    assert table.rows == [
+    unfinished = make_run([[5, 5]], seed=0, dataset_name=WALKER, finished=False)
+    with open(os.path.join(unfinished, "train.csv"), "w") as file:
+        file.write("seed,update,q\n0,1000,1.0\n0,20")
+    found = make_report("results")
+    cells = found["ReBRAC, Gym-MuJoCo: scores"]
+    assert list(cells) == [HOPPER, WALKER, "mean"]
+    assert rows_of(cells) == [
         ["none", "50.0 ± 8.2", "1 unfinished", "incomplete"],
-        ["LN", "*70.5 ± 0.5 (2/3, 1 failed)", "missing", "incomplete"],
+        ["LN", "**70.5 ± 0.5 (2/3, 1 failed)**", "missing", "incomplete"],
     ]
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "failed: error: q is nan" in page and "its last evaluation is that of update 2,000 of 2,000" in page
+    assert "failed: error: q is nan" in page
+    assert "not finished: at update 1,000 of 2,000" in page
     assert "ReBRAC, Gym-MuJoCo: aggregates" not in found  # walker2d has no finished run
 
 
-def damage_config(path):
-    open(os.path.join(path, "config.yaml"), "w").close()
+def write(text):
+    """Return a change of a file's text."""
+    return lambda old: text
 
 
-def damage_yaml(path):
-    with open(os.path.join(path, "config.yaml"), "w") as file:
-        file.write("a: [")
-
-
-def cut_table(path):
-    os.truncate(os.path.join(path, "evaluations.csv"), os.path.getsize(os.path.join(path, "evaluations.csv")) - 30)
-
-
-def empty_table(path):
-    os.truncate(os.path.join(path, "evaluations.csv"), 0)
-
-
-def no_table(path):
-    os.remove(os.path.join(path, "evaluations.csv"))
-
-
-def edit(old, new):
-    def change(path):
-        with open(os.path.join(path, "evaluations.csv")) as file:
-            text = file.read()
+def replace(old, new):
+    def change(text):
         assert old in text
-        with open(os.path.join(path, "evaluations.csv"), "w") as file:
-            file.write(text.replace(old, new))
+        return text.replace(old, new)
 
     return change
 
 
-def unknown_dataset(path):
-    with open(os.path.join(path, "config.yaml"), "r+") as file:
-        text = file.read()
-        file.seek(0)
-        file.write(text.replace(HOPPER, "my-own-v2"))
-        file.truncate()
-
-
-def binary_table(path):
-    with open(os.path.join(path, "evaluations.csv"), "wb") as file:
-        file.write(bytes(range(256)))
+def cut(text):
+    return text[:-30]
 
 
 @pytest.mark.parametrize(
-    "damage, reason",
+    "name, change, reason",
     [
-        (damage_config, "it is damaged: TypeError"),
-        (damage_yaml, "it is damaged: ParserError"),
-        (unknown_dataset, "it is damaged: SystemExit error: unknown dataset 'my-own-v2'"),
-        (cut_table, "its last evaluation is missing"),
-        (edit("0,1000,1,", "0,1000,"), "evaluations.csv is damaged"),
-        (empty_table, "its last evaluation is missing"),
-        (no_table, "its last evaluation is missing"),
-        (binary_table, "it is damaged: UnicodeDecodeError"),
-        (edit("0,2000,40", "0,2000,nan"), "its scores are not finite"),
-        (edit("0,2000,40", "0,1000,40"), "its last evaluation is missing"),
-        (edit("0,2000,40", "0,2000,forty"), "it is damaged: ValueError"),
-        (edit("score,", "scores,"), "it is damaged: KeyError"),
+        ("config.yaml", write(""), "is not the config of a run"),
+        ("config.yaml", write("a: ["), "is not the config of a run"),
+        ("config.yaml", replace("seed: 0", "seed: 7"), "its last evaluation is missing"),
+        ("config.yaml", replace("num_seeds: 1", "num_seeds: x"), "it is damaged: TypeError"),
+        ("evaluations.csv", cut, "it is damaged: TypeError"),
+        ("evaluations.csv", replace("0,1000,1,", "0,1000,"), "it is damaged: TypeError"),
+        ("evaluations.csv", write(""), "its last evaluation is missing"),
+        ("evaluations.csv", None, "its last evaluation is missing"),
+        ("evaluations.csv", write("\udcff\udc80\x00\x01\n"), "it is damaged: UnicodeDecodeError"),
+        ("evaluations.csv", replace("0,2000,40", "0,2000,nan"), "its scores are not finite"),
+        ("evaluations.csv", replace("0,2000,40", "0,1000,40"), "its last evaluation is missing"),
+        ("evaluations.csv", replace("0,1000,1", "0,3000,1"), "its updates out of order"),
+        ("evaluations.csv", replace("0,2000,40", "0,2000,forty"), "it is damaged: ValueError"),
+        ("evaluations.csv", replace("score,", "scores,"), "it is damaged: KeyError"),
     ],
 )
-def test_damaged_runs_are_left_out_with_the_reason(make_run, tmp_path, monkeypatch, capsys, damage, reason):
+def test_damaged_runs_are_left_out_with_the_reason(
+    make_run, make_report, capsys, name, change, reason
+):
     path = make_run([[1, 40]], seed=0)
     make_run([[1, 60]], seed=1)
-    damage(path)
-    found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
-    assert found["ReBRAC, Gym-MuJoCo: scores"].rows == [["none", "*60.0 ± 0.0"]]
+    file = os.path.join(path, name)
+    if change is None:
+        os.remove(file)
+    else:
+        with open(file) as old:
+            text = change(old.read())
+        with open(file, "w", errors="surrogateescape") as new:
+            new.write(text)
+    cells = make_report("results")["ReBRAC, Gym-MuJoCo: scores"]
+    assert rows_of(cells) == [["none", "**60.0 ± 0.0**"]]
     output = capsys.readouterr().out
-    assert "1 finished seeds; left out: 1" in output and re.search(f"left out: {re.escape(path)}: .*{reason}", output)
+    assert "1 finished seeds; left out: 1" in output
+    assert re.search(f"left out: {re.escape(path)}: .*{reason}", output)
 
 
-def test_a_row_that_is_being_written_does_not_hide_a_run(make_run, tmp_path):
+def test_a_row_that_is_being_written_does_not_hide_a_run(make_run):
     path = make_run([[1, 40]], finished=False)
-    cut_table(path)
-    (seed,), reason = report.read_directory(path)
-    assert list(seed.scores) == [1] and not seed.finished and reason.startswith("not finished: ")
+    table = os.path.join(path, "evaluations.csv")
+    os.truncate(table, os.path.getsize(table) - 10)
+    (seed,), reason = report_runs.read_directory(path)
+    assert seed["state"] == "unfinished"
+    assert reason.startswith("not finished: ")
 
 
 def test_every_cut_of_a_table_is_survived(make_run):
-    path = os.path.join(make_run([[1, 40]]), "evaluations.csv")
-    whole = open(path, "rb").read()
+    path = make_run([[1, 40]])
+    table = os.path.join(path, "evaluations.csv")
+    with open(table, "rb") as file:
+        whole = file.read()
     for size in range(len(whole) - 2):
-        with open(path, "wb") as file:
+        with open(table, "wb") as file:
             file.write(whole[:size])
-        try:
-            (seed,), _ = report.read_directory(os.path.dirname(path))
-            assert seed.scores[-1] == 40  # only the last number of the last row was cut
-        except report.Unreadable:
-            pass
+        seeds, left_out = report_runs.read_all({path: path}, report_runs.read_directory)
+        assert len(seeds) + len(left_out) == 1
+        for seed in seeds:
+            assert seed["scores"][-1] == 40  # only the last number of the last row was cut
 
 
-def test_twice_the_same_run_counts_once(make_run, tmp_path, capsys):
+def test_twice_the_same_run_counts_once(make_run, tmp_path):
     make_run([[1, 40]], folder="a")
     make_run([[1, 40]], folder="b")
-    seeds, left_out = report.read_results([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert len(seeds) == 1 and len(left_out) == 1 and "another run has its seed 0, too" in left_out[0][1]
-    seeds, left_out = report.read_results([str(tmp_path / "a"), str(tmp_path / "a")])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    seeds, ((_, reason),) = report_runs.read_results(folders)
     assert len(seeds) == 1
+    assert reason == "another run has its seed 0, too"
+    assert len(report_runs.read_results(folders[:1] * 2)[0]) == 1
 
 
-def test_seeds_that_were_trained_together_count_like_others(make_run, tmp_path, monkeypatch):
-    for seed, score in enumerate((40, 50, 60)):
+def test_a_finished_run_takes_the_place_of_one_that_is_not(make_run, tmp_path):
+    make_run([[1, 30]], folder="a", finished=False)
+    make_run([[1, 40]], folder="b")
+    seeds, left_out = report_runs.read_results([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [seed["state"] for seed in seeds] == ["finished"]
+    assert len(left_out) == 1
+
+
+def test_seeds_that_were_trained_together_count_like_others(make_run, make_report):
+    for seed, score in enumerate([40, 50, 60]):
         make_run([[1, score]], seed=seed, folder="apart")
     make_run([[1, 40], [1, 50], [1, 60]], folder="together")
-    apart, together = (tables([str(tmp_path / name)], monkeypatch, tmp_path) for name in ("apart", "together"))
-    assert apart == together and apart["ReBRAC, Gym-MuJoCo: scores"].rows == [["none", "*50.0 ± 8.2"]]
+    apart = make_report("apart")
+    together = make_report("together")
+    assert list(apart) == list(together)
+    for title, cells in apart.items():
+        pd.testing.assert_frame_equal(cells, together[title])
+    assert rows_of(apart["ReBRAC, Gym-MuJoCo: scores"]) == [["none", "**50.0 ± 8.2**"]]
 
 
-def test_the_best_of_each_dataset_is_one_row(make_run, tmp_path, monkeypatch):
+def test_the_best_of_each_dataset_is_one_row(make_run, make_report):
     for name, score in ((HOPPER, 50), (WALKER, 60)):
         for seed in (0, 1):
             make_run([[1, score]], seed=seed, dataset_name=name)
             make_run([[1, score + 5]], seed=seed, dataset_name=name, regularisers="best")
-    rows = tables([str(tmp_path / "results")], monkeypatch, tmp_path)["ReBRAC, Gym-MuJoCo: scores"].rows
-    assert rows == [
+    assert rows_of(make_report("results")["ReBRAC, Gym-MuJoCo: scores"]) == [
         ["none", "50.0 ± 0.0", "60.0 ± 0.0", "55.0"],
-        ["best", "*55.0 ± 0.0", "*65.0 ± 0.0", "*60.0"],
+        ["best", "**55.0 ± 0.0**", "**65.0 ± 0.0**", "**60.0**"],
     ]
 
 
-def test_a_row_whose_runs_are_all_in_another_is_left_out(make_run, tmp_path, monkeypatch):
+def test_a_row_whose_runs_are_all_in_another_is_left_out(make_run, make_report):
     for seed in (0, 1):
         for flags in ({}, dict(actor_ln=True), dict(regularisers="DO+LN+EN")):
             make_run([[1, 50]], seed=seed, algorithm="iql", **flags)
-            make_run([[1, 50]], seed=seed, algorithm="iql", dataset_name=PEN, **flags)  # with dropout anyway
+            make_run([[1, 50]], seed=seed, algorithm="iql", dataset_name=PEN, **flags)  # has DO
         make_run([[1, 50]], seed=seed, regularisers="best")
         make_run([[1, 60]], seed=seed, regularisers="best", dataset_name=WALKER)
-        make_run([[1, 40]], seed=seed, actor_ln=True)  # is no tuned one, though those have its dataset
+        make_run([[1, 40]], seed=seed, actor_ln=True)  # is no tuned one
         make_run([[1, 40]], seed=seed, folder="single", regularisers="best")
-    found = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
-    names = lambda title: [row[0] for row in found[title].rows]
-    assert names("IQL, Adroit: scores") == ["none", "LN", "DO+LN+EN"]
-    assert names("ReBRAC, Gym-MuJoCo: scores") == ["LN", "best"]
-    found = tables([str(tmp_path / "single")], monkeypatch, tmp_path)
-    assert names("ReBRAC, Gym-MuJoCo: scores") == ["DO(0.2)+LN+GrN"]
+    found = make_report("results")
+    assert list(found["IQL, Adroit: scores"].index) == ["none", "LN", "DO+LN+EN"]
+    assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["LN", "best"]
+    found = make_report("single")
+    assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["DO(0.2)+LN+GrN"]
 
 
-def test_nothing_to_report_is_one_clear_line(tmp_path, make_run):
-    for config, message in (
-        (Config(results=[str(tmp_path / "none")]), "error: there is no directory"),
-        (Config(results=[str(tmp_path)]), "error: there is no finished run"),
-        (Config(final="best"), "error: final must be last or mean"),
+def test_what_an_algorithm_does_not_watch_is_not_in_its_table(make_run, make_report):
+    for seed in (0, 1):
+        make_run([[1, 50]], seed=seed)
+        table = os.path.join(make_run([[1, 50]], seed=seed, algorithm="iql"), "evaluations.csv")
+        with open(table) as file:
+            text = file.read().replace("train/dead_neurons", "train/pca_rank")
+        with open(table, "w") as file:
+            file.write(text)
+    found = make_report("results")
+    assert list(found["ReBRAC: inside the actor"])[0] == "dead neurons (share, training data)"
+    assert list(found["IQL: inside the actor"])[0] == "PCA rank (training data)"
+    assert len(found["IQL: inside the actor"].columns) == 4
+
+
+def test_nothing_to_report_is_one_clear_line(tmp_path):
+    for flags, message in (
+        (dict(results=[str(tmp_path / "none")]), "there is no directory"),
+        (dict(results=[str(tmp_path)]), "there is no finished run"),
+        (dict(final="best"), "final must be last or mean"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            report.main(dataclasses.replace(config, output=str(tmp_path / "report")))
+        with pytest.raises(UserError, match=message):
+            report.main(Config(output=str(tmp_path / "report"), **flags))
 
 
 # --- Numbers ---
 
 
-def test_final_scores(make_run):
-    scores = [*map(float, range(20))]
-    for name, expected in ((HOPPER, np.mean(scores[-10:])), (MAZE, np.mean(scores[-5:]))):
-        (seed,), _ = report.read_directory(make_run([scores], dataset_name=name))
-        assert report.final_score(Config(final="mean"), seed) == expected
-        assert report.final_score(Config(final="last"), seed) == 19
+@pytest.mark.parametrize("dataset, number", [(HOPPER, 10), (MAZE, 5)])
+def test_final_scores(make_run, dataset, number):
+    scores = [float(i) for i in range(20)]
+    (seed,), _ = report_runs.read_directory(make_run([scores], dataset_name=dataset))
+    assert report.final_score(seed, "mean") == np.mean(scores[-number:])
+    assert report.final_score(seed, "last") == 19
+
+
+def rliables_interval(function, scores):
+    """Return rliable's own estimate and 95 % interval of one number."""
+    np.random.seed(0)  # noqa: NPY002
+    points, intervals = library.get_interval_estimates(
+        {"": scores}, lambda *scores: np.array([function(*scores)]), reps=300
+    )
+    return [points[""][0], *intervals[""][:, 0]]
 
 
 def test_aggregates_and_intervals_are_rliables():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(0.6, 0.2, (5, 4)), rng.normal(0.5, 0.2, (3, 4)).round(1)
-    y[0], x[0, 0] = x[0].round(1), y[1, 0]  # ties
-    for k, name in enumerate(("aggregate_iqm", "aggregate_median", "aggregate_mean", "aggregate_optimality_gap")):
-        function = getattr(metrics, name)
-        np.random.seed(0)  # noqa: NPY002
-        points, intervals = library.get_interval_estimates({"x": x}, lambda s, f=function: np.array([f(s)]), reps=300)
-        point, (low, high) = report.interval(x[:, :, None], report.aggregates, 300)
-        np.testing.assert_allclose(point[k, 0], points["x"][0], rtol=1e-12)
-        np.testing.assert_allclose([low[k, 0], high[k, 0]], intervals["x"][:, 0], rtol=1e-12)
-        both = report.aggregates(np.stack([x, x[::-1] / 2], 2))  # several variants at once
-        np.testing.assert_allclose(both[k], [function(x), function(x / 2)], rtol=1e-12)
-    pair = lambda x, y: report.probability_of_improvement(x[:, :, None], y[:, :, None])[0, 0]
-    assert pair(x, y) == pytest.approx(metrics.probability_of_improvement(x, y), abs=1e-12)
-    np.random.seed(0)  # noqa: NPY002
-    _, intervals = library.get_interval_estimates({"": [x, y]}, lambda *s: np.array([pair(*s)]), reps=300)
-    _, ours = report.interval([x[:, :, None], y[:, :, None]], report.probability_of_improvement, 300)
-    np.testing.assert_allclose(ours[:, 0, 0], intervals[""][:, 0])
-    rectangle = np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 1.2]])  # by hand
-    np.testing.assert_allclose(report.aggregates(rectangle[:, :, None])[:, 0], [0.45, 0.5, 0.5, 1 - 3.8 / 8])
+    scores = rng.normal(0.6, 0.2, (5, 4))
+    found = report_tables.estimate({"x": scores}, 300).set_index("measure")
+    for measure, function in (
+        ("IQM", metrics.aggregate_iqm),
+        ("median", metrics.aggregate_median),
+        ("mean", metrics.aggregate_mean),
+        ("optimality gap", metrics.aggregate_optimality_gap),
+    ):
+        ours = found.loc[measure, ["point", "low", "high"]].astype(float)
+        expected = rliables_interval(function, scores)
+        np.testing.assert_allclose(ours, 100 * np.array(expected), rtol=1e-12)
+
+
+def test_several_labels_are_estimated_at_once():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0.6, 0.2, (5, 4, 2))
+    found = report_tables.aggregates(scores)
+    assert found.shape == (4, 2)
+    for i in range(2):
+        iqm = metrics.aggregate_iqm(scores[:, :, i])
+        np.testing.assert_allclose(found[0, i], 100 * iqm, rtol=1e-12)
+        np.testing.assert_allclose(found[:, i], report_tables.aggregates(scores[:, :, [i]])[:, 0])
+
+
+def test_the_probability_of_improvement_is_rliables():
+    rng = np.random.default_rng(0)
+    better = rng.normal(0.6, 0.2, (5, 4))
+    none = rng.normal(0.5, 0.2, (3, 4))
+    none[0] = better[0]  # ties
+    found = report_tables.estimate({"none": none, "L2": better}, 300)
+    ours = found[found["measure"] == report_tables.PROBABILITY]
+    assert list(ours["label"]) == ["L2"]
+    expected = rliables_interval(metrics.probability_of_improvement, [better, none])
+    np.testing.assert_allclose(ours[["point", "low", "high"]].to_numpy()[0], expected, atol=1e-12)
+
+
+def test_aggregates_by_hand():
+    scores = np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 1.2]])
+    found = report_tables.aggregates(scores[:, :, None])[:, 0]
+    np.testing.assert_allclose(found, [45, 50, 50, 100 * (1 - 3.8 / 8)])
 
 
 def test_expected_online_performance_is_that_of_all_subsets():
     scores = np.array([3.0, 1.0, 7.0, 7.0, 2.0])
-    expected = [np.mean([max(s) for s in itertools.combinations(scores, n)]) for n in range(1, 6)]
-    np.testing.assert_allclose(report.expected_online_performance(scores), expected)
+    expected = []
+    for n in range(1, 6):
+        expected.append(np.mean([max(some) for some in itertools.combinations(scores, n)]))
+    np.testing.assert_allclose(report_tables.expected_online_performance(scores), expected)
 
 
 def test_seeds_that_miss_a_dataset_are_not_aggregated():
-    by = {"a": [(0, 10.0), (1, 20.0), (2, 30.0)], "b": [(2, 60.0), (0, 40.0)]}
-    np.testing.assert_allclose(report.matrix(by, ["a", "b"]), [[0.1, 0.4], [0.3, 0.6]])
-    assert report.matrix(by, ["a", "b", "c"]) is None
+    scores = {"a": {0: 10.0, 1: 20.0, 2: 30.0}, "b": {2: 60.0, 0: 40.0}}
+    rows = make_rows({"none": scores})
+    found = report_tables.score_arrays(rows, ["a", "b"])["none"]
+    np.testing.assert_allclose(found, [[0.1, 0.4], [0.3, 0.6]])
+    assert report_tables.score_arrays(rows, ["a", "b", "c"]) == {}
+    means, halves = report_tables.mean_and_interval(
+        report_tables.by_seed(rows, "final", ["a", "b"])
+    )
+    assert means["none"] == 35
+    assert halves["none"] == pytest.approx(12.706 * 10, rel=1e-4)  # of 25 and 45, t of 1 degree
+    one = report_tables.by_seed(rows[rows["seed"] == 0], "final", ["a", "b"])
+    assert report_tables.mean_and_interval(one)[1].isna().all()
 
 
 def test_curves_need_two_evaluations(make_run):
-    short, long = (report.read_directory(make_run([scores], seed=i))[0] for i, scores in enumerate(([1], [1, 2])))
-    assert report.learning_curves(short, ["none"], [HOPPER]) is None
-    assert len(report.learning_curves(short + long, ["none"], [HOPPER]).axes[0].lines) == 1
+    def draw(*scores):
+        seeds = []
+        for seed, own in enumerate(scores):
+            seeds += report_runs.read_directory(make_run([own], seed=seed))[0]
+        rows = report_runs.by_label(pd.DataFrame(seeds))
+        return report_figures.learning_curves(rows, ["none"], [HOPPER])
+
+    assert draw([1.0], [2.0]) is None
+    axis = draw([1.0, 5.0], [2.0, 8.0]).axes[0]
+    (line,) = axis.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, 1.5], [2, 6.5]])
+    (band,) = axis.collections
+    _, y = band.get_paths()[0].vertices.T
+    assert (y.min(), y.max()) == (1.0, 8.0)  # the mean and one standard deviation
 
 
 def test_improvement_is_of_the_mean_over_the_datasets():
-    none, better = np.array([[20.0, 80], [40, 60]]), np.array([[30.0, 80], [50, 60]])
-    np.testing.assert_allclose(report.improvement(better[:, :, None], none[:, :, None]), [[10]])
-    same = np.full((3, 2), 60.0)  # without spread, the interval is the point
-    _, _, gains = report.aggregate_table("", {"none": same, "L2": 1.1 * same, "DO": same - 6}, 50)
-    np.testing.assert_allclose([gains["L2"], gains["DO"]], [[10] * 3, [-10] * 3])
-    table, _, gains = report.aggregate_table("", {"none": -same, "L2": same}, 50)  # percents of that mean nothing
-    assert gains == {} and table.rows[1][-2:] == ["1.00 (1.00 – 1.00)", "none's is not positive"]
+    none = np.array([[20.0, 80], [40, 60]])
+    better = np.array([[30.0, 80], [50, 60]])
+    found = report_tables.improvement(better[:, :, None], none[:, :, None])
+    np.testing.assert_allclose(found, [[10]])
+
+
+def test_improvements_in_the_table():
+    same = np.full((3, 2), 0.6)  # without spread, the interval is the point
+    arrays = {"none": same, "L2": 1.1 * same, "DO": 0.9 * same}
+    cells = report_tables.aggregate_table("", report_tables.estimate(arrays, 50), arrays).cells
+    assert cells["mean against none"].tolist() == [
+        "",
+        "+10.0 % (+10.0 – +10.0)",
+        "-10.0 % (-10.0 – -10.0)",
+    ]
+    arrays = {"none": -same, "L2": same}  # percents of that mean nothing
+    cells = report_tables.aggregate_table("", report_tables.estimate(arrays, 50), arrays).cells
+    assert rows_of(cells)[1][-2:] == ["1.00 (1.00 – 1.00)", "none's is not positive"]
 
 
 def test_differences_are_taken_seed_by_seed():
-    x, y = np.array([30.0, 33, 36, 39, 41]), np.array([28.0, 29, 31, 30])
-    seeds = lambda values: list(enumerate(values))
-    none, same = {"a": seeds(y), "b": seeds(2 * y)}, seeds(2 * y)
-    by = {"none": none, "L2": {"a": seeds(x)[::-1], "b": same}, "LN": {"a": seeds(y - 1)}}
-    table = report.difference_table("", by, {"a": ["a"], "b": ["b"], "mean": ["a", "b"]})
-    assert table.header == ["regularisers", "a", "b", "mean"]
-    half = 3.182446 * np.std([2, 4, 5, 9], ddof=1) / 2  # a table's t of 3 degrees of freedom
-    own = 3.182446 * np.std([28, 29, 31, 30], ddof=1) / 2
-    assert table.rows == [
+    t = 3.182446  # a table's, of 3 degrees of freedom
+    l2 = {"a": {4: 41.0, 3: 39.0, 2: 36.0, 1: 33.0, 0: 30.0}, "b": {0: 56, 1: 58, 2: 62, 3: 60}}
+    none = {"a": {0: 28.0, 1: 29.0, 2: 31.0, 3: 30.0}, "b": l2["b"]}
+    ln = {"a": {0: 27.0, 1: 28.0, 2: 30.0, 3: 29.0}}
+    rows = make_rows({"none": none, "L2": l2, "LN": ln})
+    shared = rows[(rows["label"] == "L2") & (rows["dataset"] == "b")]
+    index = rows.index.to_numpy().copy()
+    index[shared.index] = rows.index[(rows["label"] == "none") & (rows["dataset"] == "b")]
+    rows.index = index  # L2's runs on b are none's
+    columns = {"a": ["a"], "b": ["b"], "mean": ["a", "b"]}
+    cells = report_tables.difference_table("", rows, columns).cells
+    assert list(cells) == ["a", "b", "mean"]
+    half = t * np.std([2, 4, 5, 9], ddof=1) / 2
+    own = t * np.std([28, 29, 31, 30], ddof=1) / 2
+    mean = f"**+2.5 (+{2.5 - half / 2:.1f} – +{2.5 + half / 2:.1f})**"
+    assert rows_of(cells) == [
         ["none", f"29.5 ± {own:.1f}", f"59.0 ± {2 * own:.1f}", f"44.2 ± {1.5 * own:.1f}"],
-        ["L2", f"*+5.0 (+{5 - half:.1f} – +{5 + half:.1f})", "the same runs",
-         f"*+2.5 (+{2.5 - half / 2:.1f} – +{2.5 + half / 2:.1f})"],
-        ["LN", "*-1.0 (-1.0 – -1.0)", "incomplete", "incomplete"],
-    ]  # fmt: skip
-    by["L2"]["a"][-1] = (0, 24.0)  # -4, 4, 5, 9: no longer sure
-    assert report.difference_table("", by, {"a": ["a"]}).rows[1][1].startswith("+3.5 (-")
+        ["L2", f"**+5.0 (+{5 - half:.1f} – +{5 + half:.1f})**", "the same runs", mean],
+        ["LN", "**-1.0 (-1.0 – -1.0)**", "incomplete", "incomplete"],
+    ]
+    rows.loc[(rows["label"] == "L2") & (rows["final"] == 30), "final"] = 24.0  # -4, 4, 5, 9
+    cells = report_tables.difference_table("", rows, {"a": ["a"]}).cells
+    assert cells.loc["L2", "a"].startswith("+3.5 (-")
+
+
+def test_equal_scores_are_not_the_same_runs():
+    rows = make_rows({label: {"a": {0: 0.0, 1: 0.0}} for label in ("none", "DO")})
+    cells = report_tables.difference_table("", rows, {"a": ["a"]}).cells
+    assert cells["a"].tolist() == ["0.0 ± 0.0", "+0.0 (+0.0 – +0.0)"]
 
 
 def test_the_order_of_labels():
-    names = ["best", "GN", "DO+LN", "DO(0.3)", "none", "DO(0.05)", "L2", "DO", "critic_ln=False", "DO+LN+GrN"]
-    assert sorted(names, key=report.rank) == [
-        "none", "DO", "DO(0.05)", "DO(0.3)", "GN", "L2", "DO+LN", "DO+LN+GrN", "best", "critic_ln=False",
-    ]  # fmt: skip
+    order = ["none", "DO", "DO(0.05)", "DO(0.3)", "GN", "L2", "DO+LN", "DO+LN+GrN"]
+    order += ["L1(0.001) (no DO)", "LN (no DO)", "best", "critic_ln=False"]
+    shuffled = sorted(order)
+    assert shuffled != order
+    assert sorted(shuffled, key=lambda label: report_runs.label_key(rebrac, label)) == order
 
 
-def test_tables_in_three_languages():
-    table = Table("A_b", ["x", "y & z"], [["none", "*1 ± 2"], ["L2", "50 %"], ["L1", ""]], "note")
-    assert report.markdown(table) == (
-        "### A_b\n\n| x | y & z |\n| --- | --- |\n| none | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\nnote\n"
+def test_pairs_are_drawn_at_the_papers_strengths():
+    scores = {"none": 10.0, "DO": 12.0, "LN": 9.0, "DO+LN": 15.0, "DO+LN(0.3)": 99.0}
+    rows = make_rows({label: {"a": {0: score}} for label, score in scores.items()})
+    figure = report_figures.pair_map(rows, ["a"], rebrac.CHOSEN)
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["DO", "LN"]
+    assert [text.get_text() for text in axis.texts] == ["2.0", "5.0", "5.0", "-1.0"]
+    singles = rows[~rows["label"].isin(["DO+LN", "DO+LN(0.3)"])]
+    assert report_figures.pair_map(singles, ["a"], rebrac.CHOSEN) is None
+    assert report_figures.strength_map(singles, ["a"], rebrac.CHOSEN) is not None
+
+
+def test_tables_in_three_languages(tmp_path):
+    cells = pd.DataFrame({"y & z": ["**1 ± 2**", "50 %", ""]}, index=["none", "L2", "L1"])
+    table = Table("A_b", cells, "note")
+    markdown = report_tables.to_markdown(table)
+    assert markdown == (
+        "### A_b\n\n| regularisers | y & z |\n| --- | --- |\n"
+        "| none | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\nnote\n"
     )
-    text = report.latex(table)
-    assert r"none & \textbf{1 $\pm$ 2} \\" in text and r"L2 & 50 \% \\" in text and r"\caption{A\_b. note}" in text
-    assert text.count("{") == text.count("}") and "x & y \\& z" in text
-    assert "<td class=best>1 ± 2</td>" in report.as_html(table) and "y &amp; z" in report.as_html(table)
+    latex = report_tables.to_latex(table)
+    assert r"none & \textbf{1 $\pm$ 2} \\" in latex
+    assert r"L2 & 50 \% \\" in latex
+    assert r"\caption{A\_b. note}" in latex
+    assert r"regularisers & y \& z \\" in latex
+    assert latex.count("{") == latex.count("}")
+    made = Report(str(tmp_path))
+    made.add_table(table)
+    made.write()
+    page = (tmp_path / "index.html").read_text()
+    assert "<td><strong>1 ± 2</strong></td>" in page
+    assert "<th>y &amp; z</th>" in page
+    assert (tmp_path / "tables.md").read_text().startswith(markdown)
 
 
 # --- The whole ---
 
 
+KINDS = "performance-profiles aggregates-with-95-intervals learning-curves inside-the-actor"
+KINDS += " robustness strength-of-a-regulariser improvement-over-no-regulariser"
+KINDS += " expected-online-performance"
+
+
+@pytest.mark.slow
 def test_a_fresh_clone_shows_something_at_once(tmp_path):
     study = os.path.join("data", "study", "rebrac", "halfcheetah-medium-replay-v2")
-    command = [sys.executable, "report.py", "--results", f"[{study}, data/runs]", "--reps", "50"]
-    done = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.report", "--results", f"[{study}, data/runs]"]
+    command += ["--reps", "50", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{study}, data/runs: 76 finished seeds; left out: 0\n")
     figures = {os.path.basename(path) for path in glob.glob(str(tmp_path / "*.p*"))}
-    kinds = "performance-profiles aggregates-with-95-intervals learning-curves inside-the-actor robustness".split()
-    for kind in [*kinds, "strength-of-a-regulariser", "improvement-over-no-regulariser", "expected-online-performance"]:
+    for kind in KINDS.split():
         for suffix in ("png", "pdf"):
-            assert any(name.endswith(f"{kind}.{suffix}") for name in figures), (kind, figures)
+            assert any(name.endswith(f"{kind}.{suffix}") for name in figures), kind
     assert all(os.path.getsize(tmp_path / name) > 5000 for name in figures)
     page = (tmp_path / "index.html").read_text()
-    assert (
-        not re.search(r'<link|<script|url\(|src="(?!data:)', page) and page.count("data:image/png") == len(figures) // 2
-    )
+    assert not re.search(r'<link|<script|url\(|src="(?!data:)', page)
+    assert page.count("data:image/png") == len(figures) // 2
     text = (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == text.count("\n### ")
+
     rows = []
-    for path in glob.glob(os.path.join(ROOT, study, "seed=?,actor_bc_coef=0.1,validation*", "evaluations.csv")):
+    names = "seed=?,actor_bc_coef=0.1,validation*"
+    for path in glob.glob(os.path.join(ROOT, study, names, "evaluations.csv")):
         with open(path, newline="") as file:
             rows.append(list(csv.DictReader(file))[-1])
-    values = np.array([[float(row[key]) for key in ("train/dead_neurons", "evaluation/dead_neurons")] for row in rows])
-    halves = stats.t.ppf(0.975, 4) * values.std(0, ddof=1) / np.sqrt(5)
-    assert "| none | {:.3f} ± {:.3f} | {:.3f} ± {:.3f} |".format(*np.stack([values.mean(0), halves], 1).ravel()) in text
+    assert len(rows) == 5
     scores = [float(row["score"]) for row in rows]
-    assert f"| none | {np.mean(scores):.1f} ± {np.std(scores):.1f} |" in text and len(scores) == 5
-    assert (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == text.count("\n### ")
-    assert Config().results in (["results"], ["data/study"])
+    assert f"| none | {np.mean(scores):.1f} ± {np.std(scores):.1f} |" in text
+    cells = []
+    for key in ("train/dead_neurons", "evaluation/dead_neurons"):
+        values = np.array([float(row[key]) for row in rows])
+        half = stats.t.ppf(0.975, 4) * values.std(ddof=1) / np.sqrt(5)
+        cells.append(f"{values.mean():.3f} ± {half:.3f}")
+    assert f"| none | {cells[0]} | {cells[1]} |" in text
 
 
-def test_a_wandb_project_gives_the_same_report(make_run, tmp_path, monkeypatch):
-    for seed, score in enumerate((40, 50)):
+def test_without_results_of_ones_own_the_study_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Config().results == ["data/study"]
+    os.makedirs("results/rebrac/hopper-medium-v2/seed=0")
+    assert Config().results == ["results"]
+
+
+def test_a_wandb_project_gives_the_same_report(make_run, make_report, tmp_path, monkeypatch):
+    for seed, score in enumerate([40, 50]):
         make_run([[1, score]], seed=seed)
         make_run([[1, score + 3]], seed=seed, actor_ln=True)
     make_run([[1, 60], [1, 70]], seed=0, actor_fn=True)  # two seeds in a run
     make_run([[1, 60]], seed=5, finished=False)
-    expected = tables([str(tmp_path / "results")], monkeypatch, tmp_path)
+    expected = make_report("results")
     with Server() as server:
-        for key in ("WANDB_BASE_URL", "WANDB_API_KEY"):
-            monkeypatch.setenv(key, {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": 40 * "k"}[key])
-        for i, path in enumerate(sorted(glob.glob(str(tmp_path / "results" / "*" / "*" / "*")))):
-            config = yaml.safe_load(open(os.path.join(path, "config.yaml"))) | dict(algorithm="rebrac")
-            history = []
-            with open(os.path.join(path, "evaluations.csv")) as file:  # as runs.WandB sends them
-                for update, rows in itertools.groupby(csv.DictReader(file), lambda row: int(row["update"])):
-                    rows = [{k: float(v) for k, v in row.items() if k != "update"} for row in rows]
-                    row = {k: np.mean([one[k] for one in rows]) for k in rows[0] if k != "seed"}
-                    if len(rows) > 1:
-                        row |= {f"seed{one['seed']:.0f}/{k}": one[k] for one in rows for k in one if k != "seed"}
-                    history += [json.dumps({"_step": update - 500, "q": 1.0}), json.dumps({"_step": update, **row})]
-            server.runs[f"run{i}"] = dict(
-                config={k: dict(value=v) for k, v in config.items()}, history=history, state="running",
-                exit=0 if os.path.exists(os.path.join(path, "finished.json")) else None, started=True,
-            )  # fmt: skip
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", 40 * "k")
+        monkeypatch.setenv("WANDB_MODE", "online")
+        for path in glob.glob(str(tmp_path / "results" / "*" / "*" / "*")):
+            is_finished = os.path.exists(os.path.join(path, "finished.json"))
+            run = WandB(path, "rebrac", read_fields(path))
+            run.start(Tables(path).updates())
+            run.close(0 if is_finished else 1, preempted=False)
         server.runs["other"] = dict(config={}, history=[], state="crashed", exit=1, started=True)
         wandb.teardown()  # which keeps its server's address
-        found = tables([], monkeypatch, tmp_path, wandb="team/project")
+        found = make_report(wandb="team/project")
         wandb.teardown()
-    assert found == expected
-    assert "it is no run of this project" in (tmp_path / "report" / "index.html").read_text()
+    assert list(found) == list(expected)
+    for title, cells in found.items():
+        pd.testing.assert_frame_equal(cells, expected[title])
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "it is no run of this project" in page
+    assert "not finished: W&amp;B says it is " in page

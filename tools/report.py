@@ -12,14 +12,15 @@ run each counts as a run.
 
 import base64
 import glob
-import html
 import os
 import re
 from dataclasses import dataclass, field
 from typing import List, Optional
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from markdown_it import MarkdownIt
 
 from harness.config import parse
 from harness.datasets import DOMAINS
@@ -43,84 +44,72 @@ class Config:
     variants: int = 8  # in a figure of lines, at most
 
 
-CSS = """
+CSS = """<style>
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em}
 table {border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto}
-td, th {padding: 3px 9px; text-align: right !important; border-bottom: 1px solid #ddd}
-td:first-child, th:first-child {text-align: left !important; white-space: nowrap}
-p, li {color: #555; font-size: 13px}
-img {max-width: 100%}
+td, th {padding: 3px 9px; text-align: right; border-bottom: 1px solid #ddd}
+td:first-child, th:first-child {text-align: left; white-space: nowrap}
 h2 {border-top: 1px solid #ccc; padding-top: 1em}
-"""
+img {max-width: 100%}
+</style>"""
 
 
 class Report:
-    """Collects tables and figures. Writes tables.md, tables.tex, index.html and the figures."""
+    """Collects Markdown, tables and figures, and writes them into a directory."""
 
     def __init__(self, directory):
         self.directory = directory
         self.markdown = []
-        self.latex = []
-        self.html = []
+        self.latex = ["% needs booktabs and graphicx\n"]
         self.sections = 0
         os.makedirs(directory, exist_ok=True)
 
     def path(self, name):
         return os.path.join(self.directory, name)
 
-    def begin(self, intro):
-        self.markdown.append(f"# Report\n\n{intro}\n")
-        self.latex.append(f"% {intro}\n% needs booktabs and graphicx\n")
-        head = "<!doctype html><html lang=en><meta charset=utf-8><title>Report</title>"
-        self.html.append(f"{head}<style>{CSS}</style>")
-        self.html.append(f"<h1>Report</h1><p>{html.escape(intro)}</p>")
+    def add_text(self, text):
+        self.markdown.append(text)
 
     def begin_section(self, title):
         self.sections += 1
         self.markdown.append(f"## {title}\n")
         self.latex.append(f"% {title}\n")
-        self.html.append(f"<h2>{html.escape(title)}</h2>")
 
     def add_table(self, table):
         self.markdown.append(tables.to_markdown(table))
         self.latex.append(tables.to_latex(table))
-        self.html.append(tables.to_html(table))
 
     def add_figure(self, title, figure):
         """Add a figure and write its files. None is nothing to show."""
         if figure is None:
             return
-        words = re.sub(r"[^a-z0-9]+", "-", title.lower())
-        name = f"{self.sections}-{words}"
-        figure.tight_layout()
+        name = re.sub(r"[^a-z0-9]+", "-", f"{self.sections}-{title}".lower())
         for suffix in ("png", "pdf"):
             figure.savefig(self.path(f"{name}.{suffix}"), dpi=130, bbox_inches="tight")
-        figures.plt.close(figure)
-        with open(self.path(f"{name}.png"), "rb") as file:
-            data = base64.b64encode(file.read()).decode()
+        plt.close(figure)
         self.markdown.append(f"![{title}]({name}.png)\n")
-        title = html.escape(title)
-        self.html.append(f"<h3>{title}</h3>")
-        self.html.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
-
-    def add_left_out(self, left_out):
-        self.markdown.append("## Left out\n")
-        self.html.append("<h2>Left out</h2><ul>")
-        for run, reason in left_out:
-            self.markdown.append(f"- `{run}`: {reason}")
-            self.html.append(f"<li>{html.escape(run)}: {html.escape(reason)}</li>")
-        self.markdown.append("")
-        self.html.append("</ul>")
 
     def write(self):
-        for name, blocks in (
-            ("tables.md", self.markdown),
-            ("tables.tex", self.latex),
-            ("index.html", self.html),
-        ):
+        """Write tables.md, tables.tex and index.html, which is tables.md as one page."""
+        markdown = "\n".join(self.markdown) + "\n"
+        page = MarkdownIt("js-default").render(markdown)
+        page = re.sub(r'src="(.*?)"', self.embed, page)
+        head = "<!doctype html><html lang=en><meta charset=utf-8><title>Report</title>"
+        texts = {
+            "tables.md": markdown,
+            "tables.tex": "\n".join(self.latex) + "\n",
+            "index.html": f"{head}{CSS}{page}</html>\n",
+        }
+        for name, text in texts.items():
             with open(self.path(name), "w") as file:
-                file.write("\n".join(blocks) + "\n")
+                file.write(text)
         print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
+
+    def embed(self, source):
+        """Return an image's `src="name.png"` with the image itself."""
+        with open(self.path(source[1]), "rb") as file:
+            data = base64.b64encode(file.read()).decode()
+        return f'src="data:image/png;base64,{data}"'
 
 
 # --- What is in it ---
@@ -132,9 +121,8 @@ def final_score(seed, final):
     """Return a finished seed's score: its last evaluation's, or the mean of the last 10 or 5."""
     if seed["state"] != "finished":
         return np.nan
-    if final == "last":
-        return seed["curve"].iloc[-1]
-    return seed["curve"].iloc[-5 if seed["domain"] == "antmaze" else -10 :].mean()
+    number = 5 if seed["domain"] == "antmaze" else 10
+    return np.mean(seed["scores"][-number:] if final == "mean" else seed["scores"][-1:])
 
 
 def datasets_by_domain(rows):
@@ -174,9 +162,10 @@ def add_settings(report, config, seeds):
                 means = 100 * np.stack([scores.mean(0) for scores in arrays.values()])
                 expected = [tables.expected_online_performance(column) for column in means.T]
                 curves[panel] = np.mean(expected, axis=0)
-        finished = rows[rows["final"].notna()]
+        finished = rows[rows["final"].notna()].dropna(axis="columns", how="all")
         if len(finished):
-            add_runs(report, config, script, finished, datasets)
+            *_, everything = domains.values()
+            add_runs(report, config, script, finished, everything)
     if improvements:
         title = "improvement over no regulariser"
         report.add_figure(title, figures.improvement_figure(improvements))
@@ -209,22 +198,20 @@ def add_aggregates(report, config, title, arrays):
 
 def add_runs(report, config, script, rows, datasets):
     """Add what else is known of an algorithm's finished runs, on all its datasets."""
-    name = script.NAME
+    title = script.NAME
     labels = list(rows["label"].sort_values().unique())
     curves = figures.learning_curves(rows, labels[: config.variants], datasets)
-    report.add_figure(f"{name}: learning curves", curves)
+    report.add_figure(f"{title}: learning curves", curves)
     strengths = figures.strength_map(rows, datasets, script.CHOSEN)
-    report.add_figure(f"{name}: strength of a regulariser", strengths)
+    report.add_figure(f"{title}: strength of a regulariser", strengths)
     pairs = figures.pair_map(rows, datasets, script.CHOSEN)
-    report.add_figure(f"{name}: pairs of regularisers", pairs)
-    inside = tables.inside_table(f"{name}: inside the actor", rows, datasets)
-    if len(inside.cells):
+    report.add_figure(f"{title}: pairs of regularisers", pairs)
+    inside = tables.inside_table(f"{title}: inside the actor", rows, datasets)
+    if inside.cells.size:
         report.add_table(inside)
-    first = labels[:24]
-    inside = figures.inside_figure(rows, first, datasets)
-    report.add_figure(f"{name}: inside the actor", inside)
-    robustness = figures.robustness_figure(rows, first, datasets)
-    report.add_figure(f"{name}: robustness", robustness)
+    rows = rows[rows["label"].isin(labels[:24])]
+    report.add_figure(f"{title}: inside the actor", figures.inside_figure(rows, datasets))
+    report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets))
 
 
 def main(config):
@@ -254,13 +241,14 @@ def main(config):
     if config.final == "mean":
         final = "the mean of the last 10 evaluations, on AntMaze 5"
     report = Report(config.output)
-    report.begin(f"{summary}. A run's score is that of {final}.")
+    report.add_text(f"# Report\n\n{summary}. A run's score is that of {final}.\n")
     for settings, own in by_settings(pd.DataFrame(seeds)):
         words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
         report.begin_section(f"Settings: {', '.join(words)}")
         add_settings(report, config, own)
     if left_out:
-        report.add_left_out(left_out)
+        lines = [f"- `{run}`: {reason}" for run, reason in left_out]
+        report.add_text("\n".join(["## Left out\n", *lines, ""]))
     report.write()
 
 

@@ -4,28 +4,26 @@
 `datasets` are what of it is shown. A function returns None if there is nothing to show.
 """
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from cycler import cycler
 from rliable import library
 
-from tools.report_tables import AGGREGATES, INSIDE, mean_and_interval, score_columns
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from tools import report_tables as tables
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999933".split()
-LINES = cycler(linestyle=["-", "--", "-.", ":"]) * cycler(linewidth=[1.4, 1.4])
-plt.rc("axes", grid=True, axisbelow=True)
-plt.rc("axes", prop_cycle=cycler(color=COLOURS) + cycler(marker="os^Dv<>P") + LINES)
+LINES = ["-", "-", "--", "--", "-.", "-.", ":", ":"]
+STYLES = cycler(color=COLOURS) + cycler(marker="os^Dv<>P") + cycler(linestyle=LINES)
+plt.switch_backend("Agg")  # no screen
+plt.rc("axes", grid=True, prop_cycle=STYLES)
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("figure.constrained_layout", use=True)
 plt.rc("font", size=9)
 plt.rc("grid", alpha=0.3)
-plt.rc("lines", markersize=4)
+plt.rc("lines", linewidth=1.4, markersize=4)
 plt.rc("pdf", fonttype=42)
 
 
@@ -44,6 +42,11 @@ def add_legend(figure, axis):
     """Put an axis's legend below the figure."""
     entries = axis.get_legend_handles_labels()
     figure.legend(*entries, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+
+
+def turn_labels(axis, angle):
+    labels = axis.get_xticklabels()
+    plt.setp(labels, rotation=angle, ha="right", rotation_mode="anchor", fontsize=8)
 
 
 def learning_curves(rows, labels, datasets):
@@ -69,8 +72,8 @@ def learning_curves(rows, labels, datasets):
 def draw_intervals(axis, estimates):
     """Draw points and their intervals, a line for each label: rows of label, point, low, high."""
     labels = estimates["label"].astype(str)
-    width = estimates["high"] - estimates["low"]
-    axis.barh(labels, width, left=estimates["low"], height=0.6, color=COLOURS[0], alpha=0.45)
+    low = estimates["low"]
+    axis.hlines(labels, low, estimates["high"], color=COLOURS[0], alpha=0.45, linewidth=9)
     axis.plot(estimates["point"], labels, "k|", markersize=9, markeredgewidth=1.4)
     axis.invert_yaxis()
 
@@ -78,8 +81,8 @@ def draw_intervals(axis, estimates):
 def interval_figure(estimates):
     """Draw the aggregates and their intervals."""
     height = 0.9 + 0.24 * estimates["label"].nunique()
-    figure, axes = make_axes(len(AGGREGATES), width=2.9, height=height)
-    for axis, measure in zip(axes, AGGREGATES):
+    figure, axes = make_axes(len(tables.AGGREGATES), width=2.9, height=height)
+    for axis, measure in zip(axes, tables.AGGREGATES):
         draw_intervals(axis, estimates[estimates["measure"] == measure])
         axis.set_title(measure)
         axis.tick_params(labelleft=axis is axes[0])
@@ -121,7 +124,8 @@ def share_above(scores, taus):
 
 def gains_over_none(rows, datasets):
     """Return mean scores minus none's: a row for each label, a column for each dataset."""
-    means = rows.groupby(["label", "dataset"])["final"].mean().unstack()[datasets]
+    means = rows.pivot_table(index="label", columns="dataset", values="final")
+    means = means.reindex(columns=datasets)
     none = means.loc["none"] if "none" in means.index else np.nan
     return means - none
 
@@ -139,7 +143,82 @@ def pair_map(rows, datasets, names):
     values = pd.DataFrame(index=list(names), columns=list(names), dtype=float)
     for label, gain in gains.items():
         pair = label.split("+")
-        if len(pair) == 2 and set(pair) <= set(names):
-            values.loc[pair, pair[::-1]] = gain
-    paired = ...
-    return heat_map("pairs of regularisers (diagonal: one alone)", values)
+        if len(pair) <= 2 and set(pair) <= set(names):
+            values.loc[pair[0], pair[-1]] = gain
+            values.loc[pair[-1], pair[0]] = gain
+    paired = [name for name in names if values[name].drop(name).notna().any()]
+    title = "pairs of regularisers (diagonal: one alone)"
+    return heat_map(title, values.loc[paired, paired])
+
+
+def heat_map(title, gains):
+    """Draw a DataFrame of gains, NaN where there is none, on colours from red to blue around 0."""
+    if not gains.notna().any(axis=None):
+        return None
+    lines, columns = gains.shape
+    figure, axis = plt.subplots(figsize=(3.2 + 0.62 * columns, max(3.2, 1.2 + 0.27 * lines)))
+    bound = gains.abs().max(axis=None) or 1
+    colours = dict(cmap="RdBu", vmin=-bound, vmax=bound)
+    texts = dict(annot=True, fmt=".1f", annot_kws={"fontsize": 7})
+    sns.heatmap(gains, ax=axis, cbar_kws={"label": "score − score without"}, **colours, **texts)
+    axis.grid(False)
+    axis.set(title=title, xlabel="", ylabel="")
+    axis.tick_params("y", rotation=0)
+    turn_labels(axis, 40)
+    return figure
+
+
+def inside_figure(rows, datasets):
+    """Draw what is inside the actor at the end: the seeds, and a line at each dataset's mean."""
+    keys = [key for key in tables.INSIDE if key in rows]
+    if not keys:
+        return None
+    labels = list(rows["label"].sort_values().unique())
+    rows = rows.assign(place=rows["label"].map(labels.index).astype(int))
+    width = 0.8 / len(datasets)  # of a dataset's column
+    figure, axes = make_axes(len(keys), width=max(3.0, 0.42 * len(labels)), height=3.0, columns=2)
+    for axis, key in zip(axes, keys):
+        for j, dataset in enumerate(datasets):
+            own = rows[rows["dataset"] == dataset]
+            left = (j - len(datasets) / 2) * width
+            middle = own["place"] + left + width / 2
+            (points,) = axis.plot(middle, own[key], linestyle="", markersize=3, label=dataset)
+            means = own.groupby("place")[key].mean()
+            x = means.index + left
+            axis.hlines(means, x, x + width, color=points.get_color(), linewidth=1.2)
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_title(tables.INSIDE[key][0])
+        turn_labels(axis, 60)
+    add_legend(figure, axes[0])
+    return figure
+
+
+def robustness_figure(rows, datasets):
+    """Draw scores with noise and without: means over the datasets, 95 % intervals over seeds."""
+    means = {}
+    halves = {}
+    for column in tables.score_columns(rows):
+        title = "no noise" if column == "score" else tables.column_title(column)
+        values = tables.by_seed(rows, column, datasets)
+        means[title], halves[title] = tables.mean_and_interval(values)
+    means = pd.DataFrame(means)
+    halves = pd.DataFrame(halves)
+    if len(means.columns) < 2 or halves["no noise"].isna().all():
+        return None
+    figure, (axis,) = make_axes(1, width=max(4.5, 0.6 * len(means)), height=3.2)
+    means.plot.bar(yerr=halves, width=0.8, capsize=2, legend=False, ax=axis)
+    axis.set(xlabel="", ylabel="score")
+    turn_labels(axis, 60)
+    add_legend(figure, axis)
+    return figure
+
+
+def online_performance(curves):
+    """Draw the best score to expect by the number of configurations tried: {title: scores}."""
+    figure, (axis,) = make_axes(1, width=5, height=3.2)
+    for title, scores in curves.items():
+        axis.plot(range(1, len(scores) + 1), scores, label=title)
+    axis.set(xlabel="configurations tried online", ylabel="expected best score")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(figure, axis)
+    return figure

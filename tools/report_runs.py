@@ -5,15 +5,17 @@ A run is a dictionary for each training seed:
     algorithm, dataset, domain, seed
     settings  fields that differ from the paper's values, without the regularisers: pairs
     labels    the names under which it counts, such as ("DO+LN", "best")
+    config    its fields
     state     finished, failed or unfinished
-    config    the run's fields
-    curve     the scores of its evaluations, a Series by update
+    updates   of the evaluations of a finished run
+    scores    of its evaluations
 
 and the columns of its last evaluation.
 """
 
 import functools
 import os
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -23,6 +25,7 @@ from harness.datasets import domain
 from harness.directory import read_fields, saved_fields, status
 from harness.errors import UserError, one_line
 from harness.scripts import scripts
+from harness.tables import Tables
 
 SCRIPTS = scripts()
 
@@ -33,16 +36,15 @@ NO_REGULARISER = ("learning_rate", "coef", "layers", "loss")
 NO_SETTING = ("seed", "num_seeds", "dataset_name", "dataset_path", "log_every", "analysis")
 
 
-def regulariser_fields(script):
-    """Return the names of a script's fields that make labels. The others make settings."""
-    found = set()
-    for flags in script.CHOSEN.values():
-        found.update(flags)
-    for field in fields(script.Config):
-        of_network = field.name.startswith(("actor_", "critic_"))
-        if of_network and not field.name.endswith(NO_REGULARISER):
-            found.add(field.name)
-    return found
+def named_fields(script):
+    return set().union(*script.CHOSEN.values())
+
+
+def unnamed_fields(script):
+    """Return a script's regularisers that have no abbreviation in CHOSEN."""
+    names = [field.name for field in fields(script.Config)]
+    names = [name for name in names if name.startswith(("actor_", "critic_"))]
+    return {name for name in names if not name.endswith(NO_REGULARISER)} - named_fields(script)
 
 
 def strengths(script, config):
@@ -77,11 +79,11 @@ def label(script, found):
 def run_labels(script, config, default, tuned):
     """Return the labels of a run, from its fields and the paper's for its dataset.
 
-    "none"             without any regulariser but those that the paper's IQL has on Adroit
-    "LN", "DO+LN"      both: LN where DO is on anyway
-    "LN (no DO)"       LN where DO would be on
-    "best"             what is tuned for the dataset; `tuned` has its strengths by that name
-    "LN+critic_ln=..." with a regulariser that has no abbreviation
+    "DO+LN"               dropout and LayerNorm, at the paper's strengths
+    "LN", "DO+LN"         both names, if the paper has dropout anyway on this dataset
+    "LN (no DO)"          LayerNorm, without that dropout
+    "LN+critic_ln=False"  a regulariser without an abbreviation
+    "DO+LN+GrN", "best"   what is `tuned` for the dataset
     """
     found = strengths(script, config)
     usual = strengths(script, default)
@@ -91,14 +93,10 @@ def run_labels(script, config, default, tuned):
     if missing:
         labels = [f"{label(script, found)} (no {'+'.join(missing)})"]
 
-    named = set()
-    for flags in script.CHOSEN.values():
-        named.update(flags)
-    unnamed = regulariser_fields(script) - named
-    words = [f"{key}={config[key]}" for key in changed_fields(config, default) if key in unnamed]
+    others = unnamed_fields(script)
+    words = [f"{key}={config[key]}" for key in changed_fields(config, default) if key in others]
     if words:
         return ("+".join(words if labels[0] == "none" else [labels[0], *words]),)
-
     labels += [name for name, variant in tuned.items() if variant == found]
     return tuple(dict.fromkeys(labels))
 
@@ -109,42 +107,41 @@ def changed_fields(config, default):
 
 def run_settings(script, config, default):
     """Return what else differs from the paper's: (("batch_size", "256"), ...)."""
-    skipped = regulariser_fields(script).union(NO_SETTING)
+    skipped = named_fields(script) | unnamed_fields(script) | set(NO_SETTING)
     changed = [key for key in changed_fields(config, default) if key not in skipped]
     return tuple((key, str(config[key])) for key in sorted(changed))
 
 
 @functools.cache
-def paper(algorithm, **given):
-    """Return the paper's fields, and {"best": {"DO": 0.2, ...}, ...} as tuned for a dataset."""
-    script = SCRIPTS[algorithm]
-    plain = script.Config(**given)
+def paper(script, dataset, **loss):
+    """Return the paper's fields for a dataset, and {"best": {"DO": 0.2, ...}, ...} tuned for it.
+
+    Each loss has tuned values of its own, but only the default one is the paper's.
+    """
+    plain = script.Config(dataset_name=dataset, **loss)
     tuned = {}
     for name in script.BEST:
         variant = script.tuned(replace(plain, regularisers=name))
         tuned[name] = strengths(script, vars(variant))
-    return saved_fields(vars(script.tuned(plain))), tuned
+    default = saved_fields(vars(script.tuned(plain)))
+    return {**default, **{key: getattr(script.Config, key) for key in loss}}, tuned
 
 
 def describe(algorithm, config):
-    """Return the dataset, settings and labels of a run, from its fields."""
+    """Return what the report says of a run, from its fields."""
     script = SCRIPTS[algorithm]
     dataset = config["dataset_name"]
-    given = {"dataset_name": dataset}
-    if "critic_loss" in config:  # each has tuned values of its own
-        given["critic_loss"] = config["critic_loss"]
-    default, tuned = paper(algorithm, **given)
-    if "critic_loss" in config:
-        default = {**default, "critic_loss": script.Config.critic_loss}
-
+    loss = {key: config[key] for key in ("critic_loss",) if key in config}
+    default, tuned = paper(script, dataset, **loss)
     file = os.path.basename(config.get("dataset_path") or "")
-    title = dataset if file.replace("_", "-") in ("", f"{dataset}.hdf5") else f"{dataset} ({file})"
+    is_own = file.replace("_", "-") not in ("", f"{dataset}.hdf5")
     return {
         "algorithm": algorithm,
-        "dataset": title,
+        "dataset": f"{dataset} ({file})" if is_own else dataset,
         "domain": domain(dataset),
         "settings": run_settings(script, config, default),
         "labels": run_labels(script, config, default, tuned),
+        "config": config,
     }
 
 
@@ -152,28 +149,33 @@ def describe(algorithm, config):
 
 
 def split_seeds(algorithm, config, rows, state):
-    """Return a run's seeds. `rows` are its evaluations, of all seeds.
+    """Return a run's seeds. `rows` are all its evaluations, none if it isn't finished.
 
     Raises UserError if the evaluations make no sense.
     """
     config = {**saved_fields(vars(SCRIPTS[algorithm].Config())), **config}
-    about = describe(algorithm, config)
+    about = {**describe(algorithm, config), "state": state}
     seeds = []
-    for seed in range(config["seed"], config["seed"] + config["num_seeds"]):
-        own = [row for row in rows if row["seed"] == seed]
-        updates = [row["update"] for row in own]
-        scores = [row["score"] for row in own]
-        if state == "finished" and updates[-1:] != [config["num_updates"]]:
-            raise UserError("it is said to be finished, but its last evaluation is missing")
-        if not np.isfinite(scores).all() or updates != sorted(set(updates)):
-            raise UserError("its scores are not finite, or its updates out of order")
-        last = dict(own[-1]) if own else {}
+    for number in range(config["seed"], config["seed"] + config["num_seeds"]):
+        own = [row for row in rows if row["seed"] == number]
+        last = own[-1] if own else {}
+        seed = {**last, **about, "seed": number}
+        seed["updates"] = [row["update"] for row in own]
+        seed["scores"] = [row["score"] for row in own]
+        if state == "finished":
+            check_evaluations(seed)
         if last.get("plasticity/before"):
-            last["plasticity"] = last["plasticity/after"] / last["plasticity/before"]
-        last.update(about, seed=seed, state=state, config=config)
-        last["curve"] = pd.Series(scores, updates, dtype=float)
-        seeds.append(last)
+            seed["plasticity"] = last["plasticity/after"] / last["plasticity/before"]
+        seeds.append(seed)
     return seeds
+
+
+def check_evaluations(seed):
+    updates = seed["updates"]
+    if updates[-1:] != [seed["config"]["num_updates"]]:
+        raise UserError("it is said to be finished, but its last evaluation is missing")
+    if not np.isfinite(seed["scores"]).all() or updates != sorted(set(updates)):
+        raise UserError("its scores are not finite, or its updates out of order")
 
 
 def read_directory(path):
@@ -183,24 +185,15 @@ def read_directory(path):
         raise UserError(f"{algorithm} is no algorithm of this project")
     run = status(path)
     config = read_fields(path)
-    rows = read_evaluations(os.path.join(path, "evaluations.csv"), run.state == "finished")
-    seeds = split_seeds(algorithm, config, rows, run.state)
-    reasons = {
-        "finished": None,
-        "failed": f"failed: {one_line(run.reason)[:150]}",
-        "unfinished": f"not finished: at update {run.update:,} of {config['num_updates']:,}",
-    }
-    return seeds, reasons[run.state]
-
-
-def read_evaluations(path, finished):
-    """Return the rows of a run's evaluations.csv."""
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
-        return []
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not finished:  # its last row may be half written
-        table = table[(table != "").all(axis=1)]
-    return table.astype(float).to_dict("records")
+    rows = []
+    reason = None
+    if run.state == "finished":
+        rows = list(Tables(path).read("evaluations.csv"))
+    elif run.state == "failed":
+        reason = f"failed: {one_line(run.reason)[:150]}"
+    else:
+        reason = f"not finished: at update {run.update:,} of {config['num_updates']:,}"
+    return split_seeds(algorithm, config, rows, run.state), reason
 
 
 def read_wandb_run(run):
@@ -209,24 +202,22 @@ def read_wandb_run(run):
     algorithm = config.pop("algorithm", None)
     if algorithm not in SCRIPTS:
         raise UserError("it is no run of this project")
+    if run.state != "finished":
+        state = "failed" if run.state in ("failed", "crashed") else "unfinished"
+        seeds = split_seeds(algorithm, config, [], state)
+        return seeds, f"not finished: W&B says it is {run.state}"
     rows = []
     for row in run.history(samples=1_000_000, pandas=False):
         if row.get("score") is not None:
             for seed in range(config["seed"], config["seed"] + config["num_seeds"]):
                 rows.append(row_of_seed(row, seed, config["num_seeds"]))
-    states = {"finished": "finished", "failed": "failed", "crashed": "failed"}
-    state = states.get(run.state, "unfinished")
-    reason = None if state == "finished" else f"not finished: W&B says it is {run.state}"
-    return split_seeds(algorithm, config, rows, state), reason
+    return split_seeds(algorithm, config, rows, "finished"), None
 
 
 def row_of_seed(row, seed, num_seeds):
     """Return one seed's part of a row of W&B, which of several has `score` and `seed0/score`."""
     prefix = f"seed{seed}/" if num_seeds > 1 else ""
-    values = {}
-    for key, value in row.items():
-        if key.startswith(prefix) and isinstance(value, (int, float)):
-            values[key.removeprefix(prefix)] = value
+    values = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
     return {**values, "seed": seed, "update": row["_step"]}
 
 
@@ -297,8 +288,9 @@ def by_settings(seeds):
     seeds are all with others, too, are left out.
     """
     members = {}
+    pairs = list(zip(seeds["settings"], seeds["config"]))
     for settings in set(seeds["settings"]):
-        fits = [has_settings(seed, settings) for seed in seeds.to_dict("records")]
+        fits = [has_settings(own, config, settings) for own, config in pairs]
         members[settings] = frozenset(seeds.index[fits])
     for settings in sorted(members, key=lambda settings: (-len(members[settings]), settings)):
         own = members[settings]
@@ -306,10 +298,10 @@ def by_settings(seeds):
             yield settings, seeds.loc[sorted(own)]
 
 
-def has_settings(seed, settings):
-    config = seed["config"]
-    as_here = all(str(config.get(key, value)) == value for key, value in settings)
-    return as_here and set(seed["settings"]) <= set(settings)
+def has_settings(own, config, settings):
+    """Return whether a run with settings of its `own`, and this config, has just these settings."""
+    has_all = all(str(config.get(key, value)) == value for key, value in settings)
+    return has_all and set(own) <= set(settings)
 
 
 def label_key(script, label):
@@ -317,10 +309,10 @@ def label_key(script, label):
     order = ["none", *script.CHOSEN]
     places = []
     for word in label.split("+"):
-        name, _, strength = word.rstrip(")").partition("(")
-        if name not in order:
+        found = re.fullmatch(r"([^()]+)(?:\(([\d.e+-]+)\))?", word)
+        if not found or found[1] not in order:
             return np.inf, [], label
-        places.append((order.index(name), float(strength or 0)))
+        places.append((order.index(found[1]), float(found[2] or 0)))
     return len(places), places, label
 
 

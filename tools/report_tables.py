@@ -4,7 +4,6 @@
 the final score, NaN if the run isn't finished.
 """
 
-import html
 import math
 import re
 from typing import NamedTuple
@@ -25,19 +24,9 @@ INSIDE = {
     "gap/action_error": ("gap of the action error", 3),
     "plasticity": ("plasticity (loss left / loss before)", 3),
 }
-# The columns of the table of aggregates, and their cells
-AGGREGATES = {
-    "IQM": "{:.1f} ({:.1f} – {:.1f})",
-    "median": "{:.1f} ({:.1f} – {:.1f})",
-    "mean": "{:.1f} ({:.1f} – {:.1f})",
-    "optimality gap": "{:.1f} ({:.1f} – {:.1f})",
-}
+AGGREGATES = ["IQM", "median", "mean", "optimality gap"]
 PROBABILITY = "P(better than none)"
 IMPROVEMENT = "mean against none"
-COMPARISONS = {
-    PROBABILITY: "{:.2f} ({:.2f} – {:.2f})",
-    IMPROVEMENT: "{:+.1f} % ({:+.1f} – {:+.1f})",
-}
 
 
 class Table(NamedTuple):
@@ -47,35 +36,43 @@ class Table(NamedTuple):
     cells: pd.DataFrame
     note: str
 
+    def lines(self):
+        return [["regularisers", *self.cells], *self.cells.reset_index().to_numpy()]
+
 
 def to_markdown(table):
-    header = ["regularisers", *table.cells]
-    lines = [header, ["---"] * len(header), *table.cells.reset_index().to_numpy()]
-    lines = ["| " + " | ".join(line) + " |" for line in lines]
-    text = "\n".join(lines).replace("|  ", "| ")  # where a cell is empty
+    header, *lines = table.lines()
+    lines = [header, ["---"] * len(header), *lines]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = text.replace("|  ", "| ")  # where a cell is empty
     return f"### {table.title}\n\n{text}\n\n{table.note}\n"
 
 
+LATEX = r"""\begin{table}
+\centering
+\caption{%s}
+\resizebox{\linewidth}{!}{\begin{tabular}{%s}
+\toprule
+%s
+\midrule
+%s
+\bottomrule
+\end{tabular}}
+\end{table}
+"""
+
+
 def to_latex(table):
-    """Return the table as LaTeX, no wider than the text. It needs booktabs and graphicx."""
-    lines = [" & ".join(line) + r" \\" for line in table.cells.reset_index().to_numpy()]
-    header = " & ".join(["regularisers", *table.cells]) + r" \\"
-    body = "\n".join([r"\toprule", header, r"\midrule", *lines, r"\bottomrule"])
-    body = re.sub(r"([%_#$])", r"\\\1", body)
-    body = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", body)
-    caption = re.sub(r"([%_#$])", r"\\\1", f"{table.title}. {table.note}")
+    header, *lines = [" & ".join(map(escape, line)) + r" \\" for line in table.lines()]
+    caption = escape(f"{table.title}. {table.note}")
     columns = "l" + "r" * len(table.cells.columns)
-    return (
-        f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n"
-        f"\\resizebox{{\\linewidth}}{{!}}{{%\n\\begin{{tabular}}{{{columns}}}\n"
-        f"{body}\n\\end{{tabular}}}}\n\\end{{table}}\n"
-    )
+    return LATEX % (caption, columns, header, "\n".join(lines))
 
 
-def to_html(table):
-    """Return the table as HTML."""
-    cells = re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", table.cells.to_html(border=0))
-    return f"<h3>{html.escape(table.title)}</h3>{cells}<p>{html.escape(table.note)}</p>"
+def escape(text):
+    """Return a cell's Markdown as LaTeX."""
+    text = re.sub(r"([%&_#$])", r"\\\1", text).replace("±", r"$\pm$").replace("–", "--")
+    return re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", text)
 
 
 # --- Statistics ---
@@ -85,8 +82,8 @@ def accept_random_state(bootstrap):
     """Let rliable, written for arch 5, make a bootstrap of arch 8, which has no `random_state`."""
     init = bootstrap.__init__
 
-    def init_without_random_state(self, *data, random_state=None):
-        init(self, *data)
+    def init_without_random_state(self, *data, random_state=None, **named):
+        init(self, *data, **named)
 
     bootstrap.__init__ = init_without_random_state
 
@@ -95,24 +92,23 @@ accept_random_state(library.arch_bs.IIDBootstrap)
 accept_random_state(library.arch_bs.IndependentSamplesBootstrap)
 
 
-def values_by_label(rows, datasets, column="final"):
-    """Return a column's values (seeds, datasets) of each label, NaN where there is none."""
-    values = {}
-    for label, own in rows.groupby("label"):
-        values[label] = own.pivot(index="seed", columns="dataset", values=column)
-        values[label] = values[label].reindex(columns=datasets)
-    return values
+def by_seed(rows, column, datasets):
+    """Return a column's means over datasets: a row for each label, a column for each seed.
+
+    NaN where a dataset is missing.
+    """
+    groups = rows[rows["dataset"].isin(datasets)].groupby(["label", "seed"])[column]
+    return groups.mean().where(groups.count() == len(datasets)).unstack("seed")
 
 
 def mean_and_interval(values):
-    """Return the mean of values (seeds, datasets), and half its 95 % interval over the seeds.
+    """Return the means of rows over seeds, and half their 95 % intervals by Student's t.
 
-    By Student's t, from the seeds that have a value on all datasets. None for fewer than two.
+    A row of fewer than two seeds has neither: NaN.
     """
-    means = values.dropna().mean(axis=1)
-    if len(means) < 2:
-        return None
-    return means.mean(), stats.t.ppf(0.975, len(means) - 1) * means.sem()
+    degrees = values.count(axis=1) - 1
+    halves = values.sem(axis=1) * stats.t.ppf(0.975, degrees)
+    return values.mean(axis=1).where(halves.notna()), halves
 
 
 def score_arrays(rows, datasets):
@@ -121,29 +117,32 @@ def score_arrays(rows, datasets):
     Labels with fewer than two such seeds are left out.
     """
     arrays = {}
-    for label, values in values_by_label(rows, datasets).items():
-        if len(values.dropna()) > 1:
-            arrays[label] = values.dropna().to_numpy() / 100
+    for label, own in rows.groupby("label"):
+        scores = own.pivot(index="seed", columns="dataset", values="final")
+        scores = scores.reindex(columns=datasets).dropna()
+        if len(scores) > 1:
+            arrays[label] = scores.to_numpy() / 100
     return arrays
 
 
-def interval(scores, function, reps):
-    """Return rliable's estimates (K, V), and their 95 % intervals (2, K, V), of V labels at once.
+def interval(function, measures, labels, arrays, reps):
+    """Return rliable's estimates and 95 % intervals: rows of measure, label, point, low, high.
 
-    `function` makes (K, V) of scores (seeds, datasets, V), or of a list of several. The intervals
-    are by the stratified bootstrap.
+    `function` makes an array (measures, labels) of arrays of scores (seeds, datasets, labels).
     """
+
+    def flat(*arrays):
+        return function(*arrays).ravel()
+
     np.random.seed(0)  # noqa: NPY002, from where rliable draws
-    many = scores if isinstance(scores, list) else [scores]
-    points, intervals = library.get_interval_estimates(
-        {"": scores}, lambda *scores: function(*scores).ravel(), reps=reps
-    )
-    shape = function(*many).shape
-    return points[""].reshape(shape), intervals[""].reshape(2, *shape)
+    points, intervals = library.get_interval_estimates({"": arrays}, flat, reps=reps)
+    index = pd.MultiIndex.from_product([measures, labels], names=["measure", "label"])
+    low, high = intervals[""]
+    return pd.DataFrame({"point": points[""], "low": low, "high": high}, index).reset_index()
 
 
 def aggregates(scores):
-    """Return IQM, median, mean and optimality gap (4, V) of scores, as rliable defines them."""
+    """Return IQM, median, mean and optimality gap (4, labels), as rliable defines them."""
     ordered = np.sort(scores.reshape(-1, scores.shape[2]), axis=0)
     cut = len(ordered) // 4
     iqm = ordered[cut : len(ordered) - cut].mean(0)
@@ -153,61 +152,51 @@ def aggregates(scores):
 
 
 def probability_of_improvement(x, y):
-    """Return how often a seed of x is better than one of y, over datasets, (1, V); ties are half."""
+    """Return how often a seed of x is better than one of y (1, labels). Ties count half."""
     x = x[:, None]
     y = y[None]
     return ((x > y) + 0.5 * (x == y)).mean((0, 1, 2))[None]
 
 
 def improvement(x, y):
-    """Return by how many percent the mean of x is above that of y, (1, V), if that is positive."""
+    """Return by how many percent x's mean is above y's (1, labels), if that is positive."""
     return 100 * (x.mean((0, 1)) / y.mean((0, 1)) - 1)[None]
 
 
 def estimate(arrays, reps):
-    """Return aggregates and comparisons with none: rows of label, measure, point, low, high."""
+    """Return aggregates, and comparisons with none: rows of measure, label, point, low, high."""
     found = []
-
-    def add(measures, labels, scores, function):
-        points, (lows, highs) = interval(scores, function, reps)
-        for i, measure in enumerate(measures):
-            for j, label in enumerate(labels):
-                found.append((label, measure, points[i, j], lows[i, j], highs[i, j]))
-
     for size in {len(scores) for scores in arrays.values()}:  # those with as many seeds at once
         labels = [label for label in arrays if len(arrays[label]) == size]
-        stack = np.stack([arrays[label] for label in labels], axis=2)
-        add(AGGREGATES, labels, stack, aggregates)
+        scores = np.stack([arrays[label] for label in labels], axis=2)
+        found.append(interval(aggregates, AGGREGATES, labels, [scores], reps))
         if "none" in arrays:
             none = np.repeat(arrays["none"][:, :, None], len(labels), axis=2)
-            add([PROBABILITY], labels, [stack, none], probability_of_improvement)
+            pair = [scores, none]
+            found.append(interval(probability_of_improvement, [PROBABILITY], labels, pair, reps))
             if none.mean() > 0:  # otherwise percents of it mean nothing
-                add([IMPROVEMENT], labels, [stack, none], improvement)
-    found = pd.DataFrame(found, columns=["label", "measure", "point", "low", "high"])
-    with_itself = (found["label"] == "none") & found["measure"].isin(COMPARISONS)
-    return found[~with_itself]
+                found.append(interval(improvement, [IMPROVEMENT], labels, pair, reps))
+    found = pd.concat(found)
+    found["label"] = pd.Categorical(found["label"], list(arrays), ordered=True)
+    with_itself = (found["label"] == "none") & ~found["measure"].isin(AGGREGATES)
+    return found[~with_itself].sort_values("label", kind="stable")
 
 
 def expected_online_performance(scores):
     """Return the best score to expect of n of the K configurations, for n = 1 ... K.
 
-    They are drawn without replacement: the i-th best from below is the best in comb(i, n - 1) of
-    comb(K, n) draws.
+    They are drawn without replacement. Of the comb(K, n) draws, comb(i, n - 1) have the score that
+    is above i others as their best.
     """
-    scores = np.sort(scores)
     size = len(scores)
     expected = []
     for n in range(1, size + 1):
-        draws = [math.comb(i, n - 1) for i in range(size)]
-        expected.append(scores @ draws / math.comb(size, n))
+        draws = [math.comb(i, n - 1) / math.comb(size, n) for i in range(size)]
+        expected.append(np.sort(scores) @ draws)
     return np.array(expected)
 
 
 # --- Tables ---
-
-
-def bold(cells, where):
-    return cells.where(~where, "**" + cells + "**")
 
 
 def score_table(title, rows, datasets):
@@ -219,11 +208,12 @@ def score_table(title, rows, datasets):
     if len(datasets) > 1:
         means["mean"] = means.mean(axis=1, skipna=False)
         cells["mean"] = means["mean"].map("{:.1f}".format).replace("nan", "incomplete")
+    cells = cells.where(means != means.max(), "**" + cells + "**")
     note = (
         f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: "
         f"(finished/{expected})."
     )
-    return Table(title, bold(cells, means == means.max()), note)
+    return Table(title, cells, note)
 
 
 def score_cell(runs, expected):
@@ -233,59 +223,59 @@ def score_cell(runs, expected):
     notes = [f"{number} {state}" for state, number in states.items()]
     if scores.empty:
         return ", ".join(notes)
-    if len(scores) == expected:
-        return f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
-    notes = [f"{len(scores)}/{expected}", *notes]
-    return f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f} ({', '.join(notes)})"
+    text = f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
+    if len(scores) < expected:
+        text += f" ({', '.join([f'{len(scores)}/{expected}', *notes])})"
+    return text
 
 
 def difference_table(title, rows, columns):
-    """Return the table of differences from none. A column is a mean over datasets, columns[name]."""
-    cells = {}
+    """Return the table of differences from none. Its columns are means over columns[name]."""
+    labels = list(rows["label"].cat.categories)
+    cells = pd.DataFrame(index=labels)
     for name, datasets in columns.items():
-        values = values_by_label(rows, datasets)
-        cells[name] = {}
-        for label in values:
-            text = difference_cell(values[label], values["none"], label == "none")
-            if label != "none" and text != "incomplete" and same_runs(rows, label, datasets):
-                text = "the same runs"
-            cells[name][label] = text
+        scores = by_seed(rows, "final", datasets).reindex(labels)
+        means, halves = mean_and_interval(scores - scores.loc["none"])
+        cells[name] = [difference_text(*pair) for pair in zip(means, halves)]
+        means, halves = mean_and_interval(scores)
+        cells.loc["none", name] = plus_minus(means["none"], halves["none"], 1)
+        cells.loc[same_as_none(rows, datasets), name] = "the same runs"
     note = (
         "None's score, and differences from it, seed by seed, with 95 % intervals by Student's t; "
         "bold: without 0."
     )
-    return Table(title, pd.DataFrame(cells), note)
+    return Table(title, cells, note)
 
 
-def difference_cell(values, none, is_none):
-    """Return "**+0.9 (+0.5 – +1.3)**" of two scores (seeds, datasets); none's own "36.3 ± 0.2"."""
-    found = mean_and_interval(none if is_none else values - none)
-    if found is None:
+def plus_minus(mean, half, digits):
+    return "incomplete" if np.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def difference_text(mean, half):
+    if np.isnan(half):
         return "incomplete"
-    mean, half = found
-    if is_none:
-        return f"{mean:.1f} ± {half:.1f}"
     text = f"{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
     return f"**{text}**" if abs(mean) > half else text
 
 
-def same_runs(rows, label, datasets):
-    """Return whether a label's runs are none's, as IQL's are with dropout on Adroit."""
+def same_as_none(rows, datasets):
+    """Return the labels whose runs are none's, such as DO of IQL on Adroit."""
     finished = rows[rows["dataset"].isin(datasets) & rows["final"].notna()]
-    own = finished.index[finished["label"] == label]
-    return set(own) == set(finished.index[finished["label"] == "none"])
+    runs = {label: set(own.index) for label, own in finished.groupby("label")}
+    return [label for label in runs if label != "none" and runs[label] == runs.get("none")]
 
 
 def aggregate_table(title, estimates, arrays):
     """Return the table of aggregates and of comparisons with none."""
-    formats = {**AGGREGATES, **COMPARISONS}
-    texts = []
+    formats = dict.fromkeys(AGGREGATES, "{:.1f} ({:.1f} – {:.1f})")
+    formats[PROBABILITY] = "{:.2f} ({:.2f} – {:.2f})"
+    formats[IMPROVEMENT] = "{:+.1f} % ({:+.1f} – {:+.1f})"
+    cells = pd.DataFrame("", index=list(arrays), columns=list(formats))
+    if "none" in arrays:
+        cells.loc[cells.index != "none", IMPROVEMENT] = "none's is not positive"
     for row in estimates.itertuples():
-        texts.append(formats[row.measure].format(row.point, row.low, row.high))
-    cells = estimates.assign(text=texts).pivot(index="label", columns="measure", values="text")
-    cells = cells.reindex(index=list(arrays), columns=list(formats)).fillna("")
-    undefined = (cells[PROBABILITY] != "") & (cells[IMPROVEMENT] == "")
-    cells.loc[undefined, IMPROVEMENT] = "none's is not positive"
+        text = formats[row.measure].format(row.point, row.low, row.high)
+        cells.loc[row.label, row.measure] = text
     cells.index = [f"{label} ({len(scores)} seeds)" for label, scores in arrays.items()]
     return Table(title, cells, "95 % intervals by rliable's stratified bootstrap, in brackets.")
 
@@ -295,19 +285,21 @@ def score_columns(rows):
     return sorted(column for column in rows if column.split("/")[0] == "score")
 
 
+def column_title(column):
+    return column.removeprefix("score/").replace("_", " ")
+
+
 def inside_table(title, rows, datasets):
     """Return the table of what is inside the actor, and of scores under noise."""
     watched = {key: about for key, about in INSIDE.items() if key in rows}
     for key in score_columns(rows):
-        watched[key] = (key.removeprefix("score/").replace("_", " "), 1)
-    cells = {}
+        watched[key] = (column_title(key), 1)
+    cells = pd.DataFrame(index=rows["label"].cat.categories)
     for key, (name, digits) in watched.items():
-        cells[name] = {}
-        for label, values in values_by_label(rows, datasets, key).items():
-            found = mean_and_interval(values) or ()
-            text = " ± ".join(f"{value:.{digits}f}" for value in found)
-            cells[name][label] = text or "incomplete"
-    cells = pd.DataFrame(cells)
+        means, halves = mean_and_interval(by_seed(rows, key, datasets))
+        texts = [plus_minus(*pair, digits) for pair in zip(means, halves)]
+        cells[name] = pd.Series(texts, means.index.astype(str))
+    cells = cells.fillna("incomplete")
     cells = cells[(cells != "incomplete").any(axis=1)]
     note = "Means over the datasets, and 95 % intervals over the seeds (Student's t)."
     return Table(title, cells, note)
