@@ -3,6 +3,7 @@
     python -m tools.report                        # the runs in results/, or else in data/study
     python -m tools.report --results '[results, elsewhere]' --final mean
     python -m tools.report --wandb team/project
+    python -m tools.report --results '[results]' --csv results.csv  # and a table, to be read again
 
 Into `output` go tables.md, tables.tex, each figure as .png and .pdf, and index.html, one page with
 all of it. Runs are compared with those of the same settings: whatever differs from the paper's
@@ -28,6 +29,7 @@ from harness.errors import UserError, one_line_errors
 from tools import report_figures as figures
 from tools import report_tables as tables
 from tools.report_runs import SCRIPTS, by_label, by_settings, read_results, read_wandb
+from tools.results import mean_of_last, write_results
 
 
 def default_results():
@@ -36,9 +38,10 @@ def default_results():
 
 @dataclass(frozen=True)
 class Config:
-    results: List[str] = field(default_factory=default_results)  # directories that hold runs
+    results: List[str] = field(default_factory=default_results)  # folders of runs, or tables (.csv)
     wandb: Optional[str] = None  # team/project, read instead of directories
     output: str = "report"  # directory
+    csv: Optional[str] = None  # file into which all results go as a table, too
     final: str = "last"  # a run's score: the last evaluation's, or mean: of the last 10 (AntMaze 5)
     reps: int = 2000  # bootstrap resamples
     variants: int = 8  # in a figure of lines, at most
@@ -121,8 +124,9 @@ def final_score(seed, final):
     """Return a finished seed's score: its last evaluation's, or the mean of the last 10 or 5."""
     if seed["state"] != "finished":
         return np.nan
-    number = 5 if seed["domain"] == "antmaze" else 10
-    return np.mean(seed["scores"][-number:] if final == "mean" else seed["scores"][-1:])
+    if final == "last":
+        return seed["scores"][-1]
+    return seed.get("mean_score", mean_of_last(seed["scores"], seed["domain"]))
 
 
 def datasets_by_domain(rows):
@@ -235,6 +239,8 @@ def main(config):
             "there is no finished run; name the directories that hold runs with --results '[...]'"
         )
 
+    if config.csv:
+        write_results(config.csv, seeds)
     for seed in seeds:
         seed["final"] = final_score(seed, config.final)
     final = "the last evaluation"

@@ -14,6 +14,7 @@ and the columns of its last evaluation.
 """
 
 import functools
+import json
 import os
 import re
 from dataclasses import fields, replace
@@ -26,6 +27,7 @@ from harness.directory import read_fields, saved_fields, status
 from harness.errors import UserError, one_line
 from harness.scripts import scripts
 from harness.tables import Tables
+from tools.results import parse_row, read_table
 
 SCRIPTS = scripts()
 
@@ -189,11 +191,28 @@ def read_directory(path):
     reason = None
     if run.state == "finished":
         rows = list(Tables(path).read("evaluations.csv"))
+        times = read_times(path)
+        rows = [{**row, **times} for row in rows]
     elif run.state == "failed":
         reason = f"failed: {one_line(run.reason)[:150]}"
     else:
         reason = f"not finished: at update {run.update:,} of {config['num_updates']:,}"
     return split_seeds(algorithm, config, rows, run.state), reason
+
+
+def read_times(path):
+    """Return the seconds of a finished run: {"seconds/train": 120.0, ...}."""
+    with open(os.path.join(path, "finished.json")) as file:
+        seconds = json.load(file)["seconds"]
+    return {f"seconds/{phase}": value for phase, value in seconds.items()}
+
+
+def read_row(row):
+    """Return the seed of a table's row, and why it has no final score, if so."""
+    algorithm, config, evaluation, state = parse_row(row)
+    if state != "finished":
+        return split_seeds(algorithm, config, [], state), f"{state}: so says the table"
+    return split_seeds(algorithm, config, [evaluation], state), None
 
 
 def read_wandb_run(run):
@@ -224,8 +243,7 @@ def row_of_seed(row, seed, num_seeds):
 def read_all(runs, read):
     """Return the seeds of runs by their names, and what was left out: names and reasons.
 
-    `read(run)` returns a run's seeds and a reason or None. A seed that several runs have counts
-    once.
+    `read(run)` returns a run's seeds and a reason or None.
     """
     seeds = []
     left_out = []
@@ -241,7 +259,12 @@ def read_all(runs, read):
         if reason:
             left_out.append((name, reason))
         seeds += [{**seed, "run": name} for seed in found]
+    return seeds, left_out
 
+
+def count_once(seeds, left_out):
+    """Return the seeds without those that another run has, too, which are left out."""
+    left_out = list(left_out)
     kept = {}
     for seed in sorted(seeds, key=lambda seed: seed["state"] != "finished"):
         key = tuple(seed[name] for name in ("algorithm", "settings", "dataset", "labels", "seed"))
@@ -252,18 +275,33 @@ def read_all(runs, read):
     return list(kept.values()), left_out
 
 
-def read_results(folders):
-    """Return the seeds of all runs below the folders, and what was left out."""
-    runs = {}
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise UserError(f"there is no directory {folder}")
-        for path, inside, files in os.walk(folder):
-            inside.sort()
-            if "config.yaml" in files:
-                runs[path] = path
-                inside.clear()
-    return read_all(runs, read_directory)
+def read_results(paths):
+    """Return the seeds of tables (.csv) and of all runs below folders, and what was left out."""
+    rows = {}
+    directories = {}
+    for path in paths:
+        if path.endswith(".csv"):
+            for row in read_table(path):
+                name = "/".join([row["algorithm"], row["dataset_name"], row["run"]])
+                rows[f"{path}/{name}, seed {row['seed']}"] = row
+        else:
+            directories |= find_runs(path)
+    seeds, left_out = read_all(rows, read_row)
+    more_seeds, more_left_out = read_all(directories, read_directory)
+    return count_once(seeds + more_seeds, left_out + more_left_out)
+
+
+def find_runs(folder):
+    """Return the directories of the runs below a folder, by their names, which they are."""
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no directory {folder}")
+    found = {}
+    for path, inside, files in os.walk(folder):
+        inside.sort()
+        if "config.yaml" in files:
+            found[path] = path
+            inside.clear()
+    return found
 
 
 def read_wandb(project):
@@ -274,7 +312,8 @@ def read_wandb(project):
         found = list(wandb.Api(timeout=60).runs(project, per_page=500, lazy=False))
     except Exception as error:
         raise UserError(f"can't read {project} from W&B: {one_line(error)[:200]}") from error
-    return read_all({f"{project}/{run.id}": run for run in found}, read_wandb_run)
+    runs = {f"{project}/{run.id}": run for run in found}
+    return count_once(*read_all(runs, read_wandb_run))
 
 
 # --- Sections ---

@@ -1,0 +1,108 @@
+"""Results as a table: a CSV file with a row for each training seed of each run.
+
+algorithm, dataset_name, run   `run` is the name of the run's directory
+fields of the config           where they differ from the defaults for the dataset
+seed, state
+score, mean_score, best_score  the last, the mean of the last 10 (AntMaze 5), the best
+seconds/train, ...             of a finished run
+...                            what else the last evaluation has measured
+"""
+
+import json
+import os
+
+import numpy as np
+import pandas as pd
+
+from harness.config import parse
+from harness.directory import default_config, saved_fields
+from harness.errors import UserError, one_line
+from harness.scripts import scripts
+
+FIRST = ["algorithm", "dataset_name", "run"]
+SCORES = ["seed", "state", "score", "mean_score", "best_score"]
+
+
+def mean_of_last(scores, domain):
+    """Return the mean of the last 10 scores, on AntMaze 5: the paper's score when it compares."""
+    number = 5 if domain == "antmaze" else 10
+    return np.mean(scores[-number:])
+
+
+def write_results(path, seeds):
+    """Write the seeds of `tools.report_runs` as a table."""
+    rows = []
+    fields = {}  # as an ordered set
+    for seed in seeds:
+        differences = config_differences(seed["algorithm"], seed["config"])
+        fields.update(dict.fromkeys(differences))
+        rows.append({**row_of(seed), **differences})
+    table = pd.DataFrame(rows)
+    others = [name for name in table if name not in (*FIRST, *fields, *SCORES)]
+    order = [*FIRST, *fields, *SCORES, *others]
+    try:
+        table.reindex(columns=order).to_csv(path, index=False, float_format="%.9g")
+    except OSError as error:
+        raise UserError(f"can't write {path} ({one_line(error)})") from error
+
+
+def row_of(seed):
+    """Return a seed's row without its config."""
+    row = {
+        "algorithm": seed["algorithm"],
+        "dataset_name": seed["config"]["dataset_name"],
+        "run": os.path.basename(seed["run"]),
+        "seed": seed["seed"],
+        "state": seed["state"],
+    }
+    if seed["state"] == "finished":
+        row["mean_score"] = mean_of_last(seed["scores"], seed["domain"])
+        row["best_score"] = max(seed["scores"])
+    skipped = ("update", "updates", "scores", "plasticity", "final")
+    for name, value in seed.items():
+        if name not in skipped and isinstance(value, (int, float)):
+            row[name] = value
+    return row
+
+
+def config_differences(algorithm, config):
+    """Return the fields in which a run differs from the defaults for its dataset, as text."""
+    script = scripts()[algorithm]
+    known = vars(script.Config())
+    own = script.Config(**{name: value for name, value in config.items() if name in known})
+    default = saved_fields(vars(default_config(own, script.tuned)))
+    differences = {}
+    for name, value in config.items():
+        if name not in ("dataset_name", "seed", "num_seeds") and value != default.get(name):
+            differences[name] = value if isinstance(value, str) else json.dumps(value)
+    return differences
+
+
+def read_table(path):
+    """Return the rows of a table as dictionaries of texts."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a table of results ({one_line(error)})") from error
+
+
+def parse_row(row):
+    """Return a row's algorithm, config, evaluation and state."""
+    algorithm = row["algorithm"]
+    if algorithm not in scripts():
+        raise UserError(f"{algorithm} is no algorithm of this project")
+    script = scripts()[algorithm]
+    fields = vars(script.Config())
+    words = []
+    evaluation = {}
+    for name, text in row.items():
+        if text == "" or name in ("algorithm", "run", "state"):
+            continue
+        if name in fields:
+            words += [f"--{name}", text]
+        else:
+            evaluation[name] = float(text)
+    config = saved_fields(vars(script.tuned(parse(script.Config, words))))
+    evaluation["seed"] = config["seed"]
+    evaluation["update"] = config["num_updates"]
+    return algorithm, config, evaluation, row["state"]
