@@ -53,9 +53,20 @@ def flatten(tree):
 
 def unflatten(arrays, prefix):
     """Return the arrays whose paths begin with `prefix`/ as nested dictionaries."""
-    start = prefix + "/"
-    found = {path.removeprefix(start): x for path, x in arrays.items() if path.startswith(start)}
-    return flax.traverse_util.unflatten_dict(found, sep="/")
+    found = {}
+    for path, array in arrays.items():
+        if path.startswith(prefix + "/"):
+            found[split_path(path.removeprefix(prefix + "/"))] = array
+    return flax.traverse_util.unflatten_dict(found)
+
+
+def split_path(path):
+    """Return a path's keys. SpectralNorm's variables have names such as Dense_0/kernel/u."""
+    keys = path.split("/")
+    for i, key in enumerate(keys):
+        if key.startswith("SpectralNorm"):
+            return *keys[: i + 1], "/".join(keys[i + 1 :])
+    return tuple(keys)
 
 
 def restore_tree(like, arrays, prefix):

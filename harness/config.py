@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 
 import jax
 import pyrallis
@@ -75,6 +76,12 @@ class Parser(pyrallis.argparsing.ArgumentParser):
         return decode(self.config_class, fields)
 
 
+@functools.cache  # since a sweep reads thousands of configs
+def parser(config_class, for_help):
+    """Return a parser. One that has read words shows no defaults any more: another shows help."""
+    return Parser(config_class)
+
+
 # --- Reading a config ---
 
 
@@ -83,7 +90,9 @@ def parse(config_class, arguments=None):
 
     Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
     """
-    config = Parser(config_class).parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    words = ["--help" if word == "-h" else word for word in words]  # pyrallis knows --help alone
+    config = parser(config_class, "--help" in words).parse_args(words)
     configure_jax(getattr(config, "deterministic", False))
     return config
 
@@ -179,11 +188,12 @@ def run_constraints(config):
     video = config.video or ""
     folder = os.path.dirname(video) or "."
     known = registered_names()
-    near = difflib.get_close_matches(config.dataset_name, known, n=3, cutoff=0)
+    is_known = config.dataset_name in known
+    near = ""
+    if not is_known:  # else it would only take time
+        near = ", ".join(difflib.get_close_matches(config.dataset_name, known, n=3, cutoff=0))
     return {
-        f"unknown dataset {config.dataset_name!r}; the nearest names are {', '.join(near)}": (
-            config.dataset_name in known
-        ),
+        f"unknown dataset {config.dataset_name!r}; the nearest names are {near}": is_known,
         f"num_updates must be a multiple of log_every, {config.log_every}": (
             config.num_updates % config.log_every == 0
         ),

@@ -90,12 +90,12 @@ def last_update(directory):
 def is_busy(directory):
     """Return whether a process holds a run's lock."""
     try:
-        with open(os.path.join(directory, "lock")) as lock:
+        with open(os.path.join(directory, "lock"), "r+") as lock:  # to write, for NFS
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:  # there is no lock, or this user may not write it
+        return False
     return False
 
 

@@ -1,23 +1,24 @@
-"""Times this project on the machine it runs on, and another checkout of it beside this one.
+"""Times this project on the machine it runs on.
 
-    python benchmark.py                                                    # everything; about an hour on two cores
-    python benchmark.py --parts '[regularisers]' --scripts '[iql]' --rounds 3
-    python benchmark.py --parts '[start, updates]' --against ../another_checkout
+    python -m tools.benchmark  # everything; about an hour on two cores
+    python -m tools.benchmark --parts '[regularisers]' --scripts '[iql]' --rounds 3
 
-load: from a file as D4RL has them to data on the device. start: from the command to the first update, with an empty
-cache of compiled programs and with a full one. memory: the most a run needs, and an interpreter. updates: both
-algorithms against their matrix products alone. evaluation: an evaluation's steps a second, on all cores and in one
-process, against the bare environment, which is given the same actions. regularisers: what each costs. seeds: several
-trained at once.
+load          from a file as D4RL has them to ReBRAC's data on the device
+start         from the command to the first update, with an empty cache of programs and a full one
+memory        the most that a run needs, and an interpreter
+updates       updates against their matrix products alone
+evaluation    an evaluation's steps against the bare environment, which is given the same actions
+regularisers  what each costs
+seeds         several trained at once
 
-Everything is timed in `rounds` rounds, in each of which everything that a table compares has its turn. Ratios are taken
-within a round, so that they do not depend on how fast the machine is at the moment.
+Everything is timed in `rounds` rounds, in each of which everything that a table compares has its
+turn. Ratios are taken within a round, so that they do not depend on how fast the machine is at
+the moment. To compare two checkouts, run the benchmark of each in turn, more than once.
 """
 
 import contextlib
-import importlib
+import glob
 import io
-import itertools
 import math
 import os
 import platform
@@ -27,51 +28,70 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import List, Optional
 
 import h5py
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
-import iql
-import rebrac
-import tasks
-from runs import parse
+from harness.config import parse
+from harness.datasets import load_dataset
+from harness.environments import Envs, make_env, reset
+from harness.errors import UserError, one_line_errors
+from harness.evaluation import evaluate, evaluation_episodes, make_envs
+from harness.scripts import ROOT, scripts
+from harness.seeds import init_states, split_config
 
-VARIANTS = ["none", *rebrac.CHOSEN, "DO+LN+GrN", "DO+LN+EN"]  # by the paper's abbreviations, at its chosen strengths
-PARTS = ("load", "start", "memory", "updates", "evaluation", "regularisers", "seeds")
-UPDATES = {  # what the part `updates` compares: a script and its flags
-    "ReBRAC (mse), batch 1024": ("rebrac", dict(critic_loss="mse", batch_size=1024)),
-    "ReBRAC (mse), batch 256": ("rebrac", dict(critic_loss="mse", batch_size=256)),
-    "ReBRAC (hl_gauss), batch 1024": ("rebrac", dict(batch_size=1024)),
-    "ReBRAC (hl_gauss), batch 256": ("rebrac", dict(batch_size=256)),
-    "IQL, batch 256": ("iql", dict(batch_size=256)),
+DATASET = "hopper-medium-v2"  # whose shapes and hyperparameters are taken
+TASKS = ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1")  # of the part `evaluation`
+
+# The rows of a script in the part `updates`, and their flags. A script without has one, at 256.
+ROWS = {
+    "rebrac": {
+        "ReBRAC (mse), batch 1024": dict(critic_loss="mse", batch_size=1024),
+        "ReBRAC (mse), batch 256": dict(critic_loss="mse"),
+        "ReBRAC (hl_gauss), batch 1024": dict(batch_size=1024),
+        "ReBRAC (hl_gauss), batch 256": {},
+    }
 }
+RANGES = {"rebrac": dict(v_min=-10.0, v_max=10.0)}  # flags that a script takes from the dataset
 
 
 @dataclass
 class Config:
-    parts: List[str] = field(default_factory=lambda: list(PARTS))
-    scripts: List[str] = field(default_factory=lambda: ["rebrac", "iql"])
-    variants: List[str] = field(default_factory=lambda: list(VARIANTS))
-    dataset_name: str = "hopper-medium-v2"  # whose hyperparameters are taken
-    batch_size: int = 256
+    parts: List[str] = field(default_factory=lambda: list(PARTS))  # what to time
+    scripts: List[str] = field(default_factory=lambda: list(scripts()))  # algorithms
+    variants: Optional[List[str]] = None  # regularisers; default: all, and combinations
     updates: int = 100  # in one timing
-    rounds: int = 7
-    transitions: List[int] = field(default_factory=lambda: [1_000_000, 2_000_000])  # of load, memory; start: the first
-    tasks: List[str] = field(default_factory=lambda: ["halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"])
-    against: Optional[str] = None  # directory of another checkout, for load, start, updates and evaluation
+    rounds: int = 7  # timings of each
+    transitions: List[int] = field(default_factory=lambda: [1_000_000, 2_000_000])  # in a file
 
 
-def random_data(size=100_000, states=11, actions=3):
-    """As `make_dataset` makes them, of Hopper's shapes."""
+def make_config(config, name, **flags):
+    """Return a config of the script `name`, whose epoch is one timing."""
+    script = scripts()[name]
+    fields = dict(dataset_name=DATASET, batch_size=256, log_every=config.updates)
+    return script.tuned(script.Config(**{**fields, **RANGES.get(name, {}), **flags}))
+
+
+def regularisers(script):
+    """Return the names of an algorithm's regularisers and combinations, each once."""
+    return list(dict.fromkeys([*script.CHOSEN, *script.BEST.values()]))
+
+
+# --- Data ---
+
+
+def random_data(size=100_000, state_dim=11, action_dim=3):
+    """Return data as a script's `make_dataset` does, of Hopper's shapes."""
     rng = np.random.default_rng(0)
     return dict(
-        observations=rng.normal(size=(size, states)).astype(np.float32),
-        actions=rng.uniform(-1, 1, (size, actions)).astype(np.float32),
+        observations=rng.normal(size=(size, state_dim)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (size, action_dim)).astype(np.float32),
         rewards=rng.normal(size=size).astype(np.float32),
         terminals=np.zeros(size, bool),
         train=np.arange(size - 1, dtype=np.int32),
@@ -81,9 +101,9 @@ def random_data(size=100_000, states=11, actions=3):
 
 
 def write_dataset(path, size):
-    """Such data as a file like D4RL's, compressed, in episodes of 100 steps; returns its arrays' size in bytes."""
-    columns = random_data(size)
-    columns = {key: columns[key] for key in ("observations", "actions", "rewards", "terminals")}
+    """Write a file like D4RL's, in episodes of 100 steps; return the bytes of its arrays."""
+    data = random_data(size)
+    columns = {key: data[key] for key in ("observations", "actions", "rewards", "terminals")}
     columns["timeouts"] = np.arange(size) % 100 == 99
     with h5py.File(path, "w") as file:
         for key, column in columns.items():
@@ -91,337 +111,378 @@ def write_dataset(path, size):
     return sum(column.nbytes for column in columns.values())
 
 
-def checkouts(config):
-    """The scripts of this checkout, and of another one, by what their rows are called. mujoco210 is this one's."""
-    here = SimpleNamespace(directory=os.path.dirname(os.path.abspath(__file__)), rebrac=rebrac, iql=iql, tasks=tasks)
-    if not config.against:
-        return {"": here}
-    modules = {name: sys.modules.pop(name) for name in ("runs", "tasks", "rebrac", "iql")}
-    sys.path.insert(0, config.against)
-    others = {name: importlib.import_module(name) for name in modules}
-    sys.path.remove(config.against)
-    sys.modules.update(modules)
-    return {"": here, f" in {config.against}": SimpleNamespace(directory=config.against, **others)}
+def first_states(script, config, data):
+    return init_states(script.init_state, config, script.transitions(data, np.arange(1)))
+
+
+# --- Timing and tables ---
+
+
+def stopwatch(function):
+    """Return the seconds that a function takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def interleaved(things, rounds, measure=stopwatch):
+    """Return the measures (rounds,) of things by their names. A round measures all of them in turn.
+
+    A first round, in which they compile, doesn't count.
+    """
+    results = {name: [] for name in things}
+    for i in range(1 + rounds):
+        for name, thing in things.items():
+            result = measure(thing)
+            if i > 0:
+                results[name].append(result)
+    return {name: np.array(values) for name, values in results.items()}
+
+
+def spread(values, form=".2f"):
+    """Return two cells of a table: the median, and the least and the most."""
+    return f"{np.median(values):{form}} | {values.min():{form}} to {values.max():{form}}"
+
+
+def print_head(*titles):
+    """Print the head of a table, in which each title stands over the two cells of a `spread`."""
+    cells = [f"{title} | least and most" for title in titles]
+    print(f"\n| | {' | '.join(cells)} |\n|{' --- |' * (1 + 2 * len(cells))}")
+
+
+def print_row(name, *cells):
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def machine():
+    """Return a line about what this runs on."""
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(": ")[1].strip() for line in file if line.startswith("model name")]
+    model = models[0] if models else "unknown"
+    device = jax.devices()[0].device_kind
+    python = platform.python_version()
+    return f"{len(models)} cores of {model}; {device}; jax {jax.__version__}; Python {python}"
+
+
+# --- Runs: loading, start and memory ---
+
+
+def load_part(config, folder):
+    """Time what is done until a file's transitions are ready on the device."""
+    rebrac = scripts()["rebrac"]
+
+    def load(path):
+        settings = rebrac.tuned(rebrac.Config(dataset_name=DATASET, dataset_path=path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            data = rebrac.make_dataset(settings, load_dataset(settings))
+        rebrac.with_value_range(settings, data)
+        rebrac.make_samples(data)
+        jax.block_until_ready(jax.device_put(data))
+
+    functions = {}
+    for size in config.transitions:
+        path = os.path.join(folder, f"{size}.hdf5")
+        write_dataset(path, size)
+        functions[f"{size:,} transitions"] = partial(load, path)
+    print_head("seconds until they are ready")
+    for name, seconds in interleaved(functions, config.rounds).items():
+        print_row(name, spread(seconds))
+
+
+def run_command(folder, name, path):
+    """Return the command of a run of two updates, with an evaluation of one episode."""
+    words = [f"--dataset_name={DATASET}", f"--dataset_path={path}", f"--results={folder}/results"]
+    words += ["--log_every=2", "--num_updates=2", "--eval_every=2", "--eval_episodes=1"]
+    return [sys.executable, f"{name}.py", *words]
+
+
+def run_options(folder):
+    """Return how a run is started, anew: with its compiled programs in folder/cache."""
+    shutil.rmtree(f"{folder}/results", ignore_errors=True)
+    variables = dict(JAX_COMPILATION_CACHE_DIR=f"{folder}/cache", WANDB_MODE="disabled")
+    return dict(cwd=ROOT, env={**os.environ, **variables})
+
+
+def start_part(config, folder):
+    """Time a run from the command to the first update, which is in train.csv then."""
+    path = os.path.join(folder, "start.hdf5")
+    write_dataset(path, config.transitions[0])
+
+    def has_started():
+        tables = glob.glob(f"{folder}/results/*/*/*/train.csv")
+        return any(os.path.getsize(table) for table in tables)
+
+    def start(command, is_cached):
+        if not is_cached:
+            shutil.rmtree(f"{folder}/cache", ignore_errors=True)
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, **run_options(folder))
+        while run.poll() is None and not has_started():
+            time.sleep(0.01)
+        run.kill()
+        if run.wait() not in (0, -signal.SIGKILL):
+            raise UserError(f"{' '.join(command)} has failed")
+
+    functions = {}
+    for name in config.scripts:
+        command = run_command(folder, name, path)
+        functions[f"{name}, empty cache"] = partial(start, command, False)
+        functions[f"{name}, full cache"] = partial(start, command, True)
+    print_head("seconds from the command to the first update")
+    for name, seconds in interleaved(functions, config.rounds).items():
+        print_row(name, spread(seconds, ".1f"))
+
+
+# In a process of its own: Linux counts what the parent had when it forked as the child's.
+PEAK = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_memory(folder, command):
+    """Return the most memory that a command's process has had, in MB."""
+    peak = [sys.executable, "-c", PEAK, *command]
+    run = subprocess.run(peak, capture_output=True, text=True, **run_options(folder))
+    if run.returncode != 0:
+        raise UserError(f"{' '.join(command)} has failed: {run.stderr.strip()[-200:]}")
+    return int(run.stdout) * 1024 / 1e6
+
+
+def memory_part(config, folder):
+    """Measure the most memory that a run has had, also above the same with 1,000 transitions."""
+    sizes = {}  # of the datasets, in MB
+    for num in (1000, *config.transitions):
+        sizes[num] = write_dataset(f"{folder}/{num}.hdf5", num) / 1e6
+    imports = f"import jax, {config.scripts[0]}; jax.devices()"
+    commands = {"libraries": [sys.executable, "-c", imports]}
+    for name in config.scripts:
+        for num in sizes:
+            commands[name, num] = run_command(folder, name, f"{folder}/{num}.hdf5")
+    peaks = interleaved(commands, config.rounds, partial(peak_memory, folder))
+    print_head("MB at most", "above that with 1,000", "as a multiple of the data's size")
+    print_row("interpreter and libraries", spread(peaks.pop("libraries"), ".0f"), "| | |")
+    for (name, num), peak in peaks.items():
+        above = peak - peaks[name, 1000]
+        cells = (spread(peak, ".0f"), spread(above, ".0f"), spread(above / sizes[num]))
+        print_row(f"{name}, {num:,} transitions", *cells)
+
+
+# --- Updates ---
 
 
 def trainer(script, config, data):
-    """A function that trains on for `log_every` updates and returns when they are done."""
-    static, traced = script.split_config(config)
-    states = [jax.jit(partial(script.init_states, config, data))(config.seed + jax.numpy.arange(config.num_seeds))]
+    """Return a function that makes the updates of an epoch."""
+    states = first_states(script, config, data)
 
     def train():
-        states[0], _ = jax.block_until_ready(script.epoch(static, traced, states[0], data))
+        nonlocal states
+        states, _ = jax.block_until_ready(script.epoch(config, states, data))
 
     return train
 
 
-def interleaved(functions, rounds, compiled=False):
-    """Seconds (rounds,) of each function, if not yet `compiled` after a first call that compiles; each round calls all
-    of them in turn."""
-    for function in () if compiled else functions.values():
-        function()
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(times) for name, times in seconds.items()}
-
-
-def machine():
-    """What this runs on, in a line."""
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(": ")[1].strip() for line in file if line.startswith("model name")]
-    device, python = jax.devices()[0].device_kind, platform.python_version()
-    return (
-        f"{len(models)} cores of {models[0] if models else 'unknown'}; {device}; jax {jax.__version__}; Python {python}"
-    )
-
-
 def matrix_products(jaxpr):
-    """The matrix products in a jaxpr and those that it calls: the operands' shapes, and which axes are contracted."""
+    """Yield a jaxpr's matrix products, as often as they happen, also in what it calls.
+
+    Each is the operands' shapes and `dot_general`'s dimension numbers.
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            yield tuple(operand.aval.shape for operand in equation.invars), equation.params["dimension_numbers"]
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from [*matrix_products(inner)] * equation.params.get("length", 1)  # a scan's
+            shapes = [operand.aval.shape for operand in equation.invars]
+            yield shapes, equation.params["dimension_numbers"]
+        for inner in jaxprs_in_params(equation.params):
+            for _ in range(equation.params.get("length", 1)):  # of a scan
+                yield from matrix_products(inner)
 
 
-def ceiling(script, config, data):
-    """A function that computes nothing but the matrix products of `log_every` updates, in one compiled scan, and their
-    floating-point operations in an update."""
-    batches = [config.policy_freq] if hasattr(config, "policy_freq") else []
-    freq, index = math.prod(batches), np.zeros([*batches, config.batch_size], int)
-    state = jax.eval_shape(lambda: script.init_state(config, data, 0))
-    batch = jax.eval_shape(script.transitions, data, index)
-    products = [*matrix_products(jax.make_jaxpr(partial(script.update, config))(state, batch).jaxpr)]
+def num_operations(shapes, dimension_numbers):
+    """Return the floating-point operations of a matrix product."""
+    (contracted, _), (batch, _) = dimension_numbers
+    left, right = shapes
+    shared = math.prod(left[axis] for axis in (*contracted, *batch))
+    return 2 * math.prod(left) * math.prod(right) / shared
+
+
+def products_of_two_updates(script, config, data):
+    """Return the matrix products of two updates. Of two, since ReBRAC's actor has one in two."""
+    static, traced = split_config(replace(config, log_every=2))
+    program = jax.make_jaxpr(script.epoch.program, static_argnums=0)
+    epoch = program(static, traced, first_states(script, config, data), data)
+    return list(matrix_products(epoch.jaxpr))
+
+
+def multiplier(products, times):
+    """Return a function that does matrix products so many times, in one scan as `epoch` is one."""
     rng = np.random.default_rng(0)
-    operands = jax.device_put([[rng.normal(size=x).astype(np.float32) for x in shapes] for shapes, _ in products])
+    operands = []
+    for shapes, _ in products:
+        operands.append([rng.normal(size=shape).astype(np.float32) for shape in shapes])
+    operands = jax.device_put(operands)
 
     def step(carry, _):
-        operands, total = jax.lax.optimization_barrier(carry)  # so that nothing moves out of the loop
-        for (a, b), (_, axes) in zip(operands, products):
-            total += jax.lax.optimization_barrier(jax.lax.dot_general(a, b, axes)).ravel()[0]
+        operands, total = jax.lax.optimization_barrier(carry)  # so that nothing leaves the loop
+        for (left, right), (_, dimension_numbers) in zip(operands, products):
+            product = jax.lax.dot_general(left, right, dimension_numbers)
+            total += jax.lax.optimization_barrier(product).ravel()[0]
         return (operands, total), None
 
-    run = jax.jit(lambda x: jax.lax.scan(step, (x, jax.numpy.float32(0)), length=config.log_every // freq)[0][1])
-    contracted = [np.prod([shapes[0][axis] for axis in axes[0][0]]) for shapes, axes in products]
-    flops = sum(2 * np.prod(x) * np.prod(y) / k for ((x, y), _), k in zip(products, contracted))
-    return lambda: run(operands).block_until_ready(), flops / freq
+    @jax.jit
+    def multiply(operands):
+        (_, total), _ = jax.lax.scan(step, (operands, jnp.float32(0)), length=times)
+        return total
 
-
-def large_product():
-    """A function that multiplies matrices (1024, 1024) ten times; its floating-point operations."""
-    a = jax.numpy.ones((1024, 1024))
-    multiply = jax.jit(lambda a: a @ a)
-    return lambda: [multiply(a).block_until_ready() for _ in range(10)], 10 * 2 * 1024**3
-
-
-def make_config(config, script, **flags):
-    fields = dict(dataset_name=config.dataset_name, batch_size=config.batch_size, log_every=config.updates) | flags
-    fields |= dict(v_min=-10.0, v_max=10.0) if hasattr(script, "hl_gauss") else {}
-    return script.tuned(script.Config(**fields))
-
-
-def spread(values, form="{:.2f}"):
-    """Median, and least and most."""
-    return " | ".join([form.format(np.median(values)), f"{form} to {form}".format(values.min(), values.max())])
-
-
-def header(*columns):
-    """Prints the head of a table; each column but the first has two, for a median and for least and most."""
-    cells = [cell for column in columns for cell in (column, "least and most")]
-    print(f"\n| | {' | '.join(cells)} |\n|{' --- |' * (len(cells) + 1)}")
-
-
-def compare(config, functions, title, form, compiled=False):
-    """Times functions by their names, and prints a row of seconds for each; of another checkout's also the time
-    against this one's."""
-    seconds = interleaved(functions, config.rounds, compiled)
-    header(title, *(["time against this checkout"] if config.against else []))
-    for name, times in seconds.items():
-        own = seconds[name.removesuffix(f" in {config.against}")]
-        cells = [spread(times, form), *([spread(times / own)] if config.against else [])]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def load_part(config, folder):
-    """Seconds until a file's transitions are ready on the device."""
-
-    def load(its, path):
-        settings = its.rebrac.tuned(its.rebrac.Config(dataset_name=config.dataset_name, dataset_path=path))
-        with contextlib.redirect_stdout(io.StringIO()):
-            data = its.rebrac.make_dataset(settings, its.rebrac.load_dataset(settings))
-        its.rebrac.make_samples(data)
-        its.rebrac.with_value_range(settings, jax.block_until_ready(jax.device_put(data)))
-
-    functions = {}
-    for size in config.transitions:
-        write_dataset(path := os.path.join(folder, f"{size}.hdf5"), size)
-        for label, its in checkouts(config).items():
-            functions[f"{size:,} transitions{label}"] = partial(load, its, path)
-    compare(config, functions, "seconds until they are ready", "{:.2f}")
-
-
-def command(config, folder, script, path):
-    """A run of two updates, and an evaluation of one episode."""
-    flags = dict(dataset_name=config.dataset_name, dataset_path=path, results=os.path.join(folder, "results"))
-    flags |= dict(log_every=2, num_updates=2, eval_every=2, eval_episodes=1)
-    return [sys.executable, f"{script}.py", *[str(word) for key in flags for word in (f"--{key}", flags[key])]]
-
-
-def start_part(config, folder):
-    """Seconds from the command to the first update, which is in train.csv then."""
-    cache = os.path.join(folder, "cache")
-    write_dataset(path := os.path.join(folder, "start.hdf5"), config.transitions[0])
-
-    def start(its, script, warm):
-        if not warm:
-            shutil.rmtree(cache, ignore_errors=True)
-        shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
-        environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=cache, WANDB_MODE="disabled")
-        arguments = command(config, folder, script, path)
-        process = subprocess.Popen(arguments, cwd=its.directory, env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
-            written = [os.path.join(*parts[:1], "train.csv") for parts in os.walk(os.path.join(folder, "results"))]
-            if any(os.path.exists(name) and os.path.getsize(name) for name in written):
-                break
-            time.sleep(0.01)
-        process.kill()
-        if process.wait() not in (0, -signal.SIGKILL):
-            sys.exit(f"error: {' '.join(arguments)} in {its.directory} has failed")
-
-    functions = {}
-    for script in config.scripts:
-        for label, its in checkouts(config).items():
-            functions[f"{script}, empty cache{label}"] = partial(start, its, script, False)
-            functions[f"{script}, full cache{label}"] = partial(start, its, script, True)
-    compare(config, functions, "seconds from the command to the first update", "{:.1f}", compiled=True)
-
-
-PEAK = """import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""  # in a process of its own: Linux counts what the parent had when it forked as the child's
-
-
-def memory_part(config, folder):
-    """The most memory that a run has had, above what the same run has with 1,000 transitions; and what an interpreter
-    has that has only imported what a run needs."""
-    sizes = {n: write_dataset(os.path.join(folder, f"{n}.hdf5"), n) for n in (1000, *config.transitions)}
-    directory = os.path.dirname(os.path.abspath(__file__))
-    environment = dict(os.environ, WANDB_MODE="disabled", JAX_COMPILATION_CACHE_DIR=os.path.join(folder, "cache"))
-    peaks = {(script, n): [] for script in config.scripts for n in sizes}
-
-    def peak_of(arguments):
-        arguments = [sys.executable, "-c", PEAK, *arguments]
-        run = subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(f"error: {' '.join(arguments[3:])} has failed: {run.stderr.strip()[-200:]}")
-        return int(run.stdout) * 1024 / 1e6
-
-    for i in range(config.rounds + 1):  # the first fills the cache
-        for script, n in peaks:
-            shutil.rmtree(os.path.join(folder, "results"), ignore_errors=True)
-            peak = peak_of(command(config, folder, script, os.path.join(folder, f"{n}.hdf5")))
-            peaks[script, n] += [peak] if i else []
-    libraries = [peak_of([sys.executable, "-c", "import jax, rebrac; jax.devices()"]) for _ in range(config.rounds)]
-    header("MB at most", "above that with 1,000", "as a multiple of the data's size")
-    print(f"| interpreter and libraries | {spread(np.array(libraries), '{:.0f}')} | | | | |")
-    for (script, n), peak in peaks.items():
-        above = np.array(peak) - peaks[script, 1000]
-        cells = spread(np.array(peak), "{:.0f}"), spread(above, "{:.0f}"), spread(above / sizes[n] * 1e6)
-        print(f"| {script}, {n:,} transitions | {' | '.join(cells)} |", flush=True)
+    return lambda: multiply(operands).block_until_ready()
 
 
 def updates_part(config, folder):
-    """Updates a second, and their share of what the update's matrix products alone would allow."""
+    """Time updates, and the share of what their matrix products alone would allow."""
     data = jax.device_put(random_data())
-    programs, (multiply, flops_of_large) = checkouts(config), large_product()
-    functions, flops = {"large": multiply}, {}
-    for title, (name, flags) in UPDATES.items():
-        if name in config.scripts:
-            for label, its in programs.items():
-                script = getattr(its, name)
-                settings = make_config(config, script, **flags)
-                functions[title + label] = trainer(script, settings, data)
-            script = globals()[name]  # what the products are is this checkout's, whose `update` is known
-            functions[title + ", products"], flops[title] = ceiling(script, make_config(config, script, **flags), data)
+    large = ([(1024, 1024), (1024, 1024)], (((1,), (0,)), ((), ())))  # as `matrix_products` says
+    functions = {"large": multiplier([large], 10)}
+    operations = {}  # of an update
+    for name in config.scripts:
+        script = scripts()[name]
+        for title, flags in ROWS.get(name, {f"{script.NAME}, batch 256": {}}).items():
+            settings = make_config(config, name, **flags)
+            products = products_of_two_updates(script, settings, data)
+            operations[title] = sum(num_operations(*product) for product in products) / 2
+            functions[title] = trainer(script, settings, data)
+            functions[f"{title}, products"] = multiplier(products, config.updates // 2)
     seconds = interleaved(functions, config.rounds)
-    rate = flops_of_large / seconds["large"]
-    header("updates/s", "share of its products alone", "share of a large one's rate")
-    for (title, work), label in itertools.product(flops.items(), programs):
-        own, alone = seconds[title + label], seconds[title + ", products"]
-        cells = spread(config.updates / own, "{:.0f}"), spread(alone / own), spread(work * config.updates / own / rate)
-        print(f"| {title}{label}: {work / 1e9:.2f} GFLOP | {' | '.join(cells)} |")
-    print(f"\nA product of matrices (1024, 1024): {np.median(rate) / 1e9:.0f} GFLOP/s ({rate.min() / 1e9:.0f} to "
-          f"{rate.max() / 1e9:.0f}).", flush=True)  # fmt: skip
+    rate = 10 * num_operations(*large) / seconds["large"]
+    print_head("updates/s", "share of its products alone", "share of a large one's rate")
+    for title, work in operations.items():
+        speed = config.updates / seconds[title]
+        share = seconds[f"{title}, products"] / seconds[title]
+        cells = (spread(speed, ".0f"), spread(share), spread(work * speed / rate))
+        print_row(f"{title}: {work / 1e9:.2f} GFLOP", *cells)
+    least, median, most = (f"{value / 1e9:.0f}" for value in np.quantile(rate, [0, 0.5, 1]))
+    print(
+        f"\nA product of matrices (1024, 1024): {median} GFLOP/s ({least} to {most}).", flush=True
+    )
 
 
-def evaluation_part(config, folder):
-    """Steps a second of an evaluation of 10 episodes, and 10 more under noise, and of a bare environment that is given
-    the same actions, resets included."""
-    for i, name in enumerate(config.tasks):
-        functions, steps = {}, {}
-        for label, its in checkouts(config).items():
-            settings = make_config(config, its.rebrac, dataset_name=name, eval_episodes=10)
-            env, rows = its.tasks.make_env(name), its.tasks.conditions(settings)
-            data = jax.device_put(random_data(100, env.observation_space.shape[0], env.action_space.shape[0]))
-            static, traced = its.rebrac.split_config(settings)
-            states = jax.jit(partial(its.rebrac.init_states, settings, data))(np.arange(1))
-            policy = partial(its.rebrac.act_all, static, traced, states.actor, data)
-            envs = its.rebrac.make_envs(settings)
-            played = record_actions(envs, partial(its.tasks.evaluate, settings, policy, envs, 0), len(rows))
-            steps[name + label] = sum(map(len, played))
-            functions[name + label] = partial(its.tasks.evaluate, settings, policy, envs, 0)
-            if not label:
-                steps[f"{name}, in one process"] = steps[f"{name}, bare"] = steps[name]
-                alone = tasks.Envs(name, len(rows), processes=1)
-                functions[f"{name}, in one process"] = partial(tasks.evaluate, settings, policy, alone, 0)
-                functions[f"{name}, bare"] = partial(replay, its, env, rows, played)
-        seconds = interleaved(functions, config.rounds)
-        if not i:
-            header("steps/s", "share of the bare environment's")
-        for title, times in seconds.items():
-            speed, bare = steps[title] / times, steps[name] / seconds[f"{name}, bare"]
-            cells = spread(speed, "{:.0f}"), spread(speed / bare)
-            print(f"| {title} | {' | '.join(cells)} |", flush=True)
-
-
-def record_actions(envs, run, number):
-    """The actions of each of a number of environments while run() steps them."""
-    played, step = [[] for _ in range(number)], envs.step
-
-    def recording(running, actions):
-        for i, action in zip(running, actions):
-            played[i].append(action.copy())
-        return step(running, actions)
-
-    envs.step = recording
-    run()
-    del envs.step
-    return played
-
-
-def replay(its, env, rows, played):
-    for row, actions in zip(rows, played):
-        its.tasks.reset(env, 0, 0, row[0])
-        for action in actions:
-            env.step(action)
+def time_updates(config, name, variants):
+    """Return the seconds (rounds,) of an epoch with each of some flags, {title: flags}."""
+    data = jax.device_put(random_data())
+    functions = {}
+    for title, flags in variants.items():
+        functions[title] = trainer(scripts()[name], make_config(config, name, **flags), data)
+    return interleaved(functions, config.rounds)
 
 
 def regularisers_part(config, folder):
-    """The time with each regulariser against none."""
-    data = jax.device_put(random_data())
-    header("updates/s", "time against none")
+    """Time updates with each regulariser, against those with none."""
+    print_head("updates/s", "time against none")
     for name in config.scripts:
-        script, functions = globals()[name], {}
-        for key in dict.fromkeys(["none", *config.variants]):
-            functions[key] = trainer(script, make_config(config, script, regularisers=key), data)
-        seconds = interleaved(functions, config.rounds)
+        variants = ["none", *(config.variants or regularisers(scripts()[name]))]
+        seconds = time_updates(config, name, {key: dict(regularisers=key) for key in variants})
         for key, times in seconds.items():
-            cells = spread(config.updates / times, "{:.0f}"), spread(times / seconds["none"])
-            print(f"| {name} {key} | {' | '.join(cells)} |", flush=True)
+            cells = (spread(config.updates / times, ".0f"), spread(times / seconds["none"]))
+            print_row(f"{name} {key}", *cells)
 
 
 def seeds_part(config, folder):
-    """Updates a second of all seeds together, trained at once."""
-    data = jax.device_put(random_data())
-    header("updates/s of all seeds", "against one seed")
+    """Time updates of several seeds, trained at once."""
+    print_head("updates/s of all seeds", "against one seed")
     for name in config.scripts:
-        script = globals()[name]
-        functions = {n: trainer(script, make_config(config, script, num_seeds=n), data) for n in (1, 2, 4, 8)}
+        seconds = time_updates(config, name, {num: dict(num_seeds=num) for num in (1, 2, 4, 8)})
+        for num, times in seconds.items():
+            speed = num * config.updates / times
+            cells = (spread(speed, ".0f"), spread(num * seconds[1] / times))
+            print_row(f"{name}, {num} seeds", *cells)
+
+
+# --- Evaluation ---
+
+
+class RecordingEnvs(Envs):
+    """Environments that keep what is done in each."""
+
+    def __init__(self, name, number):
+        super().__init__(name, number)
+        self.actions = [[] for _ in range(number)]
+
+    def step(self, running, actions):
+        for i, action in zip(running, actions):
+            self.actions[i].append(action.copy())
+        return super().step(running, actions)
+
+
+def replay(env, episodes, actions):
+    """Do again in a single environment what was done in an evaluation, of update 0 and seed 0."""
+    for (episode, _, _), own in zip(episodes, actions):
+        reset(env, 0, 0, episode)
+        for action in own:
+            env.step(action)
+
+
+def evaluation_part(config, folder):
+    """Time an evaluation of 10 episodes, and 10 more with noise, against a bare environment."""
+    rebrac = scripts()["rebrac"]
+    print_head("steps/s", "share of the bare environment's")
+    for name in TASKS:
+        settings = make_config(config, "rebrac", dataset_name=name, eval_episodes=10)
+        episodes = evaluation_episodes(settings)
+        env = make_env(name)
+        shape = (env.observation_space.shape[0], env.action_space.shape[0])
+        data = jax.device_put(random_data(100, *shape))
+        actors = first_states(rebrac, settings, data).actor
+        policy = partial(rebrac.policy, settings, actors, data)
+        recording = RecordingEnvs(name, len(episodes))
+        evaluate(settings, policy, recording, 0)
+        num_steps = sum(len(own) for own in recording.actions)
+        alone = Envs(name, len(episodes), processes=1)
+        functions = {
+            name: partial(evaluate, settings, policy, make_envs(settings), 0),
+            f"{name}, in one process": partial(evaluate, settings, policy, alone, 0),
+            f"{name}, bare": partial(replay, env, episodes, recording.actions),
+        }
         seconds = interleaved(functions, config.rounds)
-        for n, times in seconds.items():
-            speed = n * config.updates / times
-            print(f"| {name}, {n} seeds | {spread(speed, '{:.0f}')} | {spread(n * seconds[1] / times)} |", flush=True)
+        bare = seconds[f"{name}, bare"]
+        for title, times in seconds.items():
+            print_row(title, spread(num_steps / times, ".0f"), spread(bare / times))
 
 
-def main(config):
-    known = (
-        (config.parts, PARTS),
-        (config.scripts, ["rebrac", "iql"]),
-        (config.variants, VARIANTS),
-        (config.tasks, rebrac.TUNED),
-    )
-    for words, those in known:
-        if unknown := set(words) - set(those):
-            sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(those)}")
-    if min(config.rounds, config.updates, config.batch_size, len(config.transitions)) < 1 or config.updates % 2:
-        sys.exit("error: rounds and batch_size must be 1 or more, updates 2, 4, ..., and transitions a list of numbers")
-    if min(config.transitions) < 1000:
-        sys.exit("error: transitions must be 1000 or more")
-    if config.against and not os.path.isfile(os.path.join(config.against, "rebrac.py")):
-        sys.exit(f"error: {config.against} is no checkout of this project: it has no rebrac.py")
-    print(f"{machine()}; {config.rounds} rounds; {config.updates} updates; batch {config.batch_size} unless it says")
-    for part in PARTS:
-        if part in config.parts:
+# --- Main ---
+
+PARTS = {
+    "load": load_part,
+    "start": start_part,
+    "memory": memory_part,
+    "updates": updates_part,
+    "evaluation": evaluation_part,
+    "regularisers": regularisers_part,
+    "seeds": seeds_part,
+}
+
+
+def check_config(config):
+    """Raise UserError if the config makes no sense, before any work."""
+    for words, known in ((config.parts, PARTS), (config.scripts, scripts())):
+        unknown = sorted(set(words) - set(known))
+        if unknown:
+            raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    if config.rounds < 1 or config.updates < 2 or config.updates % 2:
+        raise UserError("rounds must be 1 or more, and updates 2, 4, ...")
+    if not config.transitions or min(config.transitions) < 1000:
+        raise UserError("transitions must be numbers of 1000 or more")
+    for name in config.scripts:
+        for variant in config.variants or []:
+            make_config(config, name, regularisers=variant)
+
+
+def main():
+    config = parse(Config)
+    check_config(config)
+    rounds = f"{config.rounds} rounds; {config.updates} updates"
+    print(f"{machine()}; {rounds}; batch 256 unless it says")
+    for name, part in PARTS.items():
+        if name in config.parts:
             with tempfile.TemporaryDirectory() as folder:
-                globals()[f"{part}_part"](config, folder)
+                part(config, folder)
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    with one_line_errors():
+        main()

@@ -1,14 +1,16 @@
 """Makes datasets in D4RL's format the way D4RL did: online SAC in D4RL's environment, recorded.
 
-    pip install -r requirements-collect.txt  # in the virtual environment that make install has made
-    python collect.py --env halfcheetah --kinds '[medium-replay]' --medium_steps 80000 --seed 0 --directory data
+    pip install -r tools/requirements-collect.txt  # in the environment that make install has made
+    python -m tools.collect --env halfcheetah --kinds '[medium-replay]' --medium_steps 80000
 
-`random` is the untrained policy, `medium` the one after `medium_steps`, `expert` the one after `expert_steps`;
-`medium-replay` and `full-replay` are all that SAC saw up to then; `medium-expert` is one file after the other. The
-files bear D4RL's names: `D4RL_DATASET_DIR=data python rebrac.py --dataset_name halfcheetah-medium-replay-v2` finds the
-one above, which takes about 15 minutes on two cores. SAC is sbx-rl's, with its defaults and 10,000 random first steps.
-Adroit's tasks, of whose kinds D4RL has only `expert`, get files such as pen-medium-replay-v1.hdf5, too, to be named by
-`--dataset_path`.
+`random` is the untrained policy, `medium` the one after `medium_steps`, and `expert` the one after
+`expert_steps`. `medium-replay` and `full-replay` are all that SAC saw up to then. `medium-expert`
+is one file after the other. SAC is sbx-rl's with its defaults and 10,000 random first steps.
+
+The files bear D4RL's names: `D4RL_DATASET_DIR=data python rebrac.py --dataset_name
+halfcheetah-medium-replay-v2` finds the one above, which takes about 15 minutes on two cores. Of
+Adroit's tasks D4RL has none of these kinds but `expert`. The others get names such as
+pen-medium-replay-v1.hdf5, too, for `--dataset_path`.
 """
 
 import os
@@ -17,7 +19,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import List
 
-from mujoco210 import d4rl, gym  # isort: skip  (before sbx, which also imports gym, but not silently)
+from harness.environments import d4rl, gym  # isort: skip  (before sbx, which imports gym aloud)
 
 import gymnasium
 import h5py
@@ -25,33 +27,63 @@ import numpy as np
 from sbx import SAC
 from tqdm import tqdm
 
-from runs import parse
+from harness.config import parse
+from harness.datasets import episode_returns, normalized_score
+from harness.errors import UserError, one_line_errors
 
-ENVS = {env: f"{env}-medium-v2" for env in ("halfcheetah", "hopper", "walker2d")}
-ENVS |= {env: f"{env}-human-v1" for env in ("pen", "door", "hammer", "relocate")}
+ENVS = {  # a dataset of each, whose environment it is
+    "halfcheetah": "halfcheetah-medium-v2",
+    "hopper": "hopper-medium-v2",
+    "walker2d": "walker2d-medium-v2",
+    "pen": "pen-human-v1",
+    "door": "door-human-v1",
+    "hammer": "hammer-human-v1",
+    "relocate": "relocate-human-v1",
+}
 KINDS = ("random", "medium-replay", "medium", "full-replay", "expert", "medium-expert")
 
 
 @dataclass
 class Config:
     env: str = "halfcheetah"  # see ENVS
-    kinds: List[str] = field(default_factory=lambda: ["medium-replay"])  # which datasets to write: see KINDS
+    kinds: List[str] = field(default_factory=lambda: ["medium-replay"])  # to write: see KINDS
     medium_steps: int = 80_000  # environment steps of SAC up to the medium policy
-    expert_steps: int = 1_000_000  # and up to the expert
-    transitions: int = 1_000_000  # at least so many, in whole episodes, in random, medium and expert
+    expert_steps: int = 1_000_000  # environment steps of SAC up to the expert policy
+    transitions: int = 1_000_000  # at least, in whole episodes, in random, medium and expert
     seed: int = 0  # of SAC, the environment and the rollouts
     directory: str = "data"  # where the files go
 
 
+def check(config):
+    """Raise UserError if the config makes no sense, before any work."""
+    for words, known in (([config.env], ENVS), (config.kinds, KINDS)):
+        unknown = sorted(set(words) - set(known))
+        if unknown:
+            raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    if config.medium_steps < 1 or config.transitions < 1:
+        raise UserError("medium_steps and transitions must be 1 or more")
+    if needs(config, "full-replay", "expert") and config.expert_steps <= config.medium_steps:
+        raise UserError(f"expert_steps must be above medium_steps, {config.medium_steps}")
+
+
+def needs(config, *kinds):
+    """Return whether one of the kinds is to be written, or is a part of one that is."""
+    wanted = set(config.kinds)
+    if "medium-expert" in wanted:
+        wanted |= {"medium", "expert"}
+    return bool(wanted & set(kinds))
+
+
 class Recorder(gymnasium.Env):
-    """A D4RL environment under gymnasium's interface, which sbx needs; it keeps every step that is taken in it."""
+    """A D4RL environment under gymnasium's interface, which sbx needs. It keeps every step."""
 
     def __init__(self, name, seed):
         self.env = gym.make(name)
         self.env.seed(seed)
-        low, high = self.env.action_space.low, self.env.action_space.high
-        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32)
+        actions = self.env.action_space
+        size = self.env.observation_space.shape
+        self.action_space = gymnasium.spaces.Box(actions.low, actions.high, dtype=np.float32)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, size, np.float32)
         self.steps = []
 
     def reset(self, *, seed=None, options=None):
@@ -61,93 +93,106 @@ class Recorder(gymnasium.Env):
     def step(self, action):
         observation, reward, done, info = self.env.step(action)
         timeout = info.get("TimeLimit.truncated", False)
-        self.steps.append((self.observation, action, np.float32(reward), done and not timeout, timeout))
+        terminal = done and not timeout
+        self.steps.append((self.observation, action, np.float32(reward), terminal, timeout))
         self.observation = observation.astype(np.float32)
-        return self.observation, float(reward), done and not timeout, timeout, {}
+        return self.observation, float(reward), terminal, timeout, {}
 
     def dataset(self):
+        """Return the arrays of all steps, as D4RL's files have them."""
         keys = ("observations", "actions", "rewards", "terminals", "timeouts")
         return {key: np.array(column) for key, column in zip(keys, zip(*self.steps))}
 
 
-def rollout(model, name, seed, transitions):
-    """At least `transitions` steps of the model's stochastic policy, in whole episodes, as a D4RL dataset."""
-    env = Recorder(name, seed)
-    with tqdm(total=transitions, desc="rollout", disable=not sys.stderr.isatty()) as bar:
-        while len(env.steps) < transitions:
+def rollout(config, model, number):
+    """Return a dataset of whole episodes of the model's stochastic policy.
+
+    `number` distinguishes the rollouts of a config: each has a seed of its own.
+    """
+    env = Recorder(ENVS[config.env], config.seed + number)
+    with tqdm(total=config.transitions, desc="rollout", disable=not sys.stderr.isatty()) as bar:
+        while len(env.steps) < config.transitions:
             observation, _ = env.reset()
             done = False
             while not done:
-                observation, _, terminal, timeout, _ = env.step(model.predict(observation, deterministic=False)[0])
+                action, _ = model.predict(observation, deterministic=False)
+                observation, _, terminal, timeout, _ = env.step(action)
                 done = terminal or timeout
                 bar.update()
     return env.dataset()
 
 
 def summary(data, name):
-    """Whole episodes, transitions, and the mean and best of the episodes' normalised scores."""
-    ends = np.flatnonzero(data["terminals"] | data["timeouts"])
-    returns = np.diff(np.cumsum(data["rewards"], dtype=np.float64)[ends], prepend=0.0)
-    scores = 100 * d4rl.get_normalized_score(name, returns)
+    """Return the numbers of episodes and transitions, and the episodes' mean and best score."""
+    scores = normalized_score(name, episode_returns(data))
     return dict(
-        episodes=len(scores), transitions=len(data["rewards"]), mean_score=scores.mean(), best_score=scores.max()
+        episodes=len(scores),
+        transitions=len(data["rewards"]),
+        mean_score=scores.mean(),
+        best_score=scores.max(),
     )
 
 
+def file_path(config, kind):
+    """Return the path of a dataset's file, whose name is D4RL's own where D4RL has one."""
+    version = ENVS[config.env].split("-")[-1]
+    dataset = f"{config.env}-{kind}-{version}"
+    url = d4rl.infos.DATASET_URLS.get(dataset, f"{dataset}.hdf5")
+    return os.path.join(config.directory, os.path.basename(url))
+
+
 def write(config, kind, data):
-    name = ENVS[config.env]
-    file = f"{config.env}-{kind}-{name[-2:]}"
-    path = os.path.join(config.directory, os.path.basename(d4rl.infos.DATASET_URLS.get(file, f"{file}.hdf5")))
-    with h5py.File(path + ".partial", "w") as file:
-        for key, column in data.items():
-            file.create_dataset(key, data=column, compression="gzip", compression_opts=9, shuffle=True)
-        file.attrs["made_by"] = f"python collect.py {shlex.join(sys.argv[1:])}"
-        file.attrs["algorithm"] = f"sbx-rl SAC, seed {config.seed}"
-        for key, value in summary(data, name).items():
-            file.attrs[key] = value
-    os.replace(path + ".partial", path)
-    print(path, *(f"{key} {value:.6g}" for key, value in summary(data, name).items()), flush=True)
-
-
-def main(config):
-    for values, known in (([config.env], ENVS), (config.kinds, KINDS)):
-        if unknown := set(values) - set(known):
-            sys.exit(f"error: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if min(config.medium_steps, config.transitions) < 1:
-        sys.exit("error: medium_steps and transitions must be 1 or more")
-    name, wanted = ENVS[config.env], set(config.kinds)
-    with_expert = wanted & {"full-replay", "expert", "medium-expert"}
-    if with_expert and config.expert_steps <= config.medium_steps:
-        sys.exit(f"error: expert_steps must be above medium_steps, {config.medium_steps}")
-    os.makedirs(config.directory, exist_ok=True)
-    env = Recorder(name, config.seed)
-    model = SAC("MlpPolicy", env, learning_starts=10_000, seed=config.seed)
-
-    def roll(kind, seed):
-        data = rollout(model, name, seed, config.transitions)
-        if kind in wanted:
-            write(config, kind, data)
-        return data
-
-    if "random" in wanted:
-        roll("random", config.seed + 1)
-    if wanted == {"random"}:
+    """Write a dataset's file if it is wanted, and print a line about it."""
+    if kind not in config.kinds:
         return
-    model.learn(config.medium_steps, progress_bar=sys.stderr.isatty())
-    if "medium-replay" in wanted:
-        write(config, "medium-replay", env.dataset())
-    if wanted & {"medium", "medium-expert"}:
-        medium = roll("medium", config.seed + 2)
-    if with_expert:
-        steps = config.expert_steps - config.medium_steps
-        model.learn(steps, reset_num_timesteps=False, progress_bar=sys.stderr.isatty())
-    if "full-replay" in wanted:
-        write(config, "full-replay", env.dataset())
-    if wanted & {"expert", "medium-expert"}:
-        expert = roll("expert", config.seed + 3)
-    if "medium-expert" in wanted:
-        write(config, "medium-expert", {key: np.concatenate([medium[key], expert[key]]) for key in medium})
+    path = file_path(config, kind)
+    about = summary(data, ENVS[config.env])
+    options = dict(compression="gzip", compression_opts=9, shuffle=True)
+    with h5py.File(f"{path}.partial", "w") as file:
+        for key, column in data.items():
+            file.create_dataset(key, data=column, **options)
+        file.attrs["made_by"] = f"python -m tools.collect {shlex.join(sys.argv[1:])}"
+        file.attrs["algorithm"] = f"sbx-rl SAC, seed {config.seed}"
+        for key, value in about.items():
+            file.attrs[key] = value
+    os.replace(f"{path}.partial", path)
+    print(path, *(f"{key} {value:.6g}" for key, value in about.items()), flush=True)
+
+
+def collect(config):
+    """Train SAC up to the best policy that is needed, and write the datasets on the way."""
+    os.makedirs(config.directory, exist_ok=True)
+    env = Recorder(ENVS[config.env], config.seed)
+    model = SAC("MlpPolicy", env, learning_starts=10_000, seed=config.seed)
+    has_bar = sys.stderr.isatty()
+    if needs(config, "random"):
+        write(config, "random", rollout(config, model, 1))
+    if not needs(config, *KINDS[1:]):
+        return
+    model.learn(config.medium_steps, progress_bar=has_bar)
+    write(config, "medium-replay", env.dataset())
+    if needs(config, "medium"):
+        medium = rollout(config, model, 2)
+        write(config, "medium", medium)
+    if not needs(config, "full-replay", "expert"):
+        return
+    steps = config.expert_steps - config.medium_steps
+    model.learn(steps, reset_num_timesteps=False, progress_bar=has_bar)
+    write(config, "full-replay", env.dataset())
+    if needs(config, "expert"):
+        expert = rollout(config, model, 3)
+        write(config, "expert", expert)
+    if needs(config, "medium-expert"):
+        both = {key: np.concatenate([medium[key], expert[key]]) for key in medium}
+        write(config, "medium-expert", both)
+
+
+def main():
+    config = parse(Config)
+    check(config)
+    collect(config)
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    with one_line_errors():
+        main()

@@ -28,7 +28,7 @@ from harness.datasets import DOMAINS
 from harness.errors import UserError, one_line_errors
 from tools import report_figures as figures
 from tools import report_tables as tables
-from tools.report_runs import SCRIPTS, by_label, by_settings, read_results, read_wandb
+from tools.report_runs import BASELINE, SCRIPTS, by_label, by_settings, read_results, read_wandb
 from tools.results import mean_of_last, write_results
 
 
@@ -171,20 +171,20 @@ def add_settings(report, config, seeds):
             *_, everything = domains.values()
             add_runs(report, config, script, finished, everything)
     if improvements:
-        title = "improvement over no regulariser"
+        title = "improvement over the baseline"
         report.add_figure(title, figures.improvement_figure(improvements))
     if curves:
         report.add_figure("expected online performance", figures.online_performance(curves))
 
 
 def add_scores(report, title, rows, datasets, of_all):
-    """Add the tables of scores and of differences from none."""
+    """Add the tables of scores and of differences from the baseline."""
     columns = {"mean": datasets} if len(datasets) > 1 else {}
     if not of_all:
         report.add_table(tables.score_table(f"{title}: scores", rows, datasets))
         columns = {dataset: [dataset] for dataset in datasets} | columns
     labels = set(rows["label"])
-    if "none" in labels and len(labels) > 1:
+    if BASELINE in labels and len(labels) > 1:
         report.add_table(tables.difference_table(f"{title}: differences", rows, columns))
 
 

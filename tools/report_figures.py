@@ -12,6 +12,7 @@ from cycler import cycler
 from rliable import library
 
 from tools import report_tables as tables
+from tools.report_runs import BASELINE
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999933".split()
@@ -90,13 +91,13 @@ def interval_figure(estimates):
 
 
 def improvement_figure(panels):
-    """Draw improvements over none and their intervals: {title: estimates}."""
+    """Draw improvements over the baseline and their intervals: {title: estimates}."""
     longest = max(len(estimates) for estimates in panels.values())
     figure, axes = make_axes(len(panels), width=3.2, height=1.1 + 0.17 * longest, columns=3)
     for axis, (title, estimates) in zip(axes, panels.items()):
         draw_intervals(axis, estimates)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="improvement over none (%)")
+        axis.set(title=title, xlabel="change of the baseline's mean (%)")
     return figure
 
 
@@ -122,24 +123,23 @@ def share_above(scores, taus):
     return (scores.ravel() > taus[:, None]).mean(1)
 
 
-def gains_over_none(rows, datasets):
-    """Return mean scores minus none's: a row for each label, a column for each dataset."""
+def gains_over_baseline(rows, datasets):
+    """Return mean scores minus the baseline's: a row for each label, a column for each dataset."""
     means = rows.pivot_table(index="label", columns="dataset", values="final")
     means = means.reindex(columns=datasets)
-    none = means.loc["none"] if "none" in means.index else np.nan
-    return means - none
+    return means - (means.loc[BASELINE] if BASELINE in means.index else np.nan)
 
 
 def strength_map(rows, datasets, names):
     """Draw what single regularisers, of these names, gain at each strength."""
-    gains = gains_over_none(rows, datasets)
+    gains = gains_over_baseline(rows, datasets)
     single = [label for label in gains.index if label.split("(")[0] in names and "+" not in label]
     return heat_map("strength of a regulariser", gains.loc[single])
 
 
 def pair_map(rows, datasets, names):
     """Draw what pairs of regularisers gain at the paper's strengths, as a mean over datasets."""
-    gains = gains_over_none(rows, datasets).mean(axis=1)
+    gains = gains_over_baseline(rows, datasets).mean(axis=1)
     values = pd.DataFrame(index=list(names), columns=list(names), dtype=float)
     for label, gain in gains.items():
         pair = label.split("+")

@@ -33,6 +33,8 @@ SCRIPTS = scripts()
 
 # --- Labels ---
 
+BASELINE = "baseline"  # the label of a run without regularisers
+
 # Fields of the networks end in this if they are no regularisers, and these change no result
 NO_REGULARISER = ("learning_rate", "coef", "layers", "loss")
 NO_SETTING = ("seed", "num_seeds", "dataset_name", "dataset_path", "log_every", "analysis")
@@ -75,7 +77,7 @@ def label(script, found):
     for name, value in found.items():
         paper, *_ = script.CHOSEN.get(name, {"": None}).values()
         words.append(name if value == paper else f"{name}({value:g})")
-    return "+".join(words) or "none"
+    return "+".join(words) or BASELINE
 
 
 def run_labels(script, config, default, tuned):
@@ -98,7 +100,7 @@ def run_labels(script, config, default, tuned):
     others = unnamed_fields(script)
     words = [f"{key}={config[key]}" for key in changed_fields(config, default) if key in others]
     if words:
-        return ("+".join(words if labels[0] == "none" else [labels[0], *words]),)
+        return ("+".join(words if labels[0] == BASELINE else [labels[0], *words]),)
     labels += [name for name, variant in tuned.items() if variant == found]
     return tuple(dict.fromkeys(labels))
 
@@ -344,8 +346,8 @@ def has_settings(own, config, settings):
 
 
 def label_key(script, label):
-    """Return a sort key: none, DO, DO(0.3), LN, ..., then DO+LN, ..., then best and the others."""
-    order = ["none", *script.CHOSEN]
+    """Return a sort key: baseline, DO, DO(0.3), LN, ..., DO+LN, ..., then best and the others."""
+    order = [BASELINE, *script.CHOSEN]
     places = []
     for word in label.split("+"):
         found = re.fullmatch(r"([^()]+)(?:\(([\d.e+-]+)\))?", word)

@@ -13,7 +13,9 @@ import pandas as pd
 from rliable import library
 from scipy import stats
 
-# What is watched inside the actor in the last evaluation: its title, and digits after the point
+from tools.report_runs import BASELINE
+
+# What is measured inside the actor in the last evaluation: its title, and digits after the point
 INSIDE = {
     "train/dead_neurons": ("dead neurons (share, training data)", 3),
     "evaluation/dead_neurons": ("dead neurons (share, evaluation)", 3),
@@ -25,8 +27,8 @@ INSIDE = {
     "plasticity": ("plasticity (loss left / loss before)", 3),
 }
 AGGREGATES = ["IQM", "median", "mean", "optimality gap"]
-PROBABILITY = "P(better than none)"
-IMPROVEMENT = "mean against none"
+PROBABILITY = "P(better than the baseline)"
+IMPROVEMENT = "change of the mean"
 
 
 class Table(NamedTuple):
@@ -164,21 +166,21 @@ def improvement(x, y):
 
 
 def estimate(arrays, reps):
-    """Return aggregates, and comparisons with none: rows of measure, label, point, low, high."""
+    """Return aggregates and comparisons: rows of measure, label, point, low, high."""
     found = []
     for size in {len(scores) for scores in arrays.values()}:  # those with as many seeds at once
         labels = [label for label in arrays if len(arrays[label]) == size]
         scores = np.stack([arrays[label] for label in labels], axis=2)
         found.append(interval(aggregates, AGGREGATES, labels, [scores], reps))
-        if "none" in arrays:
-            none = np.repeat(arrays["none"][:, :, None], len(labels), axis=2)
-            pair = [scores, none]
+        if BASELINE in arrays:
+            baseline = np.repeat(arrays[BASELINE][:, :, None], len(labels), axis=2)
+            pair = [scores, baseline]
             found.append(interval(probability_of_improvement, [PROBABILITY], labels, pair, reps))
-            if none.mean() > 0:  # otherwise percents of it mean nothing
+            if baseline.mean() > 0:  # otherwise percents of it mean nothing
                 found.append(interval(improvement, [IMPROVEMENT], labels, pair, reps))
     found = pd.concat(found)
     found["label"] = pd.Categorical(found["label"], list(arrays), ordered=True)
-    with_itself = (found["label"] == "none") & ~found["measure"].isin(AGGREGATES)
+    with_itself = (found["label"] == BASELINE) & ~found["measure"].isin(AGGREGATES)
     return found[~with_itself].sort_values("label", kind="stable")
 
 
@@ -230,49 +232,51 @@ def score_cell(runs, expected):
 
 
 def difference_table(title, rows, columns):
-    """Return the table of differences from none. Its columns are means over columns[name]."""
+    """Return the differences from the baseline. A column is a mean over columns[name]."""
     labels = list(rows["label"].cat.categories)
     cells = pd.DataFrame(index=labels)
     for name, datasets in columns.items():
         scores = by_seed(rows, "final", datasets).reindex(labels)
-        means, halves = mean_and_interval(scores - scores.loc["none"])
+        means, halves = mean_and_interval(scores - scores.loc[BASELINE])
         cells[name] = [difference_text(*pair) for pair in zip(means, halves)]
         means, halves = mean_and_interval(scores)
-        cells.loc["none", name] = plus_minus(means["none"], halves["none"], 1)
-        cells.loc[same_as_none(rows, datasets), name] = "the same runs"
+        cells.loc[BASELINE, name] = interval_text(means[BASELINE], halves[BASELINE], "")
+        cells.loc[same_as_baseline(rows, datasets), name] = "the same runs"
     note = (
-        "None's score, and differences from it, seed by seed, with 95 % intervals by Student's t; "
-        "bold: without 0."
+        "The baseline's score, and the others' differences from it, seed by seed. In brackets 95 % "
+        "intervals by Student's t. Bold: without 0."
     )
     return Table(title, cells, note)
 
 
-def plus_minus(mean, half, digits):
-    return "incomplete" if np.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+def interval_text(mean, half, sign):
+    """Return "36.3 (36.1 – 36.5)", with the sign "+" "+36.3 (+36.1 – +36.5)"."""
+    if np.isnan(half):
+        return "incomplete"
+    return f"{mean:{sign}.1f} ({mean - half:{sign}.1f} – {mean + half:{sign}.1f})"
 
 
 def difference_text(mean, half):
-    if np.isnan(half):
-        return "incomplete"
-    text = f"{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
+    text = interval_text(mean, half, "+")
     return f"**{text}**" if abs(mean) > half else text
 
 
-def same_as_none(rows, datasets):
-    """Return the labels whose runs are none's, such as DO of IQL on Adroit."""
+def same_as_baseline(rows, datasets):
+    """Return the labels whose runs are the baseline's, such as DO of IQL on Adroit."""
     finished = rows[rows["dataset"].isin(datasets) & rows["final"].notna()]
     runs = {label: set(own.index) for label, own in finished.groupby("label")}
-    return [label for label in runs if label != "none" and runs[label] == runs.get("none")]
+    same = [label for label in runs if runs[label] == runs.get(BASELINE)]
+    return [label for label in same if label != BASELINE]
 
 
 def aggregate_table(title, estimates, arrays):
-    """Return the table of aggregates and of comparisons with none."""
+    """Return the table of aggregates and of comparisons with the baseline."""
     formats = dict.fromkeys(AGGREGATES, "{:.1f} ({:.1f} – {:.1f})")
     formats[PROBABILITY] = "{:.2f} ({:.2f} – {:.2f})"
     formats[IMPROVEMENT] = "{:+.1f} % ({:+.1f} – {:+.1f})"
     cells = pd.DataFrame("", index=list(arrays), columns=list(formats))
-    if "none" in arrays:
-        cells.loc[cells.index != "none", IMPROVEMENT] = "none's is not positive"
+    if BASELINE in arrays:
+        cells.loc[cells.index != BASELINE, IMPROVEMENT] = "the baseline's is not positive"
     for row in estimates.itertuples():
         text = formats[row.measure].format(row.point, row.low, row.high)
         cells.loc[row.label, row.measure] = text
@@ -289,17 +293,22 @@ def column_title(column):
     return column.removeprefix("score/").replace("_", " ")
 
 
+def spread_text(mean, std, digits):
+    return "incomplete" if np.isnan(mean) else f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
 def inside_table(title, rows, datasets):
     """Return the table of what is inside the actor, and of scores under noise."""
-    watched = {key: about for key, about in INSIDE.items() if key in rows}
+    measured = {key: about for key, about in INSIDE.items() if key in rows}
     for key in score_columns(rows):
-        watched[key] = (column_title(key), 1)
+        measured[key] = (column_title(key), 1)
     cells = pd.DataFrame(index=rows["label"].cat.categories)
-    for key, (name, digits) in watched.items():
-        means, halves = mean_and_interval(by_seed(rows, key, datasets))
-        texts = [plus_minus(*pair, digits) for pair in zip(means, halves)]
-        cells[name] = pd.Series(texts, means.index.astype(str))
+    for key, (name, digits) in measured.items():
+        values = by_seed(rows, key, datasets)
+        pairs = zip(values.mean(axis=1), values.std(axis=1, ddof=0))
+        texts = [spread_text(mean, std, digits) for mean, std in pairs]
+        cells[name] = pd.Series(texts, values.index.astype(str))
     cells = cells.fillna("incomplete")
     cells = cells[(cells != "incomplete").any(axis=1)]
-    note = "Means over the datasets, and 95 % intervals over the seeds (Student's t)."
+    note = "Mean over the datasets ± standard deviation over the seeds."
     return Table(title, cells, note)

@@ -1,17 +1,17 @@
 """Runs sweeps on this machine, without an account or a network.
 
-    python sweep.py sweeps/rebrac/adroit/dropout.yaml                # one run after the other
-    python sweep.py sweeps/*/gym/final.yaml --processes 8            # eight at once, which share the cores
-    python sweep.py sweeps/iql/gym/pairs.yaml --num_updates 20000    # every run with this flag, too
+    python -m tools.sweep sweeps/rebrac/adroit/dropout.yaml  # one run after the other
+    python -m tools.sweep sweeps/*/gym/final.yaml --processes 8  # eight at once share the cores
+    python -m tools.sweep sweeps/iql/gym/pairs.yaml --num_updates 20000  # this flag for every run
 
-W&B's own engine expands the grids. Finished runs are skipped. Ctrl-C and SIGTERM stop with checkpoints, and the same
-command goes on from there, beside others like it on machines that share the disk. Each run's output is in the
-output.txt of its directory. With CUDA_VISIBLE_DEVICES=0,1 the processes take the GPUs in turn.
+W&B's own engine expands the grids. Finished runs are skipped. Ctrl-C and SIGTERM stop with
+checkpoints, and the same command resumes. Several commands may share a sweep, also on machines
+that share the disk. Each run's output is in the output.txt of its directory. With
+CUDA_VISIBLE_DEVICES=0,1 the processes take the GPUs in turn.
 """
 
 import argparse
-import fcntl
-import importlib
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,155 +22,250 @@ import warnings
 import yaml
 from tqdm import tqdm
 
-import runs
+from harness.config import check, parse
+from harness.directory import run_directory, status
+from harness.errors import UserError, one_line, one_line_errors
+from harness.scripts import scripts
 
-warnings.filterwarnings("ignore", module="pydantic")  # which an engine of an older pydantic's annoys
-import sweeps  # noqa: E402
+with warnings.catch_warnings():  # of pydantic, which it uses by old names
+    warnings.simplefilter("ignore")
+    import sweeps  # pip's package, which is W&B's engine, and not the folder beside tools/
+
+# --- Sweeps ---
+
+COMMAND = ["${interpreter}", "${program}", "${args}"]  # of a sweep that has none
+
+
+def programs():
+    """Return the scripts by the names of their files."""
+    return {f"{name}.py": script for name, script in scripts().items()}
 
 
 def expand(path):
-    """The command lines of the runs in a sweep's YAML, as W&B's agent would start them; an error if it isn't valid."""
+    """Return the command lines of a sweep's runs, as W&B's agent would start them."""
     try:
         with open(path) as file:
             config = yaml.safe_load(file)
-        if problems := sweeps.schema_violations_from_proposed_config(config):
-            raise ValueError(problems[0])
-        if config["method"] != "grid":
-            raise ValueError(f"its method is {config['method']}, which has no end; only grid runs here")
-        if config.get("program") not in os.listdir(os.path.dirname(os.path.abspath(__file__))):
-            raise ValueError(f"its program, {config.get('program')}, is no script beside sweep.py")
-        command = config.get("command", ["${interpreter}", "${program}", "${args}"])
-        if "${program}" not in command:
-            raise ValueError("its command has no ${program}")
-        found = sweeps.next_runs(config, [], n=sys.maxsize)
+        check_sweep(config)
+        runs = sweeps.next_runs(config, [], n=sys.maxsize)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        sys.exit(f"error: {path} is not a sweep: {' '.join(str(error).split())}")
-    macros = {"${env}": [], "${interpreter}": [sys.executable], "${program}": [config["program"]]}
-    for run in filter(None, found):
-        macros["${args}"] = [f"--{key}={value['value']}" for key, value in run.config.items()]
-        yield [word for part in command for word in macros.get(part, [part])]
+        raise UserError(f"{path} is not a sweep: {one_line(error)}") from error
+    return [command_line(config, run.config) for run in runs if run is not None]
+
+
+def check_sweep(config):
+    """Raise UserError if a sweep is not valid or can't be run here."""
+    violations = sweeps.schema_violations_from_proposed_config(config)
+    if violations:
+        raise UserError(violations[0])
+    method = config["method"]
+    if method != "grid":
+        raise UserError(f"its method is {method}, which has no end; only grid runs here")
+    program = config.get("program")
+    if program not in programs():
+        raise UserError(f"its program, {program}, is no script here: {', '.join(programs())}")
+    if "${program}" not in config.get("command", COMMAND):
+        raise UserError("its command has no ${program}")
+
+
+def command_line(config, parameters):
+    """Return the command line of one run of a sweep, a list of words."""
+    macros = {
+        "${env}": [],
+        "${interpreter}": [sys.executable],
+        "${program}": [config["program"]],
+        "${args}": [f"--{key}={parameter['value']}" for key, parameter in parameters.items()],
+    }
+    words = []
+    for part in config.get("command", COMMAND):
+        words += macros.get(part, [part])
+    return words
+
+
+# --- Runs ---
 
 
 class Job:
-    """A run of a sweep: its command, its script's config, and its directory."""
+    """A run of a sweep: its command line, its config and its directory."""
 
     def __init__(self, command):
-        index = next(i for i, word in enumerate(command) if word.endswith(".py"))
-        script = importlib.import_module(command[index].removesuffix(".py"))
-        config = script.tuned(runs.parse(script.Config, command[index + 1 :]))
-        runs.check(config, script.rules(config))
-        self.command, self.config, self.told = command, config, 0  # the signals it was sent
-        self.directory = runs.run_directory(script.__name__, config, script.tuned)
+        known = programs()
+        program = next(word for word in command if word in known)
+        script = known[program]
+        flags = command[command.index(program) + 1 :]
+        config = script.tuned(parse(script.Config, flags))
+        check(config, script.constraints, script.BOUNDS)
+        self.command = command
+        self.config = config
+        self.directory = run_directory(program.removesuffix(".py"), config, script.tuned)
         self.name = os.path.relpath(self.directory, config.results)
-
-    def path(self, name):
-        return os.path.join(self.directory, name)
-
-    def update(self):
-        """The update to which the run has come, from the end of its first table."""
-        if os.path.exists(self.path("finished.json")):
-            return self.config.num_updates
-        try:
-            with open(self.path("train.csv"), "rb") as file:
-                file.seek(-min(1000, os.path.getsize(file.name)), os.SEEK_END)
-                return int(file.read().split(b"\n")[-2].split(b",")[1])
-        except (OSError, IndexError, ValueError):
-            return 0
-
-    def is_busy(self):
-        """Whether another process is training the run, perhaps on another machine that shares the disk."""
-        try:
-            with open(self.path("lock"), "r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
+        self.signals_sent = 0
 
     def start(self, slot, slots):
-        """Starts the run with its share of the cores and GPUs."""
-        cores, gpus = sorted(os.sched_getaffinity(0)), os.getenv("CUDA_VISIBLE_DEVICES", "").split(",")
-        share = cores[slot::slots] or [cores[slot % len(cores)]]
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus[0] else {**os.environ}
+        """Start the run with the share of the cores and GPUs that its slot has."""
+        environment = dict(os.environ)
+        gpus = os.getenv("CUDA_VISIBLE_DEVICES")
+        if gpus:
+            gpus = gpus.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         os.makedirs(self.directory, exist_ok=True)
-        with open(self.path("output.txt"), "ab") as output:
-            os.sched_setaffinity(0, share)  # which the child inherits
-            try:  # in a session of its own, so that Ctrl-C comes through this program alone
-                self.process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    env=env,
-                )
-            finally:
-                os.sched_setaffinity(0, cores)
+        with open(self.output_path(), "ab") as output, on_cores(slot, slots):
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # so that Ctrl-C comes through this program alone
+                env=environment,
+            )
+
+    def output_path(self):
+        return os.path.join(self.directory, "output.txt")
 
     def last_words(self):
-        with open(self.path("output.txt"), errors="replace") as file:
-            return ([line.strip() for line in file if line.strip()] or ["no output"])[-1].removesuffix(
-                f"; {self.directory}"
-            )
+        """Return the last line of its output, without the directory."""
+        with open(self.output_path(), errors="replace") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        return lines[-1].removesuffix(f"; {self.directory}") if lines else "no output"
+
+
+@contextlib.contextmanager
+def on_cores(slot, slots):
+    """Keep to a slot's share of the cores, which a process that is started inherits."""
+    cores = os.sched_getaffinity(0)
+    share = sorted(cores)[slot::slots]
+    if not share:  # more slots than cores
+        share = [sorted(cores)[slot % len(cores)]]
+    os.sched_setaffinity(0, share)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def read_jobs(paths, flags):
+    """Return the runs of some sweeps, each with the flags, too. Equal runs are one."""
+    commands = []
+    for path in paths:
+        commands += [command + flags for command in expand(path)]
+    jobs = {}
+    for command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False):
+        job = Job(command)
+        jobs[job.directory] = job
+    return list(jobs.values())
+
+
+class Pool:
+    """Runs the jobs that aren't finished, several at once: all with the first seed come first."""
+
+    def __init__(self, jobs, slots):
+        self.slots = slots
+        self.waiting = []
+        self.running = {}  # by their slots
+        self.done = []
+        self.failed = []
+        self.busy = []  # those that other processes train
+        self.signals = []  # that have come
+        self.updates = {}  # of all jobs, how far they are
+        for job in jobs:
+            now = status(job.directory)
+            self.updates[job] = now.update
+            if now.state != "finished":
+                self.waiting.append(job)
+        self.waiting.sort(key=lambda job: job.config.seed)
+
+    def run(self):
+        """Run until no job is left, or after a signal none runs any more."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.receive)
+        self.bar = tqdm(
+            total=sum(job.config.num_updates for job in self.updates),
+            initial=sum(self.updates.values()),
+            unit=" updates",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+        )
+        while self.running or (self.waiting and not self.signals):
+            for slot in range(self.slots):
+                self.fill(slot)
+            for slot, job in list(self.running.items()):
+                self.look_after(slot, job)
+            self.bar.update(sum(self.updates.values()) - self.bar.n)
+            time.sleep(0.5)
+        self.bar.close()
+
+    def receive(self, number, _):
+        self.signals.append(number)
+
+    def fill(self, slot):
+        """Start a job in a slot if that is free."""
+        while self.waiting and not self.signals and slot not in self.running:
+            job = self.waiting.pop(0)
+            if status(job.directory).busy:
+                self.busy.append(job)
+            else:
+                job.start(slot, self.slots)
+                self.running[slot] = job
+
+    def look_after(self, slot, job):
+        """Pass signals on to a job, see how far it is, and note its end.
+
+        The first signal ends the runs with checkpoints. The second kills them.
+        """
+        for number in (signal.SIGTERM, signal.SIGKILL)[job.signals_sent : len(self.signals)]:
+            job.process.send_signal(number)
+            job.signals_sent += 1
+        code = job.process.poll()
+        self.updates[job] = status(job.directory).update
+        if code is not None:
+            del self.running[slot]
+            self.note_end(job, code)
+
+    def note_end(self, job, code):
+        """Note how a job has ended, and print it unless it was stopped."""
+        if code == os.EX_TEMPFAIL:  # another process was faster
+            self.busy.append(job)
+            return
+        if code != 0 and self.signals:
+            return
+        if code == 0:
+            self.done.append(job)
+        else:
+            self.failed.append(job)
+        to_go = len(self.running) + len(self.waiting)
+        counts = f"{len(self.done)} done, {len(self.failed)} failed, {to_go} to go"
+        self.bar.write(f"{counts}: {job.name}\n    {job.last_words()}", sys.stdout)
+        sys.stdout.flush()
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python sweep.py FILE.yaml ... [--processes N] [any flag of the scripts]")
+    parser = argparse.ArgumentParser(
+        usage="python -m tools.sweep FILE.yaml ... [--processes N] [any flag of the scripts]"
+    )
     parser.add_argument("files", nargs="+")
     parser.add_argument("--processes", type=int, default=1)
     given, flags = parser.parse_known_args()
     if given.processes < 1:
-        sys.exit("error: processes must be 1 or more")
-    commands = [command + flags for path in given.files for command in expand(path)]
-    jobs = [Job(command) for command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False)]
-    jobs = {job.directory: job for job in jobs}.values()
-    waiting = [job for job in jobs if not os.path.exists(job.path("finished.json"))]
-    waiting.sort(key=lambda job: job.config.seed)  # so that all variants with the first seed come first
-    print(f"{len(jobs)} runs, of which {len(jobs) - len(waiting)} are finished", flush=True)
-    updates = {job: job.update() for job in jobs}
-    total, initial = sum(job.config.num_updates for job in jobs), sum(updates.values())
-    bar = tqdm(total=total, initial=initial, unit=" updates", unit_scale=True, disable=not sys.stderr.isatty())
-    running, done, failed, busy, signals = {}, [], [], [], []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: signals.append(number))
-    while running or (waiting and not signals):
-        for slot in set(range(given.processes)) - set(running):
-            while waiting and not signals and slot not in running:
-                job = waiting.pop(0)
-                if job.is_busy():
-                    busy.append(job)
-                else:
-                    job.start(slot, given.processes)
-                    running[slot] = job
-        for slot, job in list(running.items()):
-            while job.told < min(len(signals), 2):  # the first ends the runs with checkpoints, the second kills them
-                job.process.send_signal((signal.SIGTERM, signal.SIGKILL)[job.told])
-                job.told += 1
-            if (code := job.process.poll()) is None:
-                continue
-            del running[slot]
-            if code == os.EX_TEMPFAIL:  # another process was faster
-                busy.append(job)
-            elif code == 0 or not signals:
-                (failed if code else done).append(job)
-                counts = f"{len(done)} done, {len(failed)} failed, {len(running) + len(waiting)} to go"
-                bar.write(f"{counts}: {job.name}\n    {job.last_words()}", sys.stdout)
-                sys.stdout.flush()
-        updates |= {job: job.update() for job in (*running.values(), *done)}
-        bar.update(sum(updates.values()) - bar.n)
-        time.sleep(0.5)
-    bar.close()
-    for words, some in (("failed", failed), ("another process is training", busy)):
-        for job in some:
-            print(f"{words}: {job.directory}")
-    if signals:
-        print("stopped; the same command goes on")
-        sys.exit(128 + signals[0])
-    if failed:
-        sys.exit(
-            f"error: {len(failed)} runs failed; output.txt in their directories says why, and the same command retries"
+        raise UserError("processes must be 1 or more")
+    jobs = read_jobs(given.files, flags)
+    pool = Pool(jobs, given.processes)
+    num_finished = len(jobs) - len(pool.waiting)
+    print(f"{len(jobs)} runs, of which {num_finished} are finished", flush=True)
+    pool.run()
+    for job in pool.failed:
+        print(f"failed: {job.directory}")
+    for job in pool.busy:
+        print(f"another process is training: {job.directory}")
+    if pool.signals:
+        print("stopped; the same command resumes")
+        sys.exit(128 + pool.signals[0])
+    if pool.failed:
+        raise UserError(
+            f"{len(pool.failed)} runs failed; output.txt in their directories says why, and the "
+            "same command retries"
         )
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -1,0 +1,403 @@
+"""Writes the tables in the READMEs from the data, between markers.
+
+    python -m tools.readme           # write what has changed
+    python -m tools.readme --check   # only say what would change
+
+A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is a key of BLOCKS.
+"""
+
+import argparse
+import glob
+import os
+import re
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from harness.datasets import DOMAINS
+from harness.errors import UserError, one_line_errors
+from harness.scripts import ROOT, scripts
+from tools.report_runs import BASELINE, by_label, read_results
+
+SCRIPTS = scripts()
+STUDIED = {  # datasets of the study: D4RL's name and a short one
+    "halfcheetah-medium-replay-v2": "HalfCheetah",
+    "hopper-medium-v2": "Hopper",
+    "pen-expert-v1": "Pen",
+}
+WHERE = {  # where a regulariser acts
+    "DO": "dropout after each hidden layer, in the actor's loss only",
+    "LN": "LayerNorm after each hidden ReLU",
+    "FN": "FeatureNorm: LayerNorm without scale and bias",
+    "GN": "GroupNorm with 32 groups after each hidden ReLU",
+    "BN": "BatchNorm after each hidden ReLU",
+    "SN": "SpectralNorm of the last hidden Dense",
+    "L2": "decoupled weight decay, L2 (`actor_l1_ratio` 0)",
+    "L1": "decoupled weight decay, L1 (`actor_l1_ratio` 1)",
+    "EN": "decoupled weight decay, elastic net (`actor_l1_ratio` 0.5)",
+    "InN": "noise on the states in the actor's loss",
+    "BCN": "noise on the objective: cloned actions (ReBRAC), weights (IQL)",
+    "GrN": "decaying noise on the gradient, before Adam",
+}
+
+
+def path_of(*parts):
+    return os.path.join(ROOT, *parts)
+
+
+def markdown(header, rows):
+    """Return a Markdown table of texts."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# --- From the scripts and sweeps ---
+
+
+def regularisers():
+    """The regularisers: flag, where it acts, strength in each script."""
+    rows = []
+    for name, text in WHERE.items():
+        strengths = []
+        for script in SCRIPTS.values():
+            flags = script.CHOSEN[name]
+            flag, strength = next(iter(flags.items()))
+            strengths.append("on" if strength is True else f"{strength:g}")
+        rows.append([name, f"`{flag}`", text, *strengths])
+    return markdown(["name", "flag", "what it is", *titles()], rows)
+
+
+def titles():
+    return [script.NAME for script in SCRIPTS.values()]
+
+
+def experiments():
+    """Return what the sweeps' first lines say: {file name: (what varies, {domain: runs})}."""
+    found = {}
+    for path in sorted(glob.glob(path_of("sweeps", "rebrac", "gym", "*.yaml"))):
+        file = os.path.basename(path)
+        runs = {}
+        for key in DOMAINS:
+            with open(path_of("sweeps", "rebrac", key, file)) as lines:
+                match = re.match(r"# .*?: (.*)\. ([\d,]+) runs of 1,000,000 updates", next(lines))
+            runs[key] = int(match[2].replace(",", ""))
+        found[file] = (match[1], runs)
+    return found
+
+
+def sweep_files():
+    """The paper's experiments: what varies, runs by domain, and updates."""
+    rows = []
+    for file, (about, runs) in experiments().items():
+        counts = [f"{number:,}" for number in runs.values()]
+        rows.append([f"`{file}`", about, *counts, f"{sum(runs.values()) / 1000:.2f}"])
+    rows.append(["all", "", "", "", "", f"{number_of_runs() / 1000:.2f}"])
+    return markdown(["file", "what varies", *DOMAINS, "10⁹ updates"], rows)
+
+
+def number_of_runs():
+    return sum(sum(runs.values()) for _, runs in experiments().values())
+
+
+# --- From data/benchmark.md ---
+
+
+def measured_rows():
+    """Return the rows of the benchmark's output: {first cell: other cells}."""
+    rows = {}
+    with open(path_of("data", "benchmark.md")) as file:
+        for line in file:
+            if line.startswith("| "):
+                name, *cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+                rows[name] = cells
+    return rows
+
+
+SPEED = {  # rows of the benchmark -> titles, and what the second number is a share of
+    "1,000,000 transitions": ("load 1,000,000 transitions (s)", ""),
+    "2,000,000 transitions": ("load 2,000,000 transitions (s)", ""),
+    "rebrac, empty cache": ("ReBRAC: first update after the command (s)", ""),
+    "rebrac, full cache": ("ReBRAC: the same, compiled before (s)", ""),
+    "iql, empty cache": ("IQL: first update after the command (s)", ""),
+    "iql, full cache": ("IQL: the same, compiled before (s)", ""),
+    "ReBRAC (mse), batch 1024: 3.43 GFLOP": ("ReBRAC (mse), batch 1024: updates/s", "products"),
+    "ReBRAC (mse), batch 256: 0.86 GFLOP": ("ReBRAC (mse), batch 256: updates/s", "products"),
+    "ReBRAC (hl_gauss), batch 1024: 4.49 GFLOP": ("ReBRAC, batch 1024: updates/s", "products"),
+    "ReBRAC (hl_gauss), batch 256: 1.12 GFLOP": ("ReBRAC, batch 256: updates/s", "products"),
+    "IQL, batch 256: 0.56 GFLOP": ("IQL, batch 256: updates/s", "products"),
+    "rebrac, 8 seeds": ("ReBRAC, 8 seeds at once: updates/s of all", "one seed"),
+    "iql, 8 seeds": ("IQL, 8 seeds at once: updates/s of all", "one seed"),
+    "halfcheetah-medium-v2": ("evaluation on HalfCheetah: steps/s", "bare environment"),
+    "antmaze-umaze-v2": ("evaluation on AntMaze: steps/s", "bare environment"),
+    "pen-human-v1": ("evaluation on Pen: steps/s", "bare environment"),
+}
+
+
+def speed():
+    """The benchmark's main rows: median, range, share of something and its range."""
+    measured = measured_rows()
+    rows = []
+    for name, (title, reference) in SPEED.items():
+        median, spread, *others = measured[name]
+        share = f"{others[0]} ({between(others[1])}) of {reference}" if reference else ""
+        rows.append([title, median, between(spread), share])
+    return markdown(["", "median", "min – max", "relative to"], rows)
+
+
+def between(text):
+    return text.replace(" to ", " – ")
+
+
+def regulariser_times():
+    """The time of an update with each regulariser, relative to the baseline."""
+    measured = measured_rows()
+    names = [*WHERE, SCRIPTS["rebrac"].BEST["best"]]
+    rows = []
+    for algorithm in ("rebrac", "iql"):
+        times = [measured[f"{algorithm} {name}"][2] for name in names]
+        rows.append([SCRIPTS[algorithm].NAME, *times])
+    return markdown(["", *names], rows)
+
+
+def cost():
+    """The cost of the paper's experiments: updates, days of two cores, days of a GPU."""
+    pattern = r"(.*), batch (\d+): ([\d.]+) GFLOP"
+    rates = {}  # seconds and floating-point operations of an update
+    for name, cells in measured_rows().items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            rates[match[1], int(match[2])] = np.array([1 / float(cells[0]), 1e9 * float(match[3])])
+    five_seeds = 5 * 1_000_000
+    rebrac = 24 * rates["ReBRAC (hl_gauss)", 1024] + 12 * rates["ReBRAC (hl_gauss)", 256]
+    per_script = {"ReBRAC": five_seeds * rebrac, "IQL": five_seeds * 36 * rates["IQL", 256]}
+    rows = []
+    for text, factor in (
+        ("one configuration: 36 datasets, 5 seeds", 1),
+        ("the study's 14 configurations", 14),
+        ("all files here", number_of_runs() / 180),
+    ):
+        row = [text, f"{0.18 * factor:.2f}"]
+        for seconds, operations in per_script.values():
+            row.append(f"{factor * seconds / 86400:,.0f}")
+            row.append(f"{factor * operations / 2e12 / 86400:,.1f}")
+        rows.append(row)
+    header = ["", "10⁹ updates"]
+    for name in per_script:
+        header += [f"{name}: days, two cores", f"{name}: days, GPU"]
+    return markdown(header, rows)
+
+
+# --- From the datasets and results ---
+
+
+def datasets():
+    """The bundled datasets, from the files."""
+    about = {
+        "halfcheetah-medium-replay-v2": "replay buffer of 80,000 steps of SAC",
+        "hopper-medium-v2": "rollouts of the policy after 120,000 steps",
+        "pen-expert-v1": "rollouts of the policy after 240,000 steps",
+    }
+    rows = []
+    for name, text in about.items():
+        (path,) = [
+            path
+            for path in glob.glob(path_of("data", "*.hdf5"))
+            if os.path.basename(path).replace("_", "-") == f"{name}.hdf5"
+        ]
+        with h5py.File(path) as file:
+            numbers = dict(file.attrs)
+        rows.append([
+            name,
+            text,
+            f"{numbers['episodes']:,}",
+            f"{numbers['transitions']:,}",
+            f"{numbers['mean_score']:.1f}",
+            f"{numbers['best_score']:.1f}",
+        ])  # fmt: skip
+    return markdown(["dataset", "what it is", "episodes", "steps", "mean score", "best"], rows)
+
+
+def demo():
+    """The scores of the demo and of behaviour cloning, by seed."""
+    seeds, _ = read_results([path_of("data", "demo.csv")])
+    rows = []
+    for text, coefficient in (("ReBRAC: `make demo`", 1.0), ("behaviour cloning", 0.0)):
+        scores = {}
+        for seed in seeds:
+            if seed["config"]["actor_q_coef"] == coefficient:
+                scores[seed["seed"]] = seed["score"]
+        texts = [f"{scores[number]:.1f}" for number in range(3)]
+        rows.append([text, *texts, f"{np.mean(list(scores.values())):.1f}"])
+    return markdown(["", "seed 0", "seed 1", "seed 2", "mean"], rows)
+
+
+def trials():
+    """The scores of seed 0 by which the study's `actor_bc_coef` was chosen."""
+    paths = [path_of("data", "trials.csv"), path_of("data", "study.csv")]
+    seeds, _ = read_results(paths)
+    plain = [seed for seed in seeds if seed["algorithm"] == "rebrac" and seed["seed"] == 0]
+    cells = {}
+    for seed in plain:
+        config = seed["config"]
+        if BASELINE not in seed["labels"]:
+            continue
+        critic = "HL-Gauss" if config["critic_loss"] == "hl_gauss" else "squared error"
+        coefficient = f"{config['actor_bc_coef']:g}"
+        if coefficient not in ("0.4", "0.1"):
+            coefficient = "the paper's"
+        cells[f"{critic}, {coefficient}", config["dataset_name"]] = f"{seed['score']:.1f}"
+    rows = []
+    for name in ("HL-Gauss, the paper's", "squared error, the paper's", "squared error, 0.4"):
+        rows.append([name, *(cells.get((name, dataset), "") for dataset in STUDIED)])
+    name = "squared error, 0.1"
+    rows.append([name, *(cells[name, dataset] for dataset in STUDIED)])
+    return markdown(["critic, `actor_bc_coef`", *STUDIED.values()], rows)
+
+
+def study():
+    """Return the study's seeds, a row for each label."""
+    seeds, _ = read_results([path_of("data", "study.csv")])
+    table = pd.DataFrame(seeds)
+    return {name: by_label(own) for name, own in table.groupby("algorithm", sort=False)}
+
+
+def by_dataset(column, digits):
+    """Return a table of means over the seeds: rows of labels, columns of datasets."""
+    rows = study()
+    labels = [BASELINE, *WHERE, "combination"]
+    cells = []
+    for label in labels:
+        line = [label]
+        for algorithm, script in SCRIPTS.items():
+            own = rows[algorithm]
+            name = script.BEST["best"] if label == "combination" else label
+            for dataset in STUDIED:
+                values = own[(own["label"] == name) & (own["dataset"] == dataset)][column]
+                line.append(f"{values.mean():.{digits}f}")
+        cells.append(line)
+    header = [""]
+    for name in titles():
+        header += [f"{name}: {short}" for short in STUDIED.values()]
+    return markdown(header, cells)
+
+
+def report_tables():
+    """Return the tables of data/study/tables.md: {title: lines of cells}."""
+    with open(path_of("data", "study", "tables.md")) as file:
+        text = file.read()
+    found = {}
+    for title, body in re.findall(r"^### (.+)\n\n((?:\|.*\n)+)", text, re.MULTILINE):
+        found[title] = [
+            [cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in body.splitlines()
+        ]
+    return found
+
+
+def study_scores(algorithm):
+    """The study's differences from the baseline, dataset by dataset and in the mean."""
+    tables = report_tables()
+    name = SCRIPTS[algorithm].NAME
+    means = tables[f"{name}, all domains: differences"]
+    columns = {}
+    for title in (f"{name}, Gym-MuJoCo: differences", f"{name}, Adroit: differences"):
+        header, _, *lines = tables[title]
+        for i, dataset in enumerate(header):
+            if dataset in STUDIED:
+                columns[STUDIED[dataset]] = {line[0]: line[i] for line in lines}
+    rows = []
+    for label, mean in means[2:]:
+        rows.append([label, *(columns[short][label] for short in STUDIED.values()), mean])
+    return markdown(["", *STUDIED.values(), "mean of the three"], rows)
+
+
+def findings():
+    """What the study found: the mean of the three datasets, in a line for each algorithm."""
+    tables = report_tables()
+    rows = []
+    for script in SCRIPTS.values():
+        changes = tables[f"{script.NAME}, all domains: aggregates"]
+        column = changes[0].index("change of the mean")
+        cells = {line[0].split(" (")[0]: line[column] for line in changes[2:]}
+        differences = tables[f"{script.NAME}, all domains: differences"][2:]
+        baseline = differences[0][1]
+        single = [name for name in WHERE if name in cells]
+        best = max(single, key=lambda name: float(cells[name].split(" %")[0]))
+        worst = min(single, key=lambda name: float(cells[name].split(" %")[0]))
+        combination = script.BEST["best"]
+        rows.append([
+            script.NAME,
+            baseline,
+            f"{best}: {cells[best]}",
+            f"{worst}: {cells[worst]}",
+            f"{combination}: {cells[combination]}",
+        ])  # fmt: skip
+    header = ["", "baseline's mean score", "best single", "worst single", "paper's combination"]
+    return markdown(header, rows)
+
+
+BLOCKS = {
+    "regularisers": regularisers,
+    "findings": findings,
+    "sweeps": sweep_files,
+    "cost": cost,
+    "speed": speed,
+    "regulariser-times": regulariser_times,
+    "datasets": datasets,
+    "demo": demo,
+    "trials": trials,
+    "scores-rebrac": lambda: study_scores("rebrac"),
+    "scores-iql": lambda: study_scores("iql"),
+    "dead-neurons": lambda: by_dataset("train/dead_neurons", 3),
+    "pca-rank": lambda: by_dataset("train/pca_rank", 1),
+    "training-error": lambda: by_dataset("train/action_error", 3),
+    "held-out-error": lambda: by_dataset("validation/action_error", 3),
+    "plasticity": lambda: by_dataset("plasticity", 2),
+    "action-noise": lambda: by_dataset("score/action_noise=0.2", 1),
+    "state-noise": lambda: by_dataset("score/state_noise=0.05", 1),
+}
+
+
+def readmes():
+    """Return the paths of the project's READMEs."""
+    paths = [path_of("README.md")]
+    for folder in ("harness", "sweeps", "tools", "tests", "data"):
+        paths += glob.glob(path_of(folder, "README.md"))
+    return paths
+
+
+def renew(text):
+    """Return a README's text with its blocks written anew."""
+
+    def block(match):
+        name = match[1]
+        if name not in BLOCKS:
+            raise UserError(f"there is no block {name!r}; there are {', '.join(BLOCKS)}")
+        return f"<!-- begin {name} -->\n{BLOCKS[name]()}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true", help="only say what would change")
+    check = parser.parse_args().check
+    changed = []
+    for path in readmes():
+        with open(path) as file:
+            old = file.read()
+        new = renew(old)
+        if new != old:
+            changed.append(os.path.relpath(path, ROOT))
+            if not check:
+                with open(path, "w") as file:
+                    file.write(new)
+    if check and changed:
+        raise UserError(f"python -m tools.readme would change {', '.join(changed)}")
+    print(f"{'would change' if check else 'changed'}: {', '.join(changed) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
