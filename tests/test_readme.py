@@ -1,6 +1,5 @@
-"""README.md's numbers are those of the files in the repository, and its commands run."""
+"""The READMEs: their tables are those of the data, and each command in them is run."""
 
-import csv
 import glob
 import os
 import re
@@ -8,77 +7,66 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, random_columns
 
 import iql
 import rebrac
+from harness.config import parse
 from harness.datasets import episode_returns, normalized_score, read_dataset
-from harness.directory import load_config, run_directory
+from harness.directory import run_directory
 from harness.environments import make_env
-from tools import report
+from tools import readme, report
 
 SCRIPTS = {"rebrac": rebrac, "iql": iql}
 
 
-def readme():
-    with open(os.path.join(ROOT, "README.md")) as file:
+def read(path):
+    with open(path) as file:
         return file.read()
 
 
-def section(start, end):
-    """Return the README's text between two strings, on one line."""
-    return " ".join(readme().split(start)[1].split(end)[0].split())
+# --- Numbers ---
 
 
-def rows_of(text):
-    """Return the cells of a Markdown text's table rows, without headers."""
-    rows = []
-    for line in re.findall(r"^\| .*", text, re.MULTILINE):
-        rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
-    return rows
+@pytest.mark.parametrize("path", readme.readmes(), ids=lambda path: os.path.relpath(path, ROOT))
+def test_the_tables_in_a_readme_are_those_of_the_data(path):
+    """If not: `python -m tools.readme` writes them anew."""
+    assert readme.renew(read(path)) == read(path)
 
 
-def last_score(directory):
-    with open(os.path.join(directory, "evaluations.csv"), newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["score"])
+def test_a_stale_table_is_noticed_and_an_unknown_one_is_an_error():
+    text = "before\n<!-- begin demo -->\nstale\n<!-- end demo -->\nafter"
+    new = readme.renew(text)
+    assert new.startswith("before\n<!-- begin demo -->\n| ")
+    assert new.endswith(" |\n<!-- end demo -->\nafter")
+    with pytest.raises(ValueError, match="no block 'nothing'"):
+        readme.renew(text.replace("demo", "nothing"))
 
 
-def own_config(directory, results):
-    """Return the config of a run in the repository, after a look at the run's name."""
-    algorithm = directory.split(os.sep)[-3]
-    script = SCRIPTS[algorithm]
-    config = replace(load_config(script.Config, directory), results=results)
-    assert run_directory(algorithm, config, script.tuned) == os.path.relpath(directory, ROOT)
-    return config
+def test_each_generated_block_stands_in_one_readme():
+    texts = "".join(read(path) for path in readme.readmes())
+    assert sorted(re.findall(r"<!-- begin (\S+) -->", texts)) == sorted(readme.BLOCKS)
 
 
-# --- Its numbers ---
+def test_the_front_page_is_short():
+    assert len(read(os.path.join(ROOT, "README.md")).splitlines()) <= 150
 
 
-def test_the_scores_of_the_demo_are_those_of_its_runs():
-    directories = glob.glob(os.path.join(ROOT, "data", "runs", "rebrac", "*", "*"))
-    assert len(directories) == 6
-    found = np.zeros((2, 3))  # ReBRAC and behaviour cloning, by seed
-    for directory in directories:
-        config = own_config(directory, "data/runs")
-        assert (config.num_updates, config.batch_size) == (15_000, 256)
-        assert (config.critic_loss, config.eval_episodes) == ("mse", 10)
-        assert config.validation_frac == 0
-        found[int(config.actor_q_coef == 0), config.seed] = last_score(directory)
-    told = rows_of(readme().split("### The demo")[1].split("### The study")[0])
-    for scores, row in zip(found, told[-2:], strict=True):
-        assert row[1:] == [f"{score:.1f}" for score in [*scores, np.mean(scores)]]
+def test_links_between_the_readmes_lead_somewhere():
+    for path in readme.readmes():
+        for link in re.findall(r"\]\(([^)#]+)", read(path)):
+            if not link.startswith("http"):
+                assert os.path.exists(os.path.join(os.path.dirname(path), link)), (path, link)
 
 
 def test_the_bundled_datasets_are_as_described():
-    pattern = r"^\| (\S+-v\d) \| .*? \| ([\d,.]+) \| ([\d,.]+) \| ([\d.]+) \| ([\d.]+) \|$"
-    rows = re.findall(pattern, readme(), re.MULTILINE)
+    rows = [line.strip("| ").split(" | ") for line in readme.datasets().splitlines()[2:]]
     assert len(rows) == len(glob.glob(os.path.join(ROOT, "data", "*.hdf5"))) == 3
-    for name, *told in rows:
+    for name, _, *told in rows:
         env = make_env(name)
         file = os.path.basename(env.unwrapped.dataset_url)
         raw = read_dataset(os.path.join(ROOT, "data", file), env)
@@ -91,173 +79,47 @@ def test_the_bundled_datasets_are_as_described():
         np.testing.assert_allclose(ours, scores, rtol=1e-4)
 
 
-def test_the_scores_of_the_trials_are_those_of_their_runs():
-    directories = glob.glob(os.path.join(ROOT, "data", "trials", "*", "*", "*"))
-    pattern = "seed=0,actor_bc_coef=0.1,validation*"
-    directories += glob.glob(os.path.join(ROOT, "data", "study", "rebrac", "*", pattern))
-    assert len(directories) == 8 + 3
-    found = [["", "", ""] for _ in range(4)]
-    for directory in directories:
-        config = load_config(rebrac.Config, directory)
-        row = {0.4: 2, 0.1: 3}.get(config.actor_bc_coef, 1)
-        if config.critic_loss == "hl_gauss":
-            row = 0
-        column = ["halfcheetah", "hopper", "pen"].index(config.dataset_name.split("-")[0])
-        found[row][column] = f"{last_score(directory):.1f}"
-    table = readme().split("| mean of the dataset's")[1].split("\n\n")[0]
-    assert [row[1:] for row in rows_of(table)] == found
-
-
-def tables(text):
-    """Return the cells of Markdown's tables, {title: {(row, column): cell}}."""
-    found = {}
-    pattern = r"^(?:### |\*\*)(.+?)(?:\*\*)?\n\n((?:\|.*\n)+)"
-    for title, body in re.findall(pattern, text, re.MULTILINE):
-        header, _, *rows = [
-            [cell.strip(" *") for cell in line.strip("|").split("|")] for line in body.splitlines()
-        ]
-        cells = {}
-        for name, *values in rows:
-            name = re.sub(r" \(\d seeds\)$", "", name)
-            cells |= {(name, key): value for key, value in zip(header[1:], values)}
-        found[title] = cells
-    return found
-
-
-STUDY = {  # of README's tables of the study the columns, by the report's tables and their columns
-    "scores": {
-        "score": (": inside the actor", "score"),
-        "against none": (": aggregates", "mean against none"),
-        "P(better)": (": aggregates", "P(better than none)"),
-        "HalfCheetah": (", Gym-MuJoCo: differences", "halfcheetah-medium-replay-v2"),
-        "Hopper": (", Gym-MuJoCo: differences", "hopper-medium-v2"),
-        "Pen": (", Adroit: differences", "pen-expert-v1"),
-    },
-    "inside the actor": {
-        "dead neurons": (": inside the actor", "dead neurons (share, training data)"),
-        "PCA rank": (": inside the actor", "PCA rank (training data)"),
-        "gap": (": inside the actor", "gap of the action error"),
-        "action noise": (": inside the actor", "action noise=0.2"),
-        "state noise": (": inside the actor", "state noise=0.05"),
-    },
-}
-
-
-def studys_table(title, found):
-    """Return the cells that README's table `title` must have, from the tables of the report."""
-    algorithm, kind = title.split(": ")
-    aggregates = [
-        name for name in found if name.startswith(algorithm) and name.endswith(": aggregates")
-    ]
-    whole = aggregates[-1]  # of all domains
-    cells = {}
-    for row in dict.fromkeys(row for row, _ in found[whole]):
-        for column, (table, reports_column) in STUDY[kind].items():
-            table = whole if table == ": aggregates" else algorithm + table
-            if table in found:
-                cells[row, column] = found[table][row, reports_column]
-    return cells
+@pytest.mark.parametrize("table, number", [("study", 415), ("trials", 8), ("demo", 6)])
+def test_the_runs_in_a_table_have_the_names_of_their_configs(table, number):
+    """So the names of runs are still what they were when these were trained."""
+    rows = pd.read_csv(os.path.join(ROOT, "data", f"{table}.csv"), dtype=str, keep_default_na=False)
+    assert len(rows) == number
+    for row in rows.to_dict("records"):
+        script = SCRIPTS[row["algorithm"]]
+        fields = vars(script.Config())
+        words = [f"--{key}={text}" for key, text in row.items() if key in fields and text]
+        config = script.tuned(parse(script.Config, words))
+        directory = run_directory(row["algorithm"], config, script.tuned)
+        assert os.path.basename(directory) == row["run"]
 
 
 @pytest.mark.slow
-def test_the_studys_tables_are_those_of_its_report(tmp_path, monkeypatch):
-    study = readme().split("### The study")[1].split("\n## ")[0]
-    pattern = r"^python -m tools\.report --results '\[(.*)\]' --output data/study$"
-    (results,) = re.findall(pattern, study, re.MULTILINE)
+def test_the_studys_report_is_that_of_its_table(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    report.main(report.Config(results=results.split(", "), output=str(tmp_path)))
+    report.main(report.Config(results=["data/study.csv"], output=str(tmp_path)))
     text = (tmp_path / "tables.md").read_text()
-    folder = os.path.join("data", "study")
-    with open(os.path.join(folder, "tables.md")) as file:
-        assert file.read() == text
-    names = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    figures = {os.path.join(folder, name) for name in names}
-    assert figures == set(glob.glob(os.path.join(folder, "*.png")))
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", readme()):
-        assert path in figures
-    found = tables(text)
-    told = tables(study)
-    assert list(told) == [
-        f"{algorithm}: {kind}" for kind in STUDY for algorithm in ("ReBRAC", "IQL")
-    ]
-    assert told == {title: studys_table(title, found) for title in told}
+    assert text == read(os.path.join("data", "study", "tables.md"))
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert sorted(figures) == sorted(os.path.basename(p) for p in glob.glob("data/study/*.png"))
 
 
-def test_the_studys_runs_have_the_names_of_their_configs():
-    done = glob.glob(os.path.join(ROOT, "data", "study", "*", "*", "*", "finished.json"))
-    assert len(done) == 415
-    for path in done:
-        config = own_config(os.path.dirname(path), "data/study")
-        assert (config.num_updates, config.batch_size) == (20_000, 256)
-        assert config.eval_episodes == 100
-
-
-FIGURES = [  # of README's table of speed, by the rows of the benchmark's output
-    "1,000,000 transitions", "2,000,000 transitions",
-    "rebrac, empty cache", "rebrac, full cache", "iql, empty cache", "iql, full cache",
-    "rebrac, 1,000,000 transitions", "iql, 1,000,000 transitions",
-    "ReBRAC (mse), batch 1024: 3.43 GFLOP", "ReBRAC (mse), batch 256: 0.86 GFLOP",
-    "ReBRAC (hl_gauss), batch 1024: 4.49 GFLOP", "ReBRAC (hl_gauss), batch 256: 1.12 GFLOP",
-    "IQL, batch 256: 0.56 GFLOP", "rebrac, 8 seeds", "iql, 8 seeds",
-    "halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1",
-]  # fmt: skip
-
-
-def test_the_figures_of_speed_are_those_of_the_benchmark():
-    with open(os.path.join(ROOT, "data", "benchmark.md")) as file:
-        measured = [line.strip("| \n").split(" | ") for line in file if line.startswith("| ")]
-    measured = {name: " ".join(cells) for name, *cells in measured}
-    tables = readme().split("## Speed")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\| .*", tables, re.MULTILINE)]
-    figures = [cells for _, *cells in rows if re.fullmatch(r"[\d.]+( s| MB)?", cells[0])]
-    assert len(figures) == len(FIGURES) + 2
-    for name, cells in zip(FIGURES, figures):
-        numbers = re.findall(r"\d+\.?\d*", re.sub(r"\) of.*", "", " ".join(cells)))
-        assert len(numbers) in (3, 6)
-        assert f" {' '.join(numbers)} " in f" {measured[name].replace(' to ', ' ')} ", name
-    variants = next(row for row in rows if row[0] == "DO")
-    for algorithm, cells in zip(("rebrac", "iql"), figures[len(FIGURES) :]):
-        assert cells == [measured[f"{algorithm} {variant}"].split()[4] for variant in variants]
-
-
-def test_the_cost_of_a_full_run_follows_from_the_benchmark():
-    with open(os.path.join(ROOT, "data", "benchmark.md")) as file:
-        text = file.read()
-    pattern = r"^\| (.*), batch (\d+): ([\d.]+) GFLOP \| (\d+) "
-    cost = {}  # seconds and floating-point operations of an update
-    for name, size, work, rate in re.findall(pattern, text, re.MULTILINE):
-        cost[name, int(size)] = np.array([1 / float(rate), float(work) * 1e9])
-    five_seeds = 5 * 1_000_000
-    large = cost["ReBRAC (hl_gauss)", 1024]
-    small = cost["ReBRAC (hl_gauss)", 256]
-    seconds, flops = five_seeds * (24 * large + 12 * small)
-    iql_seconds, iql_flops = five_seeds * 36 * cost["IQL", 256]
-    told = section("What it costs", "On this machine")
-    for number in (
-        f"{seconds / 86400:.0f} days",
-        f"{iql_seconds / 86400:.0f} for IQL",
-        f"{flops / 1e17:.1f}e17",
-        f"{iql_flops / 1e17:.1f}e17",
-        f"{flops / 2e12 / 86400:.1f} days",
-        f"{iql_flops / 2e12 / 3600:.0f} hours",
-    ):
-        assert number in told
-
-
-# --- Its commands: each is run, by a test or by CI ---
+# --- Commands: each is run, by a test or by CI ---
 
 
 def commands():
-    """Yield the lines of the README's shell blocks, without comments."""
-    for block in re.findall(r"^```bash\n(.*?)^```", readme(), re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                yield " ".join(shlex.quote(word) for word in words)
+    """Yield the lines of the READMEs' shell blocks, without comments."""
+    for path in readme.readmes():
+        for block in re.findall(r"^```bash\n(.*?)^```", read(path), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield " ".join(shlex.quote(word) for word in words)
 
 
 ELSEWHERE = {  # beginnings of commands, and the files of the tests that run them
     "make test": None,  # CI
+    "source ": None,  # of what make has made
+    "python rebrac.py --help": "test_config.py",
     "python -m tools.sweep ": "test_sweeps.py",
     "D4RL_DATASET_DIR=data python -m tools.sweep ": "test_sweeps.py",
     "wandb sweep ": "test_sweeps.py",
@@ -307,7 +169,7 @@ def here(tmp_path, write_dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", dict.fromkeys(HERE))
-def test_a_command_of_the_readme_runs(command, here):
+def test_a_command_of_the_readmes_runs(command, here):
     """As it stands, but for the size of the networks and the lengths of the runs."""
     words = shlex.split(command)
     if words[0] == "make":
@@ -319,29 +181,38 @@ def test_a_command_of_the_readme_runs(command, here):
     assert "score" in done.stdout
 
 
-def plain_reports():
-    pattern = r"python -m tools\.report((?! --wandb| --output).)*"
-    return [line for line in commands() if re.fullmatch(pattern, line)]
+def report_commands():
+    pattern = r"python -m tools\.report((?! --wandb).)*"
+    return dict.fromkeys(line for line in commands() if re.fullmatch(pattern, line))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", plain_reports())
-def test_a_report_of_the_readme_is_made(command, tmp_path):
+@pytest.mark.parametrize("command", report_commands())
+def test_a_report_of_the_readmes_is_made(command, tmp_path, start):
     """As it stands, but of fewer runs."""
-    study = os.path.join("data", "study", "iql", "hopper-medium-v2")
-    shutil.copytree(os.path.join(ROOT, study), tmp_path / study)
-    shutil.copytree(os.path.join(ROOT, "data", "runs"), tmp_path / "results")
+    start(results="results", seed=0)
+    os.makedirs(tmp_path / "data")
+    table = pd.read_csv(os.path.join(ROOT, "data", "study.csv"), dtype=str)
+    is_small = (table["dataset_name"] == "hopper-medium-v2") & (table["algorithm"] == "iql")
+    table[is_small].to_csv(tmp_path / "data" / "study.csv", index=False)
     words = [sys.executable, *shlex.split(command)[1:], "--reps", "20"]
     environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "6 finished seeds; left out: 0" in done.stdout
-    assert "wrote report/index.html" in done.stdout
+    assert "left out: 0" in done.stdout
+    assert "/index.html, tables.md" in done.stdout
+
+
+# --- Python ---
+
+
+def snippets(path):
+    return re.findall(r"```python\n(.*?)```", read(os.path.join(ROOT, path)), re.DOTALL)
 
 
 @pytest.mark.slow
-def test_an_environment_of_ones_own_is_registered_as_the_readme_says(tmp_path, write_dataset):
-    snippet = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)[1]
+def test_an_environment_of_your_own_is_registered_as_told(tmp_path, write_dataset):
+    (snippet,) = snippets("data/README.md")
     shutil.copytree(os.path.join(ROOT, "harness"), tmp_path / "harness")
     path = tmp_path / "harness" / "environments.py"
     marker = "gym, d4rl = import_silently()\n"
@@ -358,6 +229,6 @@ def test_an_environment_of_ones_own_is_registered_as_the_readme_says(tmp_path, w
 
 
 def test_the_snippet_that_loads_a_policy_names_what_there_is():
-    snippet = re.search(r"```python\n(.*?)```", readme(), re.DOTALL)[1]
+    (snippet,) = snippets("harness/README.md")
     with pytest.raises(ValueError, match="is not the config of a run"):
         exec(snippet, {})

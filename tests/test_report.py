@@ -3,7 +3,6 @@
 Numbers are held against rliable's, and against those that are worked out by hand.
 """
 
-import csv
 import dataclasses
 import glob
 import itertools
@@ -21,7 +20,6 @@ import wandb
 import yaml
 from conftest import ROOT
 from rliable import library, metrics
-from scipy import stats
 from wandb_server import Server
 
 import iql
@@ -67,7 +65,8 @@ def make_run(tmp_path):
         tables.files["evaluations.csv"].close()
         if finished:
             with open(os.path.join(path, "finished.json"), "w") as file:
-                json.dump({"updates": config.num_updates}, file)
+                about = {"updates": config.num_updates, "seconds": {"train": 2.5}}
+                json.dump(about, file)
         return path
 
     return make
@@ -104,6 +103,10 @@ def rows_of(cells):
     return cells.reset_index().to_numpy().tolist()
 
 
+def bracketed(mean, half):
+    return f"{mean:.1f} ({mean - half:.1f} – {mean + half:.1f})"
+
+
 def make_rows(scores):
     """Return what the tables are made of, from {label: {dataset: {seed: score}}}."""
     rows = []
@@ -121,7 +124,7 @@ def make_rows(scores):
 @pytest.mark.parametrize(
     "algorithm, flags, settings, labels",
     [
-        ("rebrac", {}, (), ("none",)),
+        ("rebrac", {}, (), ("baseline",)),
         ("rebrac", dict(actor_ln=True, actor_dropout=0.1), (), ("DO+LN",)),
         ("rebrac", dict(actor_dropout=0.3), (), ("DO(0.3)",)),
         ("rebrac", dict(actor_wd=1e-4, actor_l1_ratio=0.5), (), ("EN",)),
@@ -133,15 +136,15 @@ def make_rows(scores):
         ("rebrac", dict(regularisers="LN", actor_lr_decay=True), (), ("LN+actor_lr_decay=True",)),
         ("rebrac", dict(critic_ln=False), (), ("critic_ln=False",)),
         ("rebrac", dict(batch_size=32, seed=3, actor_gn=True), (("batch_size", "32"),), ("GN",)),
-        ("rebrac", dict(critic_loss="mse"), (("critic_loss", "mse"),), ("none",)),
+        ("rebrac", dict(critic_loss="mse"), (("critic_loss", "mse"),), ("baseline",)),
         (
             "iql",
             dict(actor_wd=0.01, actor_l1_ratio=1.0, temperature=2.0),
             (("temperature", "2.0"),),
             ("L1", "best-L1"),
         ),
-        ("iql", dict(dataset_name="mine-v2"), (), ("none",)),  # which isn't the paper's
-        ("iql", dict(dataset_name=PEN), (), ("none", "DO")),
+        ("iql", dict(dataset_name="mine-v2"), (), ("baseline",)),  # which isn't the paper's
+        ("iql", dict(dataset_name=PEN), (), ("baseline", "DO")),
         ("iql", dict(dataset_name=PEN, actor_ln=True), (), ("LN", "DO+LN")),
         ("iql", dict(dataset_name=PEN, actor_ln=True, actor_dropout=0.0), (), ("LN (no DO)",)),
     ],
@@ -226,7 +229,7 @@ def test_missing_unfinished_and_failed_runs_are_shown_as_such(make_run, make_rep
     cells = found["ReBRAC, Gym-MuJoCo: scores"]
     assert list(cells) == [HOPPER, WALKER, "mean"]
     assert rows_of(cells) == [
-        ["none", "50.0 ± 8.2", "1 unfinished", "incomplete"],
+        ["baseline", "50.0 ± 8.2", "1 unfinished", "incomplete"],
         ["LN", "**70.5 ± 0.5 (2/3, 1 failed)**", "missing", "incomplete"],
     ]
     page = (tmp_path / "report" / "index.html").read_text()
@@ -285,7 +288,7 @@ def test_damaged_runs_are_left_out_with_the_reason(
         with open(file, "w", errors="surrogateescape") as new:
             new.write(text)
     cells = make_report("results")["ReBRAC, Gym-MuJoCo: scores"]
-    assert rows_of(cells) == [["none", "**60.0 ± 0.0**"]]
+    assert rows_of(cells) == [["baseline", "**60.0 ± 0.0**"]]
     output = capsys.readouterr().out
     assert "1 finished seeds; left out: 1" in output
     assert re.search(f"left out: {re.escape(path)}: .*{reason}", output)
@@ -341,7 +344,7 @@ def test_seeds_that_were_trained_together_count_like_others(make_run, make_repor
     assert list(apart) == list(together)
     for title, cells in apart.items():
         pd.testing.assert_frame_equal(cells, together[title])
-    assert rows_of(apart["ReBRAC, Gym-MuJoCo: scores"]) == [["none", "**50.0 ± 8.2**"]]
+    assert rows_of(apart["ReBRAC, Gym-MuJoCo: scores"]) == [["baseline", "**50.0 ± 8.2**"]]
 
 
 def test_the_best_of_each_dataset_is_one_row(make_run, make_report):
@@ -350,7 +353,7 @@ def test_the_best_of_each_dataset_is_one_row(make_run, make_report):
             make_run([[1, score]], seed=seed, dataset_name=name)
             make_run([[1, score + 5]], seed=seed, dataset_name=name, regularisers="best")
     assert rows_of(make_report("results")["ReBRAC, Gym-MuJoCo: scores"]) == [
-        ["none", "50.0 ± 0.0", "60.0 ± 0.0", "55.0"],
+        ["baseline", "50.0 ± 0.0", "60.0 ± 0.0", "55.0"],
         ["best", "**55.0 ± 0.0**", "**65.0 ± 0.0**", "**60.0**"],
     ]
 
@@ -365,7 +368,7 @@ def test_a_row_whose_runs_are_all_in_another_is_left_out(make_run, make_report):
         make_run([[1, 40]], seed=seed, actor_ln=True)  # is no tuned one
         make_run([[1, 40]], seed=seed, folder="single", regularisers="best")
     found = make_report("results")
-    assert list(found["IQL, Adroit: scores"].index) == ["none", "LN", "DO+LN+EN"]
+    assert list(found["IQL, Adroit: scores"].index) == ["baseline", "LN", "DO+LN+EN"]
     assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["LN", "best"]
     found = make_report("single")
     assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["DO(0.2)+LN+GrN"]
@@ -446,7 +449,7 @@ def test_the_probability_of_improvement_is_rliables():
     better = rng.normal(0.6, 0.2, (5, 4))
     none = rng.normal(0.5, 0.2, (3, 4))
     none[0] = better[0]  # ties
-    found = report_tables.estimate({"none": none, "L2": better}, 300)
+    found = report_tables.estimate({"baseline": none, "L2": better}, 300)
     ours = found[found["measure"] == report_tables.PROBABILITY]
     assert list(ours["label"]) == ["L2"]
     expected = rliables_interval(metrics.probability_of_improvement, [better, none])
@@ -469,15 +472,15 @@ def test_expected_online_performance_is_that_of_all_subsets():
 
 def test_seeds_that_miss_a_dataset_are_not_aggregated():
     scores = {"a": {0: 10.0, 1: 20.0, 2: 30.0}, "b": {2: 60.0, 0: 40.0}}
-    rows = make_rows({"none": scores})
-    found = report_tables.score_arrays(rows, ["a", "b"])["none"]
+    rows = make_rows({"baseline": scores})
+    found = report_tables.score_arrays(rows, ["a", "b"])["baseline"]
     np.testing.assert_allclose(found, [[0.1, 0.4], [0.3, 0.6]])
     assert report_tables.score_arrays(rows, ["a", "b", "c"]) == {}
     means, halves = report_tables.mean_and_interval(
         report_tables.by_seed(rows, "final", ["a", "b"])
     )
-    assert means["none"] == 35
-    assert halves["none"] == pytest.approx(12.706 * 10, rel=1e-4)  # of 25 and 45, t of 1 degree
+    assert means["baseline"] == 35
+    assert halves["baseline"] == pytest.approx(12.706 * 10, rel=1e-4)  # of 25 and 45, t of 1 degree
     one = report_tables.by_seed(rows[rows["seed"] == 0], "final", ["a", "b"])
     assert report_tables.mean_and_interval(one)[1].isna().all()
 
@@ -488,7 +491,7 @@ def test_curves_need_two_evaluations(make_run):
         for seed, own in enumerate(scores):
             seeds += report_runs.read_directory(make_run([own], seed=seed))[0]
         rows = report_runs.by_label(pd.DataFrame(seeds))
-        return report_figures.learning_curves(rows, ["none"], [HOPPER])
+        return report_figures.learning_curves(rows, ["baseline"], [HOPPER])
 
     assert draw([1.0], [2.0]) is None
     axis = draw([1.0, 5.0], [2.0, 8.0]).axes[0]
@@ -508,16 +511,16 @@ def test_improvement_is_of_the_mean_over_the_datasets():
 
 def test_improvements_in_the_table():
     same = np.full((3, 2), 0.6)  # without spread, the interval is the point
-    arrays = {"none": same, "L2": 1.1 * same, "DO": 0.9 * same}
+    arrays = {"baseline": same, "L2": 1.1 * same, "DO": 0.9 * same}
     cells = report_tables.aggregate_table("", report_tables.estimate(arrays, 50), arrays).cells
-    assert cells["mean against none"].tolist() == [
+    assert cells["change of the mean"].tolist() == [
         "",
         "+10.0 % (+10.0 – +10.0)",
         "-10.0 % (-10.0 – -10.0)",
     ]
-    arrays = {"none": -same, "L2": same}  # percents of that mean nothing
+    arrays = {"baseline": -same, "L2": same}  # percents of that mean nothing
     cells = report_tables.aggregate_table("", report_tables.estimate(arrays, 50), arrays).cells
-    assert rows_of(cells)[1][-2:] == ["1.00 (1.00 – 1.00)", "none's is not positive"]
+    assert rows_of(cells)[1][-2:] == ["1.00 (1.00 – 1.00)", "the baseline's is not positive"]
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -525,10 +528,10 @@ def test_differences_are_taken_seed_by_seed():
     l2 = {"a": {4: 41.0, 3: 39.0, 2: 36.0, 1: 33.0, 0: 30.0}, "b": {0: 56, 1: 58, 2: 62, 3: 60}}
     none = {"a": {0: 28.0, 1: 29.0, 2: 31.0, 3: 30.0}, "b": l2["b"]}
     ln = {"a": {0: 27.0, 1: 28.0, 2: 30.0, 3: 29.0}}
-    rows = make_rows({"none": none, "L2": l2, "LN": ln})
+    rows = make_rows({"baseline": none, "L2": l2, "LN": ln})
     shared = rows[(rows["label"] == "L2") & (rows["dataset"] == "b")]
     index = rows.index.to_numpy().copy()
-    index[shared.index] = rows.index[(rows["label"] == "none") & (rows["dataset"] == "b")]
+    index[shared.index] = rows.index[(rows["label"] == "baseline") & (rows["dataset"] == "b")]
     rows.index = index  # L2's runs on b are none's
     columns = {"a": ["a"], "b": ["b"], "mean": ["a", "b"]}
     cells = report_tables.difference_table("", rows, columns).cells
@@ -537,7 +540,7 @@ def test_differences_are_taken_seed_by_seed():
     own = t * np.std([28, 29, 31, 30], ddof=1) / 2
     mean = f"**+2.5 (+{2.5 - half / 2:.1f} – +{2.5 + half / 2:.1f})**"
     assert rows_of(cells) == [
-        ["none", f"29.5 ± {own:.1f}", f"59.0 ± {2 * own:.1f}", f"44.2 ± {1.5 * own:.1f}"],
+        ["baseline", bracketed(29.5, own), bracketed(59, 2 * own), bracketed(44.25, 1.5 * own)],
         ["L2", f"**+5.0 (+{5 - half:.1f} – +{5 + half:.1f})**", "the same runs", mean],
         ["LN", "**-1.0 (-1.0 – -1.0)**", "incomplete", "incomplete"],
     ]
@@ -547,13 +550,13 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_equal_scores_are_not_the_same_runs():
-    rows = make_rows({label: {"a": {0: 0.0, 1: 0.0}} for label in ("none", "DO")})
+    rows = make_rows({label: {"a": {0: 0.0, 1: 0.0}} for label in ("baseline", "DO")})
     cells = report_tables.difference_table("", rows, {"a": ["a"]}).cells
-    assert cells["a"].tolist() == ["0.0 ± 0.0", "+0.0 (+0.0 – +0.0)"]
+    assert cells["a"].tolist() == ["0.0 (0.0 – 0.0)", "+0.0 (+0.0 – +0.0)"]
 
 
 def test_the_order_of_labels():
-    order = ["none", "DO", "DO(0.05)", "DO(0.3)", "GN", "L2", "DO+LN", "DO+LN+GrN"]
+    order = ["baseline", "DO", "DO(0.05)", "DO(0.3)", "GN", "L2", "DO+LN", "DO+LN+GrN"]
     order += ["L1(0.001) (no DO)", "LN (no DO)", "best", "critic_ln=False"]
     shuffled = sorted(order)
     assert shuffled != order
@@ -561,7 +564,7 @@ def test_the_order_of_labels():
 
 
 def test_pairs_are_drawn_at_the_papers_strengths():
-    scores = {"none": 10.0, "DO": 12.0, "LN": 9.0, "DO+LN": 15.0, "DO+LN(0.3)": 99.0}
+    scores = {"baseline": 10.0, "DO": 12.0, "LN": 9.0, "DO+LN": 15.0, "DO+LN(0.3)": 99.0}
     rows = make_rows({label: {"a": {0: score}} for label, score in scores.items()})
     figure = report_figures.pair_map(rows, ["a"], rebrac.CHOSEN)
     axis = figure.axes[0]
@@ -573,15 +576,15 @@ def test_pairs_are_drawn_at_the_papers_strengths():
 
 
 def test_tables_in_three_languages(tmp_path):
-    cells = pd.DataFrame({"y & z": ["**1 ± 2**", "50 %", ""]}, index=["none", "L2", "L1"])
+    cells = pd.DataFrame({"y & z": ["**1 ± 2**", "50 %", ""]}, index=["baseline", "L2", "L1"])
     table = Table("A_b", cells, "note")
     markdown = report_tables.to_markdown(table)
     assert markdown == (
         "### A_b\n\n| regularisers | y & z |\n| --- | --- |\n"
-        "| none | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\nnote\n"
+        "| baseline | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\nnote\n"
     )
     latex = report_tables.to_latex(table)
-    assert r"none & \textbf{1 $\pm$ 2} \\" in latex
+    assert r"baseline & \textbf{1 $\pm$ 2} \\" in latex
     assert r"L2 & 50 \% \\" in latex
     assert r"\caption{A\_b. note}" in latex
     assert r"regularisers & y \& z \\" in latex
@@ -598,19 +601,24 @@ def test_tables_in_three_languages(tmp_path):
 # --- The whole ---
 
 
-KINDS = "performance-profiles aggregates-with-95-intervals learning-curves inside-the-actor"
-KINDS += " robustness strength-of-a-regulariser improvement-over-no-regulariser"
+KINDS = "performance-profiles aggregates-with-95-intervals inside-the-actor"
+KINDS += " robustness strength-of-a-regulariser improvement-over-the-baseline"
 KINDS += " expected-online-performance"
 
 
 @pytest.mark.slow
 def test_a_fresh_clone_shows_something_at_once(tmp_path):
-    study = os.path.join("data", "study", "rebrac", "halfcheetah-medium-replay-v2")
-    command = [sys.executable, "-m", "tools.report", "--results", f"[{study}, data/runs]"]
+    """A part of the study, and the demo."""
+    table = pd.read_csv(os.path.join(ROOT, "data", "study.csv"), dtype=str, keep_default_na=False)
+    is_part = table["dataset_name"] == "halfcheetah-medium-replay-v2"
+    part = table[is_part & (table["algorithm"] == "rebrac")]
+    part.to_csv(tmp_path / "part.csv", index=False)
+    names = f"{tmp_path}/part.csv, data/demo.csv"
+    command = [sys.executable, "-m", "tools.report", "--results", f"[{names}]"]
     command += ["--reps", "50", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{study}, data/runs: 76 finished seeds; left out: 0\n")
+    assert done.stdout.startswith(f"{names}: 76 finished seeds; left out: 0\n")
     figures = {os.path.basename(path) for path in glob.glob(str(tmp_path / "*.p*"))}
     for kind in KINDS.split():
         for suffix in ("png", "pdf"):
@@ -622,27 +630,64 @@ def test_a_fresh_clone_shows_something_at_once(tmp_path):
     text = (tmp_path / "tables.md").read_text()
     assert (tmp_path / "tables.tex").read_text().count(r"\begin{table}") == text.count("\n### ")
 
-    rows = []
-    names = "seed=?,actor_bc_coef=0.1,validation*"
-    for path in glob.glob(os.path.join(ROOT, study, names, "evaluations.csv")):
-        with open(path, newline="") as file:
-            rows.append(list(csv.DictReader(file))[-1])
-    assert len(rows) == 5
-    scores = [float(row["score"]) for row in rows]
-    assert f"| none | {np.mean(scores):.1f} ± {np.std(scores):.1f} |" in text
+    flags = [name for name in rebrac.Config.__dataclass_fields__ if name in part]
+    is_baseline = (part[[name for name in flags if name.startswith("actor_")]] == "").all(axis=1)
+    is_baseline |= part["run"].str.match("seed=.,actor_bc_coef=0.1,validation")
+    own = part[is_baseline]
+    assert len(own) == 5
+    scores = own["score"].astype(float)
+    assert f"| baseline | {scores.mean():.1f} ± {scores.std(ddof=0):.1f} |" in text
     cells = []
     for key in ("train/dead_neurons", "evaluation/dead_neurons"):
-        values = np.array([float(row[key]) for row in rows])
-        half = stats.t.ppf(0.975, 4) * values.std(ddof=1) / np.sqrt(5)
-        cells.append(f"{values.mean():.3f} ± {half:.3f}")
-    assert f"| none | {cells[0]} | {cells[1]} |" in text
+        values = own[key].astype(float)
+        cells.append(f"{values.mean():.3f} ± {values.std(ddof=0):.3f}")
+    assert f"| baseline | {cells[0]} | {cells[1]} |" in text
 
 
 def test_without_results_of_ones_own_the_study_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Config().results == ["data/study"]
+    assert Config().results == ["data/study.csv"]
     os.makedirs("results/rebrac/hopper-medium-v2/seed=0")
     assert Config().results == ["results"]
+
+
+# --- Results as tables ---
+
+
+def test_a_table_of_results_gives_the_report_of_their_directories(make_run, make_report, tmp_path):
+    for seed, score in enumerate([40.0, 50.0, 60.0]):
+        make_run([[score - 20, score]], seed=seed)
+        make_run([[score, score + 5]], seed=seed, actor_ln=True, actor_dropout=0.3)
+    make_run([[30.0, 80.0], [20.0, 70.0]], seed=0, actor_wd=1e-3, batch_size=64)
+    make_run([[3.0]], seed=9, finished=False)
+    for final in ("last", "mean"):
+        whole = make_report("results", csv=str(tmp_path / "results.csv"), final=final)
+        again = make_report("results.csv", final=final)
+        assert whole.keys() == again.keys()
+        assert len(whole) > 3
+        for title in whole:
+            pd.testing.assert_frame_equal(whole[title], again[title])
+
+
+def test_a_table_has_last_mean_and_best_scores_and_times(make_run, make_report, tmp_path):
+    scores = [10.0, 50, 20, 30, 40, 50, 60, 70, 80, 95, 90, 85]
+    make_run([scores], seed=4, actor_wd=1e-5)
+    make_report("results", csv=str(tmp_path / "results.csv"))
+    (row,) = pd.read_csv(tmp_path / "results.csv").to_dict("records")
+    assert row["score"] == 85
+    assert row["best_score"] == 95
+    assert row["mean_score"] == pytest.approx(np.mean(scores[-10:]))
+    assert (row["algorithm"], row["seed"], row["actor_wd"]) == ("rebrac", 4, 1e-5)
+    assert row["seconds/train"] == 2.5
+    assert "actor_dropout" not in row  # it has its default
+
+
+def test_what_is_no_table_of_results_is_an_error(make_run, make_report, tmp_path):
+    with pytest.raises(UserError, match="nowhere.csv is not a table of results"):
+        make_report("nowhere.csv")
+    make_run([[1.0]])
+    with pytest.raises(UserError, match="can't write"):
+        make_report("results", csv=str(tmp_path / "nowhere" / "results.csv"))
 
 
 def test_a_wandb_project_gives_the_same_report(make_run, make_report, tmp_path, monkeypatch):

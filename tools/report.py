@@ -1,6 +1,6 @@
 """Turns runs' directories, or a W&B project, into the paper's tables and figures, with rliable.
 
-    python -m tools.report                        # the runs in results/, or else in data/study
+    python -m tools.report                        # the runs in results/, or else the study
     python -m tools.report --results '[results, elsewhere]' --final mean
     python -m tools.report --wandb team/project
     python -m tools.report --results '[results]' --csv results.csv  # and a table, to be read again
@@ -33,7 +33,7 @@ from tools.results import mean_of_last, write_results
 
 
 def default_results():
-    return ["results" if glob.glob("results/*/*/*") else "data/study"]
+    return ["results" if glob.glob("results/*/*/*") else "data/study.csv"]
 
 
 @dataclass(frozen=True)
