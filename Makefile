@@ -20,8 +20,10 @@ install: .venv/installed
 .venv/installed: requirements.txt pyproject.toml harness/mujoco210/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else \
 		"error: Python 3.11, 3.12 or 3.13 is needed, not " + sys.version.split()[0] + "; name one: make PYTHON=python3.11")'
-	$(PYTHON) -m venv --without-pip .venv
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	@# Debian has venv's own pip in python3-venv, and another one in python3-pip: either will do.
+	$(PYTHON) -m venv .venv >/dev/null || { $(PYTHON) -m venv --without-pip .venv && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check pip==25.3; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	touch $@
 
 .PHONY: demo test test-all lint install
