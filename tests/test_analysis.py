@@ -6,40 +6,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_iql
-import test_rebrac
-from conftest import init_states
-from test_iql import head
-from test_rebrac import mlp, numpy_actor, numpy_actor_back, numpy_adam, same_bits, small_data
-from test_regularisers import ON, SCRIPTS, SMALL
+import reference
+from conftest import (
+    ACTOR_FLAGS,
+    STATE_DIM,
+    assert_close,
+    both_scripts,
+    init_states,
+    of_seed,
+    same_bits,
+    small_config,
+    small_data,
+    small_state,
+    to_numpy,
+    widen,
+)
 
+import iql
 import rebrac
-import runs
-import tasks
 
-both = pytest.mark.parametrize("script", SCRIPTS)
-SMALL_STATE = {"rebrac": test_rebrac.small_state, "iql": test_iql.small_state}
+VISITED = np.random.default_rng(1).normal(size=(2, 30, STATE_DIM)).astype(np.float32)
+
+
+# --- Matrices with known answers ---
 
 
 def measure(rows):
-    info = {f"x/{key}": value[None] for key, value in rebrac.measure(jnp.array(rows, jnp.float32)).items()}
-    return {key[2:]: value.item() for key, value in runs.with_pca_ranks(info).items()}
+    """Return what the analysis says of the rows of a matrix."""
+    info = rebrac.measure(jnp.array(rows, jnp.float32))
+    of_one_seed = {f"x/{key}": value[None] for key, value in info.items()}
+    ranked = rebrac.with_pca_ranks(of_one_seed)
+    return {key.removeprefix("x/"): value.item() for key, value in ranked.items()}
 
 
-def test_a_neuron_is_dead_that_is_positive_nowhere_in_the_batch():
-    assert measure([[-1, 0, 1, -2], [-1, 0, -1, 3], [-3, 0, -1, -1]])["dead_neurons"] == 0.5
+def test_a_dead_neuron_is_positive_nowhere_in_the_batch():
+    rows = [
+        [-1, 0, 1, -2],
+        [-1, 0, -1, 3],
+        [-3, 0, -1, -1],
+    ]
+    assert measure(rows)["dead_neurons"] == 0.5
     assert measure(np.full((3, 4), -1.0))["dead_neurons"] == 1.0
     assert measure(np.eye(4))["dead_neurons"] == 0.0
 
 
-def test_norm_mean_and_standard_deviation_are_of_the_features_before_the_relu():
+def test_norm_mean_and_deviation_are_of_values_before_the_relu():
     info = measure([[3, -4], [0, 0], [6, 8]])
-    assert info["feature_norm"] == pytest.approx(5) and info["feature_mean"] == pytest.approx(13 / 6)
+    assert info["feature_norm"] == pytest.approx(5)
+    assert info["feature_mean"] == pytest.approx(13 / 6)
     assert info["feature_std"] == pytest.approx(np.std([3, -4, 0, 0, 6, 8]))
 
 
 @pytest.mark.parametrize(
-    "energies, rank",
+    "squares, rank",
     [
         ([98.9, 1.0, 0.1, 0], 2),
         ([99.1, 0.8, 0.1, 0], 1),
@@ -48,173 +67,208 @@ def test_norm_mean_and_standard_deviation_are_of_the_features_before_the_relu():
         ([7, 0, 0, 0], 1),
     ],
 )
-def test_pca_rank_counts_the_components_that_hold_99_percent_of_the_squared_singular_values(energies, rank):
+def test_pca_rank_counts_components_to_99_percent(squares, rank):
+    """Of the squared singular values, whatever the matrix is multiplied by."""
     rng = np.random.default_rng(0)
-    left, right = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (50, 4))
-    matrix = left * np.sqrt(energies) @ right.T
+    left, _ = np.linalg.qr(rng.normal(size=(50, 4)))
+    right, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    matrix = left * np.sqrt(squares) @ right.T
     assert measure(matrix)["pca_rank"] == rank
     assert measure(1e3 * matrix)["pca_rank"] == rank
 
 
-def test_pca_rank_of_many_equal_components_is_99_percent_of_them():
+def test_pca_rank_of_equal_components_is_99_percent_of_them():
     assert measure(np.eye(200))["pca_rank"] == 198
 
 
-def numpy_features(params, x, fn):
-    """Outputs of the second hidden Dense, with FeatureNorm after the first ReLU or without."""
-    x = np.maximum(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
-    if fn:
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    return x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
-
-
-def analysed(script, data, visited, num_seeds=1, **fields):
-    """`analyse` on states far from the initial ones, and these states."""
-    module, config = SCRIPTS[script]
-    config = replace(config, num_seeds=num_seeds, **fields)
-    states = [SMALL_STATE[script](replace(config, num_seeds=1), seed=i) for i in range(num_seeds)]
-    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    samples = tasks.make_samples(data)
-    info = module.analyse(*module.split_config(config), states, jax.device_put(data), samples, visited)
-    return runs.with_pca_ranks(info), states, samples
+# --- A whole analysis ---
 
 
 def split_data():
+    """Return data with held-out steps and normalised states."""
     data = small_data()
-    data |= dict(train=data["train"][:40], validation=data["train"][40:])
-    return data | dict(mean=np.float32(0.5), std=np.float32(2.0))
+    data["validation"] = data["train"][40:]
+    data["train"] = data["train"][:40]
+    data["mean"] = np.float32(0.5)
+    data["std"] = np.float32(2.0)
+    return data
 
 
-VISITED = np.random.default_rng(1).normal(size=(2, 30, test_rebrac.STATES)).astype(np.float32)
+def analyse(script, data, visited, num_seeds=1, **fields):
+    """Return the analysis of states far from their initial ones, and these states."""
+    config = replace(small_config(script), num_seeds=num_seeds, **fields)
+    alone = replace(config, num_seeds=1)
+    states = [small_state(script, alone, seed) for seed in range(num_seeds)]
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    samples = script.make_samples(data)
+    info = script.analyse(config, states, jax.device_put(data), samples, visited)
+    return script.with_pca_ranks(info), states
 
 
-@both
-@pytest.mark.parametrize("fn", [False, True])
-def test_each_batch_is_measured_as_numpy_does(script, fn):
+def numpy_preactivations(layers, x, feature_norm):
+    """Return the last hidden Dense's outputs, with FeatureNorm after the first ReLU or without."""
+    x = np.maximum(reference.dense(layers["Dense_0"], x), 0)
+    if feature_norm:
+        x, _ = reference.standardise(x)
+    return reference.dense(layers["Dense_1"], x)
+
+
+@both_scripts
+@pytest.mark.parametrize("feature_norm", [False, True])
+def test_each_batch_is_measured_as_numpy_does(script, feature_norm):
     data = split_data()
-    info, states, samples = analysed(script, data, VISITED, num_seeds=2, actor_fn=fn)
+    info, states = analyse(script, data, VISITED, num_seeds=2, actor_fn=feature_norm)
+    samples = script.make_samples(data)
     for seed in range(2):
-        params = jax.tree.map(lambda x, seed=seed: np.asarray(x[seed]), states.actor["params"])
-        batches = {part: data["observations"][samples[part]] for part in ("train", "validation")}
-        batches |= {"evaluation": (VISITED[seed] - 0.5) / 2, "random": samples["random"]}
+        params = reference.numpy_state(of_seed(states, seed))["actor"]
+        batches = {
+            "train": data["observations"][samples["train"]],
+            "validation": data["observations"][samples["validation"]],
+            "evaluation": (VISITED[seed] - 0.5) / 2,
+            "random": samples["random"],
+        }
         for part, x in batches.items():
-            features = numpy_features(params["Hidden_0"], x, fn)
-            energies = np.linalg.svd(features, compute_uv=False) ** 2
+            values = numpy_preactivations(params["Hidden_0"], x, feature_norm)
+            squares = np.linalg.svd(values, compute_uv=False) ** 2
             expected = dict(
-                dead_neurons=(features <= 0).all(0).mean(),
-                feature_norm=np.sqrt((features**2).sum(1)).mean(),
-                feature_mean=features.mean(),
-                feature_std=features.std(),
-                pca_rank=np.argmax(np.cumsum(energies) >= 0.99 * energies.sum()) + 1,
+                dead_neurons=(values <= 0).all(0).mean(),
+                feature_norm=np.sqrt((values**2).sum(1)).mean(),
+                feature_mean=values.mean(),
+                feature_std=values.std(),
+                pca_rank=np.argmax(np.cumsum(squares) >= 0.99 * squares.sum()) + 1,
             )
             for key, value in expected.items():
-                np.testing.assert_allclose(info[f"{part}/{key}"][seed], value, rtol=1e-3, atol=1e-4, err_msg=key)
-    assert len(info) == 4 * 5 + 2 * 2 + 2 + 2 and all(value.shape == (2,) for value in info.values())
+                ours = info[f"{part}/{key}"][seed]
+                np.testing.assert_allclose(ours, value, rtol=1e-3, atol=1e-4, err_msg=key)
+    measured = 4 * 5 + 2 * 2  # statistics of each batch, errors and losses of two
+    assert len(info) == measured + 2 + 2  # the gaps, and plasticity
+    for value in info.values():
+        assert value.shape == (2,)
 
 
-@both
-def test_action_error_actor_loss_and_gaps_are_numpys_and_see_no_regulariser(script):
+def numpy_errors(script, config, state, batch):
+    """Return the action error and the actor's loss in NumPy."""
+    if script is rebrac:
+        actions = reference.policy(state["actor"], batch.observations)
+        loss, _ = reference.rebrac_actor_loss(config, state, batch)
+    else:
+        actions, _, _ = reference.gaussian_policy(config, state["actor"], batch.observations)
+        target = reference.iql_target(state, batch)
+        loss = reference.iql_actor_loss(config, state, batch, target)
+    return ((actions - batch.actions) ** 2).mean(), loss
+
+
+@both_scripts
+def test_action_error_actor_loss_and_gaps_are_numpys(script):
     data = split_data()
-    info, states, samples = analysed(script, data, VISITED[:1])
-    state = jax.tree.map(lambda x: np.asarray(x[0]), states._replace(key=None))
-    module, config = SCRIPTS[script]
-    found = {}
+    info, states = analyse(script, data, VISITED[:1])
+    state = reference.numpy_state(of_seed(states, 0))
+    samples = script.make_samples(data)
+    errors = {}
+    losses = {}
     for part in ("train", "validation"):
-        batch = module.transitions(data, samples[part])
-        x, params = batch.observations, state.actor["params"]
-        features, _ = mlp(params["Hidden_0"], x, False)
-        actions = np.tanh(features @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"])
-        found[part] = ((actions - batch.actions) ** 2).mean()
-        np.testing.assert_allclose(info[f"{part}/action_error"][0], found[part], rtol=1e-4)
-        if script == "rebrac":
-            pair = [
-                test_rebrac.numpy_values(config, test_rebrac.numpy_critic(state.critic["params"], k, x, actions)[0])[0]
-                for k in range(2)
-            ]
-            q = np.minimum(*pair)
-            loss = config.actor_bc_coef * ((actions - batch.actions) ** 2).sum(-1).mean() - q.mean() / np.abs(q).mean()
-        else:
-            pairs = np.concatenate([x, batch.actions], -1)
-            target = np.minimum(*[head(state.target_critic["params"], k, pairs)[0] for k in range(2)])
-            advantage = target - head(state.value["params"], 0, x)[0]
-            log_stds = features @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
-            log_stds = np.clip(log_stds, config.log_std_min, config.log_std_max)
-            z = (batch.actions - actions) / np.exp(log_stds)
-            log_probs = (-0.5 * z**2 - log_stds - 0.5 * np.log(2 * np.pi)).sum(-1)
-            loss = -(np.minimum(np.exp(config.temperature * advantage), 100) * log_probs).mean()
-        np.testing.assert_allclose(info[f"{part}/actor_loss"][0], loss, rtol=1e-3)
-    np.testing.assert_allclose(info["gap/action_error"][0], found["validation"] - found["train"], atol=1e-5)
-    np.testing.assert_allclose(
-        info["gap/actor_loss"], info["validation/actor_loss"] - info["train/actor_loss"], rtol=1e-5
-    )
-    noisy, _, _ = analysed(
-        script, data, VISITED[:1], actor_dropout=0.5, actor_input_noise=1.0, actor_bc_noise=1.0, actor_grad_noise=1.0
-    )
-    for key in info:
-        assert key.startswith("plasticity") or info[key] == noisy[key], key
+        batch = script.transitions(data, samples[part])
+        errors[part], losses[part] = numpy_errors(script, small_config(script), state, batch)
+        np.testing.assert_allclose(info[f"{part}/action_error"], [errors[part]], rtol=1e-4)
+        np.testing.assert_allclose(info[f"{part}/actor_loss"], [losses[part]], rtol=1e-3)
+    gap = errors["validation"] - errors["train"]
+    np.testing.assert_allclose(info["gap/action_error"], [gap], atol=1e-5)
+    gap = info["validation/actor_loss"] - info["train/actor_loss"]
+    np.testing.assert_allclose(info["gap/actor_loss"], gap, rtol=1e-5)
+
+
+@both_scripts
+def test_the_analysis_sees_neither_dropout_nor_noise(script):
+    flags = ("actor_dropout", "actor_input_noise", "actor_bc_noise", "actor_grad_noise")
+    weak, _ = analyse(script, split_data(), VISITED[:1], **dict.fromkeys(flags, 0.1))
+    strong, _ = analyse(script, split_data(), VISITED[:1], **dict.fromkeys(flags, 0.9))
+    for key in weak:
+        is_probe = key == "plasticity/after"  # it trains on, with noise on the gradient
+        assert (weak[key] == strong[key]) != is_probe, key
 
 
 def test_plasticity_is_100_steps_of_adam_on_the_held_out_batch():
-    data = split_data()
+    config = small_config(rebrac)
+    data = widen(split_data())
     with jax.enable_x64(True):
-        wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in data.items()}
-        batch = jax.tree.map(jnp.asarray, rebrac.transitions(wide, data["validation"]))
-        state = SMALL_STATE["rebrac"](SMALL)
-        state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
-        actor = rebrac.plasticity(SMALL, wide, state, batch)
-    params = jax.tree.map(np.asarray, state.actor["params"])
-    opt = (jax.tree.map(np.zeros_like, params), jax.tree.map(np.zeros_like, params), 0)
+        batch = rebrac.transitions(data, data["validation"])
+        state = widen(small_state(rebrac, config))
+        actor = rebrac.clone_further(config, data, state, batch)
+    params = reference.numpy_state(state)["actor"]
+    opt = reference.init_adam(params)
     for _ in range(100):
-        actions, cache = numpy_actor(params, np.asarray(batch.observations))
-        grads = numpy_actor_back(params, cache, 2 * (actions - np.asarray(batch.actions)) / actions.size)
-        opt, params = numpy_adam(opt, params, grads, SMALL.actor_learning_rate)
-    for a, b in zip(jax.tree.leaves(actor["params"]), jax.tree.leaves(params)):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+        difference = reference.policy(params, batch.observations) - batch.actions
+        grad = 2 * difference / difference.size
+        grads = reference.policy_back(params, batch.observations, grad)
+        opt, params = reference.adam(opt, params, grads, config.actor_learning_rate)
+    assert_close(actor["params"], params, rtol=1e-6, atol=1e-9)
 
 
-@both
-def test_plasticitys_steps_move_the_actor_even_when_its_learning_rate_has_decayed_to_0(script):
-    module, config = SCRIPTS[script]
-    config, data = replace(config, actor_lr_decay=True, num_updates=4), split_data()
-    static, traced = module.split_config(config)
-    states = init_states(module, config, jax.device_put(data))
-    for _ in range(2):
-        states, _ = module.epoch(static, traced, states, data)
-    before = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
-    info = module.analyse(static, traced, states, data, tasks.make_samples(data), VISITED[:1])
-    assert info["plasticity/after"] < 0.98 * info["plasticity/before"]
-    np.testing.assert_allclose(info["plasticity/before"], info["validation/action_error"], rtol=1e-6)
-    assert same_bits(before, jax.device_get(states._replace(key=jax.random.key_data(states.key))))
-
-
-@both
-def test_every_regulariser_at_once_can_be_measured(script):
-    module, _ = SCRIPTS[script]
-    config = replace(SCRIPTS[script][1], hidden_dim=64, **ON)
+@both_scripts
+def test_plasticitys_steps_move_the_actor_at_a_runs_end_too(script):
+    """There its learning rate has decayed to 0. The run's own state stays as it is."""
+    config = replace(small_config(script), actor_lr_decay=True, num_updates=4)
     data = split_data()
-    states = init_states(module, config, jax.device_put(data))
-    info = module.analyse(*module.split_config(config), states, data, tasks.make_samples(data), VISITED[:1])
-    assert all(np.isfinite(value).all() for value in info.values())
+    states = init_states(script, config, data)
+    for _ in range(2):
+        states, _ = script.epoch(config, states, data)
+    before = to_numpy(states)
+    info = script.analyse(config, states, data, script.make_samples(data), VISITED[:1])
+    assert info["plasticity/after"] < 0.98 * info["plasticity/before"]
+    error = info["validation/action_error"]
+    np.testing.assert_allclose(info["plasticity/before"], error, rtol=1e-6)
+    assert same_bits(before, to_numpy(states))
 
 
-def test_samples_are_of_their_part_and_random_states_fill_the_range_of_the_training_data():
-    rng = np.random.default_rng(0)
-    data = dict(
-        observations=rng.normal(size=(30_000, 2)), train=np.arange(20_000), validation=np.arange(20_000, 30_000)
-    )
-    data["observations"][20_000:] *= 100
-    samples = tasks.make_samples(data)
-    for part, size in (("train", 10_000), ("validation", 10_000)):
-        assert np.isin(samples[part], data[part]).all() and len(np.unique(samples[part])) == size
-    low, high = data["observations"][:20_000].min(0), data["observations"][:20_000].max(0)
-    spread = (samples["random"] - low) / (high - low)
-    assert spread.min() >= 0 and spread.max() <= 1 and samples["random"].dtype == np.float32
-    np.testing.assert_allclose(np.quantile(spread, [0.1, 0.5, 0.9], 0), [[0.1] * 2, [0.5] * 2, [0.9] * 2], atol=0.02)
-    assert same_bits(samples, tasks.make_samples(data))
-    assert "validation" not in tasks.make_samples(data | {"validation": np.arange(0)})
+@both_scripts
+def test_every_regulariser_at_once_can_be_measured(script):
+    config = replace(small_config(script), hidden_dim=64, **ACTOR_FLAGS)
+    data = split_data()
+    states = init_states(script, config, data)
+    info = script.analyse(config, states, data, script.make_samples(data), VISITED[:1])
+    for value in info.values():
+        assert np.isfinite(value).all()
 
 
-def test_iql_is_measured_without_held_out_data():
+def test_a_run_without_held_out_data_is_measured_too():
     data = split_data() | {"validation": np.arange(0)}
-    info, _, _ = analysed("iql", data, VISITED[:1])
-    assert not [key for key in info if key.startswith(("validation", "gap", "plasticity"))]
+    info, _ = analyse(iql, data, VISITED[:1])
+    parts = {key.split("/")[0] for key in info}
+    assert parts == {"train", "evaluation", "random"}
+
+
+# --- Samples ---
+
+
+def test_samples_are_of_their_part():
+    data = dict(
+        observations=np.zeros((30_000, 2)),
+        train=np.arange(20_000),
+        validation=np.arange(20_000, 30_000),
+    )
+    samples = rebrac.make_samples(data)
+    for part in ("train", "validation"):
+        assert len(np.unique(samples[part])) == 10_000
+        assert np.isin(samples[part], data[part]).all()
+    assert same_bits(samples, rebrac.make_samples(data))
+    data["validation"] = np.arange(0)
+    assert "validation" not in rebrac.make_samples(data)
+
+
+def test_random_states_fill_the_range_of_the_training_data():
+    observations = np.random.default_rng(0).normal(size=(30_000, 2))
+    observations[20_000:] *= 100
+    data = dict(
+        observations=observations,
+        train=np.arange(20_000),
+        validation=np.arange(20_000, 30_000),
+    )
+    states = rebrac.make_samples(data)["random"]
+    assert states.dtype == np.float32
+    low = observations[:20_000].min(0)
+    high = observations[:20_000].max(0)
+    position = (states - low) / (high - low)
+    assert position.min() >= 0
+    assert position.max() <= 1
+    quantiles = np.quantile(position, [0.1, 0.5, 0.9], 0)
+    np.testing.assert_allclose(quantiles, [[0.1] * 2, [0.5] * 2, [0.9] * 2], atol=0.02)

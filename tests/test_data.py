@@ -1,4 +1,4 @@
-"""What is learnt from: D4RL's files, their transitions, their episodes, and every way in which a file can be wrong."""
+"""What is learnt from: D4RL's files, their transitions and episodes, and files that are wrong."""
 
 import http.server
 import os
@@ -6,298 +6,357 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BUNDLED, ROOT, random_columns
+from conftest import BUNDLED, ROOT, both_scripts, random_columns
 
-import iql
 import rebrac
-import tasks
-from mujoco210 import d4rl
+from harness.datasets import dataset_file, episode_returns, read_dataset
+from harness.environments import d4rl, inner, make_env
+from harness.errors import UserError
 
 CONFIG = rebrac.tuned(rebrac.Config())
 
 
-def all_transitions(data, part="train"):
+@pytest.fixture
+def read(cheetah, write_dataset):
+    """Write columns to a file, and return what is read of it."""
+
+    def read(columns):
+        return read_dataset(write_dataset(**columns), cheetah)
+
+    return read
+
+
+def training_transitions(data):
+    """Return the transitions to train on, as NumPy arrays."""
     arrays = {key: np.asarray(value) for key, value in data.items()}
-    return rebrac.transitions(arrays, arrays[part])
+    return rebrac.transitions(arrays, arrays["train"])
 
 
-def raw_from(columns, env, write_dataset):
-    return tasks.read_dataset(write_dataset(**columns), env)
+def assert_are_d4rls(transitions, theirs):
+    """Hold transitions against those of D4RL's qlearning_dataset."""
+    assert len(theirs) == 5
+    for key, column in theirs.items():
+        np.testing.assert_array_equal(getattr(transitions, key), column)
+
+
+# --- Transitions ---
 
 
 def slow_transitions(columns):
-    """Row by row: (s, a, r, s', a', d) of the steps that D4RL's qlearning_dataset keeps."""
+    """Return, row by row, the transitions of the steps that qlearning_dataset keeps."""
     rows = []
     for i in range(len(columns["rewards"]) - 1):
         if columns["timeouts"][i]:
             continue
-        done = bool(columns["terminals"][i])
-        next_action = columns["actions"][i if done else i + 1]
+        done = columns["terminals"][i]
         rows.append(
-            (columns["observations"][i], columns["actions"][i], columns["rewards"][i], columns["observations"][i + 1])
-            + (next_action, float(done))
+            rebrac.Transitions(
+                observations=columns["observations"][i],
+                actions=columns["actions"][i],
+                rewards=columns["rewards"][i],
+                next_observations=columns["observations"][i + 1],
+                next_actions=columns["actions"][i if done else i + 1],
+                terminals=float(done),
+            )
         )
     return [np.array(column) for column in zip(*rows)]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_transitions_are_d4rls_and_those_of_a_loop_over_rows(cheetah, write_dataset, seed):
+def test_transitions_are_d4rls_and_those_of_a_loop_over_rows(cheetah, read, seed):
     columns = random_columns(seed, ends=0.02 if seed == 4 else 0.3)
-    raw = raw_from(columns, cheetah, write_dataset)
-    ours = all_transitions(rebrac.make_dataset(CONFIG, raw))
-    for array, expected in zip(ours, slow_transitions(columns)):
+    ours = training_transitions(rebrac.make_dataset(CONFIG, read(columns)))
+    for array, expected in zip(ours, slow_transitions(columns), strict=True):
         np.testing.assert_array_equal(array, expected)
-    theirs = d4rl.qlearning_dataset(cheetah, dataset=columns)
-    for key in theirs:
-        np.testing.assert_array_equal(getattr(ours, key), theirs[key])
+    assert_are_d4rls(ours, d4rl.qlearning_dataset(cheetah, dataset=columns))
 
 
 def test_transitions_of_the_bundled_file_are_d4rls(cheetah):
+    raw = read_dataset(BUNDLED, cheetah)
     theirs = cheetah.get_dataset(h5path=BUNDLED)
-    raw = tasks.read_dataset(BUNDLED, cheetah)
     for key in raw:
         np.testing.assert_array_equal(raw[key], theirs[key])
-    ours = all_transitions(rebrac.make_dataset(CONFIG, raw))
-    theirs = d4rl.qlearning_dataset(cheetah, dataset=theirs)
-    for key in theirs:
-        np.testing.assert_array_equal(getattr(ours, key), theirs[key])
+    ours = training_transitions(rebrac.make_dataset(CONFIG, raw))
+    assert_are_d4rls(ours, d4rl.qlearning_dataset(cheetah, dataset=theirs))
 
 
 @pytest.mark.parametrize("name", ["hopper-medium-replay-v2", "door-expert-v1", "door-human-v1"])
 def test_transitions_of_files_in_d4rls_cache_are_d4rls(name):
-    env = tasks.make_env(name)
-    if not os.path.exists(env.unwrapped.dataset_filepath):
+    env = make_env(name)
+    path = env.unwrapped.dataset_filepath
+    if not os.path.exists(path):
         pytest.skip("no such file in D4RL_DATASET_DIR")
-    raw = tasks.read_dataset(env.unwrapped.dataset_filepath, env)
-    ours = all_transitions(rebrac.make_dataset(rebrac.tuned(rebrac.Config(dataset_name=name)), raw))
-    theirs = d4rl.qlearning_dataset(env)
-    for key in theirs:
-        np.testing.assert_array_equal(getattr(ours, key), theirs[key])
+    config = rebrac.tuned(rebrac.Config(dataset_name=name))
+    ours = training_transitions(rebrac.make_dataset(config, read_dataset(path, env)))
+    assert_are_d4rls(ours, d4rl.qlearning_dataset(env))
 
 
-def test_next_action_never_crosses_an_episode(cheetah, write_dataset):
+def test_transitions_on_the_device_are_those_in_numpy(read):
+    data = rebrac.make_dataset(CONFIG, read(random_columns(0)))
+    on_device = {key: jnp.asarray(value) for key, value in data.items()}
+    ours = rebrac.transitions(on_device, data["train"])
+    for column, expected in zip(ours, training_transitions(data)):
+        np.testing.assert_array_equal(column, expected)
+
+
+def test_next_action_never_crosses_an_episode(read):
     columns = random_columns(0, ends=0.3)
-    episode = np.concatenate([[0], np.cumsum(columns["terminals"] | columns["timeouts"])[:-1]])
+    ends = columns["terminals"] | columns["timeouts"]
+    episode = np.cumsum(ends) - ends
     columns["actions"][:] = (episode / 1000)[:, None]  # an action says which episode it's of
-    batch = all_transitions(rebrac.make_dataset(CONFIG, raw_from(columns, cheetah, write_dataset)))
+    batch = training_transitions(rebrac.make_dataset(CONFIG, read(columns)))
     np.testing.assert_array_equal(batch.next_actions, batch.actions)
 
 
-def test_the_files_last_step_has_no_successor_and_makes_no_transition(cheetah, write_dataset):
-    for terminal in (False, True):
-        columns = random_columns(0)
-        columns["terminals"][-1], columns["timeouts"][-1] = terminal, False
-        data = rebrac.make_dataset(CONFIG, raw_from(columns, cheetah, write_dataset))
-        assert data["train"].max() == 198
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_files_last_step_makes_no_transition(read, terminal):
+    columns = random_columns(0)
+    columns["terminals"][-1] = terminal
+    columns["timeouts"][-1] = False
+    data = rebrac.make_dataset(CONFIG, read(columns))
+    assert data["train"].max() == 198
 
 
-def test_two_million_transitions_need_no_loop_over_rows(cheetah):
-    columns = random_columns(0, size=2_000_000, ends=0.002)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        all_transitions(rebrac.make_dataset(CONFIG, columns))
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
-
-
-def test_without_timeouts_an_episode_ends_at_the_time_limit(cheetah, write_dataset):
+def test_without_timeouts_an_episode_ends_at_the_time_limit(cheetah, read):
     columns = random_columns(0, size=4500, ends=0)
-    columns["terminals"][[700, 2200, 2201]] = True  # episodes: 701, 1000, 500, 1, 1000, 1000, 298 steps
     del columns["timeouts"]
-    raw = raw_from(columns, cheetah, write_dataset)
+    columns["terminals"][[700, 2200, 2201]] = True  # of 701, 1000 + 500, 1, 2 x 1000 + 298 steps
+    raw = read(columns)
     np.testing.assert_array_equal(np.flatnonzero(raw["timeouts"]), [1700, 3201, 4201])
 
-    columns["terminals"][:] = False  # D4RL's own count is one step short after a terminal, so it's compared without
-    ours = all_transitions(rebrac.make_dataset(CONFIG, raw_from(columns, cheetah, write_dataset)))
-    theirs = d4rl.qlearning_dataset(cheetah, dataset=columns)
-    for key in theirs:
-        np.testing.assert_array_equal(getattr(ours, key), theirs[key])
+    columns["terminals"][:] = False  # since D4RL's own count is a step short after a terminal
+    ours = training_transitions(rebrac.make_dataset(CONFIG, read(columns)))
+    assert_are_d4rls(ours, d4rl.qlearning_dataset(cheetah, dataset=columns))
+
+
+# --- Training and held-out episodes ---
 
 
 @pytest.mark.parametrize("frac", [0.05, 0.1, 0.25, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("seed", [None, 0])
-def test_validation_holds_out_whole_episodes(cheetah, write_dataset, frac, seed):
+def test_validation_holds_out_whole_episodes(read, frac, seed):
     columns = random_columns(1)
-    config = rebrac.replace(CONFIG, validation_frac=frac, validation_seed=seed)
-    data = rebrac.make_dataset(config, raw_from(columns, cheetah, write_dataset))
+    config = replace(CONFIG, validation_frac=frac, validation_seed=seed)
+    data = rebrac.make_dataset(config, read(columns))
     ends = columns["terminals"] | columns["timeouts"]
     episode = np.cumsum(ends) - ends
-    train, held_out = set(episode[data["train"]]), set(episode[data["validation"]])
+    train = set(episode[data["train"]])
+    held_out = set(episode[data["validation"]])
     assert not train & held_out
-    assert len(held_out) <= round(frac * (episode[-1] + 1)) and len(held_out) > 0
+    assert 0 < len(held_out) <= round(frac * (episode[-1] + 1))
     if seed is None:  # in the file's order
         assert max(train) < min(held_out)
-    everything = rebrac.make_dataset(CONFIG, raw_from(columns, cheetah, write_dataset))
+    everything = rebrac.make_dataset(CONFIG, read(columns))
     assert sorted([*data["train"], *data["validation"]]) == list(everything["train"])
     assert len(everything["validation"]) == 0
 
 
-@pytest.mark.parametrize("script", [rebrac, iql])
-def test_as_few_episodes_as_d4rls_smallest_files_have_can_be_split_at_0_9(cheetah, write_dataset, script, capsys):
+@both_scripts
+@pytest.mark.parametrize("seed", [None, 7])
+def test_d4rls_smallest_files_can_be_split_at_0_9(read, script, seed, capsys):
     columns = random_columns(0, size=250, ends=0)
     columns["timeouts"][9::10] = True  # 25 episodes, as in the four human datasets
-    config = replace(script.tuned(script.Config()), validation_frac=0.9)
-    data = script.make_dataset(config, raw_from(columns, cheetah, write_dataset))
-    assert (len(data["train"]), len(data["validation"])) == (3 * 9, 22 * 9)
-    assert capsys.readouterr().out == "training on 3 episodes, 27 transitions; held out: the last 22, 198 transitions\n"
-    script.make_dataset(replace(config, validation_seed=7), raw_from(columns, cheetah, write_dataset))
-    assert "held out: by validation_seed 7, 22, 198 transitions" in capsys.readouterr().out
-
-
-def test_validation_seed_shuffles(cheetah, write_dataset):
-    raw = raw_from(random_columns(1), cheetah, write_dataset)
-    parts = [
-        tuple(rebrac.make_dataset(rebrac.replace(CONFIG, validation_frac=0.5, validation_seed=s), raw)["validation"])
-        for s in (None, 0, 0, 1)
+    config = script.tuned(script.Config(validation_frac=0.9, validation_seed=seed))
+    data = script.make_dataset(config, read(columns))
+    assert len(data["train"]) == 3 * 9
+    assert len(data["validation"]) == 22 * 9
+    assert capsys.readouterr().out.splitlines() == [
+        "training on 3 episodes, 27 transitions",
+        "held out: 22 episodes, 198 transitions",
     ]
-    assert parts[1] == parts[2] and len(set(parts)) == 3
 
 
-def test_states_are_normalised_by_the_training_data(cheetah, write_dataset):
+def test_validation_seed_shuffles(read):
+    raw = read(random_columns(1))
+    parts = []
+    for seed in (None, 0, 0, 1):
+        config = replace(CONFIG, validation_frac=0.5, validation_seed=seed)
+        parts.append(tuple(rebrac.make_dataset(config, raw)["validation"]))
+    assert parts[1] == parts[2]
+    assert len(set(parts)) == 3
+
+
+# --- States, rewards, values ---
+
+
+def test_states_are_normalised_by_the_training_data(read):
     columns = random_columns(2)
     columns["observations"][:, 3] = 7.0  # a constant state does no harm
-    config = rebrac.replace(CONFIG, normalize_states=True, validation_frac=0.3)
-    data = rebrac.make_dataset(config, raw_from(columns, cheetah, write_dataset))
+    config = replace(CONFIG, normalize_states=True, validation_frac=0.3)
+    data = rebrac.make_dataset(config, read(columns))
     seen = columns["observations"][data["train"]].astype(np.float64)
     expected = (columns["observations"] - seen.mean(0)) / (seen.std(0) + 1e-3)
     np.testing.assert_allclose(data["observations"], expected, atol=1e-5)
 
 
-def test_rewards_are_scaled_as_the_paper_does(cheetah, write_dataset):
-    columns = random_columns(3)
-    raw = raw_from(columns, cheetah, write_dataset)
-    antmaze = rebrac.tuned(rebrac.Config(dataset_name="antmaze-umaze-v2"))
-    np.testing.assert_allclose(rebrac.make_dataset(antmaze, raw)["rewards"], 100 * columns["rewards"], rtol=1e-6)
-    np.testing.assert_array_equal(rebrac.make_dataset(CONFIG, raw)["rewards"], columns["rewards"])
-    returns, total = [], 0.0
+def returns_of_episodes(columns):
+    """Return the returns of the whole episodes, in a loop."""
+    returns = []
+    total = 0.0
     for reward, end in zip(columns["rewards"], columns["terminals"] | columns["timeouts"]):
         total += reward
         if end:
-            returns, total = returns + [total], 0.0
-    np.testing.assert_allclose(tasks.episode_returns(raw), returns, atol=1e-4)
-    scaled = rebrac.make_dataset(rebrac.replace(CONFIG, normalize_reward=True), raw)["rewards"]
-    np.testing.assert_allclose(scaled, columns["rewards"] * 1000 / (max(returns) - min(returns)), rtol=1e-4)
+            returns.append(total)
+            total = 0.0
+    return returns
 
 
-def test_value_range_is_that_of_the_discounted_returns(cheetah, write_dataset):
+def test_rewards_are_scaled_as_the_paper_does(read):
+    columns = random_columns(3)
+    raw = read(columns)
+    rewards = columns["rewards"]
+    np.testing.assert_array_equal(rebrac.make_dataset(CONFIG, raw)["rewards"], rewards)
+    antmaze = rebrac.tuned(rebrac.Config(dataset_name="antmaze-umaze-v2"))
+    scaled = rebrac.make_dataset(antmaze, raw)["rewards"]
+    np.testing.assert_allclose(scaled, 100 * rewards, rtol=1e-6)
+    returns = returns_of_episodes(columns)
+    np.testing.assert_allclose(episode_returns(raw), returns, atol=1e-4)
+    scaled = rebrac.make_dataset(replace(CONFIG, normalize_reward=True), raw)["rewards"]
+    expected = rewards * 1000 / (max(returns) - min(returns))
+    np.testing.assert_allclose(scaled, expected, rtol=1e-4)
+
+
+def test_value_range_is_that_of_the_discounted_returns(read):
     columns = random_columns(4)
-    data = rebrac.make_dataset(CONFIG, raw_from(columns, cheetah, write_dataset))
-    returns, following = [], 0.0
-    for reward, end in zip(columns["rewards"][::-1], (columns["terminals"] | columns["timeouts"])[::-1]):
+    data = rebrac.make_dataset(CONFIG, read(columns))
+    ends = columns["terminals"] | columns["timeouts"]
+    returns = []
+    following = 0.0
+    for reward, end in zip(columns["rewards"][::-1], ends[::-1]):
         following = reward + 0.9 * following * (not end)
         returns.append(following)
-    config = rebrac.with_value_range(rebrac.replace(CONFIG, gamma=0.9), data)
-    np.testing.assert_allclose((config.v_min, config.v_max), (min(returns), max(returns)), rtol=1e-5)
-    assert rebrac.with_value_range(rebrac.replace(CONFIG, v_min=-7.0), data).v_min == -7.0
+    config = rebrac.with_value_range(replace(CONFIG, gamma=0.9), data)
+    assert config.v_min == pytest.approx(min(returns), rel=1e-5)
+    assert config.v_max == pytest.approx(max(returns), rel=1e-5)
+    config = rebrac.with_value_range(replace(CONFIG, gamma=0.9, v_min=-7.0), data)
+    assert config.v_min == -7.0
+    assert config.v_max == pytest.approx(max(returns), rel=1e-5)
 
 
 # --- Files that can't be learnt from ---
 
 
-def change(key, value):
+def change(key, function):
+    """Return what replaces a column by a function of it."""
+
     def apply(columns):
-        columns[key] = value(columns[key])
+        columns[key] = function(columns[key])
 
     return apply
 
 
 def with_value(value, row=5):
-    def apply(column):
-        column = column.copy()
+    """Return what puts a value into a row of a column."""
+
+    def put(column):
+        column = column.astype(np.float64)
         column[row] = value
         return column
 
-    return apply
+    return put
+
+
+def without_ends(columns):
+    columns["terminals"][:] = False
+    columns["timeouts"][:] = False
 
 
 BAD_COLUMNS = {
     "has no 'rewards'": lambda columns: columns.pop("rewards"),
     "200 observations but 150 actions": change("actions", lambda column: column[:150]),
-    r"observations .* shape \(200, 11\), but \(N, \*\(17,\)\)": change("observations", lambda column: column[:, :11]),
-    r"actions .* shape \(200, 3\), but \(N, \*\(6,\)\)": change("actions", lambda column: column[:, :3]),
-    r"rewards .* shape \(200, 2\), but": change("rewards", lambda column: np.stack([column, column], 1)),
+    r"observations .* shape \(200, 11\), but \(N, \*\(17,\)\)": change(
+        "observations", lambda column: column[:, :11]
+    ),
+    r"actions .* shape \(200, 3\), but \(N, \*\(6,\)\)": change(
+        "actions", lambda column: column[:, :3]
+    ),
+    r"rewards .* shape \(200, 2\), but": change(
+        "rewards", lambda column: np.stack([column, column], 1)
+    ),
     "observations .* NaN or infinite in row 5": change("observations", with_value(np.nan)),
     "rewards .* NaN or infinite in row 5": change("rewards", with_value(np.inf)),
-    "rewards .* NaN or infinite in row 6": change("rewards", lambda c: with_value(1e300, 6)(c.astype(np.float64))),
+    "rewards .* NaN or infinite in row 6": change("rewards", with_value(1e300, row=6)),
     r"terminals .* shape \(\), but": change("terminals", lambda column: True),
     "actions .* not numbers but complex": change("actions", lambda column: column + 1j),
     "actions .* reach 1.5": change("actions", with_value(1.5)),
-    "no whole episode": lambda columns: [columns[key].fill(False) for key in ("terminals", "timeouts")],
-    "not numbers": change("rewards", lambda column: np.array([b"x"] * len(column))),
+    "no whole episode": without_ends,
+    "rewards .* not numbers": change("rewards", lambda column: np.array([b"x"] * len(column))),
 }
 
 
 @pytest.mark.parametrize("message", BAD_COLUMNS)
-def test_a_bad_column_gets_one_clear_line(cheetah, write_dataset, message):
+def test_a_bad_column_gets_one_clear_line(read, message):
     columns = random_columns(0)
     BAD_COLUMNS[message](columns)
-    with pytest.raises(SystemExit, match=message) as error:
-        tasks.read_dataset(write_dataset(**columns), cheetah)
+    with pytest.raises(UserError, match=message) as error:
+        read(columns)
     assert "\n" not in str(error.value)
 
 
-def test_data_that_nothing_can_be_learnt_from_get_one_clear_line(cheetah, write_dataset):
+def test_data_without_anything_to_learn_get_one_clear_line(read):
     columns = random_columns(0)
-    all_timeouts = {**columns, "timeouts": np.ones(200, bool)}
-    with pytest.raises(SystemExit, match="no transition to train on"):
-        rebrac.make_dataset(CONFIG, raw_from(all_timeouts, cheetah, write_dataset))
-    equal_returns = {**columns, "rewards": np.zeros(200)}
-    with pytest.raises(SystemExit, match="all episodes have the same return"):
-        rebrac.make_dataset(
-            rebrac.replace(CONFIG, normalize_reward=True), raw_from(equal_returns, cheetah, write_dataset)
-        )
-    data = rebrac.make_dataset(CONFIG, raw_from(equal_returns, cheetah, write_dataset))
-    with pytest.raises(SystemExit, match="the values' support, 0 to 0, is empty"):
+    raw = read({**columns, "timeouts": np.ones(200, bool)})
+    with pytest.raises(UserError, match="no transition to train on"):
+        rebrac.make_dataset(CONFIG, raw)
+    raw = read({**columns, "rewards": np.zeros(200)})
+    with pytest.raises(UserError, match="all episodes have the same return"):
+        rebrac.make_dataset(replace(CONFIG, normalize_reward=True), raw)
+    data = rebrac.make_dataset(CONFIG, raw)
+    with pytest.raises(UserError, match="the values' support, 0 to 0, is empty"):
         rebrac.with_value_range(CONFIG, data)
-    with pytest.raises(SystemExit, match="is empty"):
-        rebrac.with_value_range(rebrac.replace(CONFIG, v_min=1e6), dict(data, rewards=columns["rewards"]))
-    with pytest.raises(SystemExit, match="is empty"):
-        rebrac.with_value_range(rebrac.replace(CONFIG, v_expand=-1.0), dict(data, rewards=columns["rewards"]))
+
+
+@pytest.mark.parametrize("flags", [{"v_min": 1e6}, {"v_expand": -1.0}])
+def test_an_empty_support_gets_one_clear_line(read, flags):
+    data = rebrac.make_dataset(CONFIG, read(random_columns(0)))
+    config = replace(CONFIG, **flags)
+    with pytest.raises(UserError, match="is empty"):
+        rebrac.with_value_range(config, data)
+    rebrac.with_value_range(replace(config, critic_loss="mse"), data)  # which has none
 
 
 def test_a_bad_file_gets_one_clear_line(cheetah, write_dataset, tmp_path):
-    with pytest.raises(SystemExit, match="no file"):
-        tasks.read_dataset(str(tmp_path / "nowhere.hdf5"), cheetah)
+    with pytest.raises(UserError, match="no file"):
+        read_dataset(str(tmp_path / "nowhere.hdf5"), cheetah)
     whole = write_dataset(**random_columns(0))
+    bad = str(tmp_path / "bad.hdf5")
     for size in (0, 100, os.path.getsize(whole) // 2, os.path.getsize(whole) - 1):
-        cut = str(tmp_path / "cut.hdf5")
-        shutil.copy(whole, cut)
-        os.truncate(cut, size)
-        with pytest.raises(SystemExit, match="not a whole HDF5 file"):
-            tasks.read_dataset(cut, cheetah)
-    (tmp_path / "foreign.hdf5").write_text("not HDF5 at all")
-    with pytest.raises(SystemExit, match="not a whole HDF5 file"):
-        tasks.read_dataset(str(tmp_path / "foreign.hdf5"), cheetah)
-    with h5py.File(tmp_path / "groups.hdf5", "w") as file:
+        shutil.copy(whole, bad)
+        os.truncate(bad, size)
+        with pytest.raises(UserError, match="not a whole HDF5 file"):
+            read_dataset(bad, cheetah)
+    with open(bad, "w") as file:
+        file.write("not HDF5 at all")
+    with pytest.raises(UserError, match="not a whole HDF5 file"):
+        read_dataset(bad, cheetah)
+    with h5py.File(bad, "w") as file:
         file.create_group("observations")
-    with pytest.raises(SystemExit, match="not a whole HDF5 file"):
-        tasks.read_dataset(str(tmp_path / "groups.hdf5"), cheetah)
+    with pytest.raises(UserError, match="not a whole HDF5 file"):
+        read_dataset(bad, cheetah)
 
 
-@pytest.mark.parametrize("name, nearest", [("hopper-medum-v2", "hopper-medium-v2"), ("door-expert", "door-expert-v1")])
-def test_an_unknown_dataset_names_the_nearest(name, nearest):
-    with pytest.raises(SystemExit, match=f"unknown dataset.*{nearest}"):
-        rebrac.tuned(rebrac.Config(dataset_name=name))
-
-
-def test_errors_reach_the_screen_as_one_line_before_any_work(tmp_path):
-    for arguments, message in [
-        (["--dataset_name", "hoper-medium-v2"], "nearest names are hopper-medium-v2"),
-        (["--dataset_path", str(tmp_path / "none.hdf5")], "there is no file"),
-        (["--dataset_path", BUNDLED, "--validation_frac", "0.001"], "validation_frac 0.001 of 80 episodes"),
-    ]:
-        command = [sys.executable, "rebrac.py", "--results", str(tmp_path), *arguments]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-        assert message in run.stderr
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--dataset_name hoper-medium-v2", "nearest names are hopper-medium-v2"),
+        ("--dataset_path nowhere.hdf5", "there is no file nowhere.hdf5"),
+        (f"--dataset_path {BUNDLED} --validation_frac 0.001", "validation_frac 0.001 of 80"),
+    ],
+    ids=["dataset_name", "dataset_path", "validation_frac"],
+)
+def test_errors_reach_the_screen_as_one_line_before_any_work(tmp_path, words, message):
+    command = [sys.executable, "rebrac.py", "--results", str(tmp_path), *words.split()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1
+    assert message in run.stderr
 
 
 # --- Downloads ---
@@ -305,24 +364,28 @@ def test_errors_reach_the_screen_as_one_line_before_any_work(tmp_path):
 
 @pytest.fixture
 def server():
-    """A web server on loopback that serves `whole`, `cut` only in part, and `chunked` without saying how much."""
-    content = open(BUNDLED, "rb").read()
+    """A web server on loopback. By their names, files are whole, cut, chunked or missing."""
+    with open(BUNDLED, "rb") as file:
+        content = file.read()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
             self.close_connection = True
+            half = content[: len(content) // 2]
             if "missing" in self.path:
-                return self.send_error(404)
-            self.send_response(200)
-            if "chunked" in self.path:
+                self.send_error(404)
+            elif "chunked" in self.path:  # nothing says how much is to come
+                self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
-                return self.wfile.write(b"%x\r\n" % len(content) + content[: len(content) // 2])
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2 if "cut" in self.path else None])
+                self.wfile.write(b"%x\r\n" % len(content) + half)
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(half if "cut" in self.path else content)
 
         def log_message(self, *arguments):
             pass
@@ -334,53 +397,54 @@ def server():
 
 
 @pytest.fixture
-def download(monkeypatch, tmp_path):
-    """Asks for the dataset of a D4RL environment whose URL is another one."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    monkeypatch.setattr(d4rl.offline_env, "DATASET_PATH", str(cache))
+def cache(monkeypatch, tmp_path):
+    """An empty folder in place of D4RL's cache."""
+    path = tmp_path / "cache"
+    path.mkdir()
+    monkeypatch.setattr(d4rl.offline_env, "DATASET_PATH", str(path))
+    return path
 
-    def download(url):
-        env = tasks.make_env("halfcheetah-medium-replay-v2")
-        env.unwrapped._wrapped_env.dataset_url = url
-        return tasks.dataset_file(CONFIG, env)
 
-    download.cache = cache
-    return download
+def download(url):
+    """Ask for the dataset of an environment whose URL is another one."""
+    env = make_env("halfcheetah-medium-replay-v2")
+    inner(env).dataset_url = url
+    return dataset_file(CONFIG, env)
 
 
 @pytest.mark.parametrize("name", ["cut.hdf5", "chunked.hdf5", "missing.hdf5"])
-def test_a_failed_download_names_the_url_and_leaves_nothing(server, download, name):
-    with pytest.raises(SystemExit, match=f"{server}/{name}.*put it at {download.cache}/{name}"):
+def test_a_failed_download_names_the_url_and_leaves_nothing(server, cache, name):
+    with pytest.raises(UserError, match=f"{server}/{name}.*put it at {cache}/{name}"):
         download(f"{server}/{name}")
-    assert os.listdir(download.cache) == []
+    assert os.listdir(cache) == []
 
 
-def test_no_server_names_the_url(download):
-    with pytest.raises(SystemExit, match="can't download http://127.0.0.1:9/file.hdf5"):
+def test_no_server_names_the_url(cache):
+    with pytest.raises(UserError, match="can't download http://127.0.0.1:9/file.hdf5"):
         download("http://127.0.0.1:9/file.hdf5")
 
 
-def test_two_processes_that_download_at_once_leave_one_whole_file(server, tmp_path):
-    code = (
-        "import rebrac, tasks; env = tasks.make_env('halfcheetah-medium-replay-v2')\n"
-        f"env.unwrapped._wrapped_env.dataset_url = '{server}/whole.hdf5'\n"
-        "tasks.dataset_file(rebrac.Config(), env)"
-    )
+DOWNLOAD = """
+import sys, rebrac
+from harness.datasets import dataset_file
+from harness.environments import inner, make_env
+
+env = make_env("halfcheetah-medium-replay-v2")
+inner(env).dataset_url = sys.argv[1]
+dataset_file(rebrac.Config(), env)
+"""
+
+
+def test_two_downloads_at_once_leave_one_whole_file(server, tmp_path):
     environment = {**os.environ, "D4RL_DATASET_DIR": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    command = [sys.executable, "-c", DOWNLOAD, f"{server}/whole.hdf5"]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert os.listdir(tmp_path) == ["whole.hdf5"]
-    assert (tmp_path / "whole.hdf5").read_bytes() == open(BUNDLED, "rb").read()
+    with open(BUNDLED, "rb") as file:
+        assert (tmp_path / "whole.hdf5").read_bytes() == file.read()
 
 
-def test_a_file_put_by_hand_is_not_downloaded(download):
-    (download.cache / "file.hdf5").write_bytes(b"")
-    assert download("http://127.0.0.1:9/file.hdf5") == str(download.cache / "file.hdf5")
-
-
-def test_transitions_on_the_device_are_those_in_numpy(cheetah, write_dataset):
-    data = rebrac.make_dataset(CONFIG, raw_from(random_columns(0), cheetah, write_dataset))
-    on_device = rebrac.transitions({key: jnp.asarray(value) for key, value in data.items()}, data["train"])
-    for ours, expected in zip(on_device, all_transitions(data)):
-        np.testing.assert_array_equal(ours, expected)
+def test_a_file_put_by_hand_is_not_downloaded(cache):
+    (cache / "file.hdf5").write_bytes(b"")
+    assert download("http://127.0.0.1:9/file.hdf5") == str(cache / "file.hdf5")

@@ -1,5 +1,6 @@
 """Each regulariser does what its formula says, and nothing at all when it's off."""
 
+import functools
 from dataclasses import replace
 
 import flax.linen as nn
@@ -8,288 +9,440 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import init_states
-from test_rebrac import ACTIONS, SMALL, same_bits, small_data, small_state, update, update_critics
-
-import iql
-import rebrac
-
-ONE = replace(SMALL, actor_layers=1, hidden_dim=64)
-BATCH = jax.tree.map(jnp.asarray, rebrac.transitions(small_data(), np.arange(32)))
-KEYS = list(jax.random.split(jax.random.key(7), 3))
-ON = dict(
-    actor_dropout=0.3, actor_wd=0.1, actor_ln=True, actor_fn=True, actor_gn=True, actor_bn=True, actor_sn=True,
-    actor_input_noise=0.1, actor_bc_noise=0.1, actor_grad_noise=0.1, actor_lr_decay=True,
-)  # fmt: skip
-CRITIC_ON = {f"critic_{key}": True for key in ("fn", "gn", "bn", "sn", "lr_decay")} | dict(
-    critic_dropout=0.3, critic_wd=0.1, critic_grad_noise=0.1
+from conftest import (
+    ACTION_DIM,
+    ACTOR_FLAGS,
+    CRITIC_FLAGS,
+    KEYS,
+    NORMS,
+    both_scripts,
+    init_states,
+    lowered_epoch,
+    same_bits,
+    small_batch,
+    small_config,
+    small_data,
+    small_state,
 )
 
+import rebrac
 
-def hidden(config, train=False, key=KEYS[0], network="actor", shake=True):
-    """Output of the hidden layers on 32 states, that of the plain layer before any regulariser, and the variables."""
-    module, x = rebrac.Hidden(config, network), BATCH.observations
-    variables = rebrac.init_network(module, jax.random.key(0), x)
-    if shake:
-        variables = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), variables)
-    dense = variables["params"]["Dense_0"]
-    plain = np.maximum(np.asarray(x) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]), 0)
+SMALL = small_config(rebrac)
+BATCH = small_batch()
+update = jax.jit(rebrac.update, static_argnums=0)
+update_critics = jax.jit(rebrac.update_critics, static_argnums=0)
+both_networks = pytest.mark.parametrize("network", ["actor", "critic"])
+
+
+# --- Layers ---
+
+
+def hidden_layers(network, layers=1, width=64, **flags):
+    """Return the hidden layers with some of a network's flags, such as ln, and no others."""
+    config = replace(SMALL, actor_layers=layers, critic_layers=layers, hidden_dim=width)
+    flags = {f"{network}_{flag}": value for flag, value in flags.items()}
+    config = replace(config, **{"critic_ln": False, **flags})
+    return rebrac.ActorHidden(config) if network == "actor" else rebrac.CriticHidden(config)
+
+
+def init_layers(module, spread=0.3):
+    """Return the variables of hidden layers, far from their initial values."""
+    variables = rebrac.init_network(module, jax.random.key(0), BATCH.observations)
+
+    def perturb(x):
+        return x + spread * jax.random.normal(jax.random.key(x.size), x.shape)
+
+    return jax.tree.map(perturb, variables)
+
+
+def apply_layers(module, variables, train, key=KEYS[0]):
+    """Return the features (B, F) of BATCH's states, and the variables after this."""
     if train:
-        output, variables = rebrac.train_forward(module, variables, key, x)
-    else:
-        output = rebrac.infer(module, variables, x)
-    return np.asarray(output), plain, jax.tree.map(np.asarray, variables)
+        return rebrac.forward_train(module, variables, key, BATCH.observations)
+    return rebrac.forward(module, variables, BATCH.observations), variables
+
+
+def plain_features(variables):
+    """Return ReLU(x W + b), which is what a regulariser of a single layer sees."""
+    dense = variables["params"]["Dense_0"]
+    x = BATCH.observations @ dense["kernel"] + dense["bias"]
+    return np.maximum(np.asarray(x), 0)
 
 
 def normalised(x, axis):
     return (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + 1e-6)
 
 
+@both_networks
 @pytest.mark.parametrize("train", [False, True])
-def test_layer_norm_and_feature_norm(train):
-    output, plain, variables = hidden(replace(ONE, actor_ln=True), train)
+def test_layer_norm_normalises_each_row_and_learns_a_scale(network, train):
+    module = hidden_layers(network, ln=True)
+    variables = init_layers(module)
+    features, _ = apply_layers(module, variables, train)
     norm = variables["params"]["LayerNorm_0"]
-    np.testing.assert_allclose(output, normalised(plain, -1) * norm["scale"] + norm["bias"], atol=1e-4)
-    output, plain, variables = hidden(replace(ONE, actor_fn=True), train)
-    np.testing.assert_allclose(output, normalised(plain, -1), atol=1e-4)
-    assert "LayerNorm_0" not in variables["params"]
+    expected = normalised(plain_features(variables), -1) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
-def test_group_norm_has_32_groups():
-    output, plain, variables = hidden(replace(ONE, hidden_dim=128, actor_gn=True))
-    norm, groups = variables["params"]["GroupNorm_0"], plain.reshape(32, 32, 4)
-    expected = normalised(groups, -1).reshape(plain.shape) * norm["scale"] + norm["bias"]
-    np.testing.assert_allclose(output, expected, atol=5e-3, rtol=1e-3)
+@both_networks
+@pytest.mark.parametrize("train", [False, True])
+def test_feature_norm_normalises_each_row_and_learns_nothing(network, train):
+    module = hidden_layers(network, fn=True)
+    variables = init_layers(module)
+    features, _ = apply_layers(module, variables, train)
+    np.testing.assert_allclose(features, normalised(plain_features(variables), -1), atol=1e-4)
+    assert set(variables["params"]) == {"Dense_0"}
 
 
-def test_batch_norm_uses_the_batch_in_training_and_running_statistics_elsewhere():
-    config = replace(ONE, actor_bn=True)
-    output, plain, after = hidden(config, train=True, shake=False)
-    np.testing.assert_allclose(output, (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5), atol=1e-4)
+@both_networks
+def test_group_norm_has_32_groups(network):
+    module = hidden_layers(network, width=128, gn=True)
+    variables = init_layers(module)
+    features, _ = apply_layers(module, variables, train=False)
+    norm = variables["params"]["GroupNorm_0"]
+    plain = plain_features(variables)
+    groups = normalised(plain.reshape(32, 32, 4), -1)
+    expected = groups.reshape(plain.shape) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(features, expected, atol=5e-3, rtol=1e-3)
+
+
+@both_networks
+def test_batch_norm_uses_the_batch_only_in_training(network):
+    module = hidden_layers(network, bn=True)
+    variables = init_layers(module, spread=0.0)
+    features, after = apply_layers(module, variables, train=True)
+    plain = plain_features(variables)
+    expected = (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
     running = after["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(running["mean"], 0.01 * plain.mean(0), atol=1e-5)
     np.testing.assert_allclose(running["var"], 0.99 + 0.01 * plain.var(0), atol=1e-5)
-    output = rebrac.infer(rebrac.Hidden(config, "actor"), after, BATCH.observations)
-    np.testing.assert_allclose(output, (plain - running["mean"]) / np.sqrt(running["var"] + 1e-5), atol=1e-4)
+    features, _ = apply_layers(module, after, train=False)
+    expected = (plain - running["mean"]) / np.sqrt(running["var"] + 1e-5)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
-def test_batch_norms_running_statistics_are_kept_by_the_actor_and_averaged_by_the_target():
-    config = replace(SMALL, actor_bn=True)
-    before = small_state(config)
+def test_the_target_averages_the_actors_running_statistics():
+    config = replace(SMALL, actor_bn=True, policy_freq=1)
+    before = small_state(rebrac, config)
     after, _ = update(config, before, jax.tree.map(lambda x: x[None], BATCH))
-    new, old = after.actor["batch_stats"], before.target_actor["batch_stats"]
+    new = after.actor["batch_stats"]
+    old = before.target_actor["batch_stats"]
     assert not same_bits(new, before.actor["batch_stats"])
     expected = jax.tree.map(lambda a, b: config.tau * a + (1 - config.tau) * b, new, old)
     jax.tree.map(np.testing.assert_allclose, after.target_actor["batch_stats"], expected)
-    unchanged, _ = update_critics(config, before, BATCH)
-    assert same_bits(unchanged.actor, before.actor)
+    after_critics, _ = update_critics(config, before, BATCH)
+    assert same_bits(after_critics.actor, before.actor)
 
 
-def test_spectral_norm_divides_the_last_hidden_dense_by_its_largest_singular_value():
-    config, x = replace(SMALL, actor_layers=2, actor_sn=True), BATCH.observations
-    module = rebrac.Hidden(config, "actor")
-    variables = rebrac.init_network(module, jax.random.key(0), x)
-    for _ in range(100):  # each forward pass in training is one step of the power iteration
-        _, variables = rebrac.train_forward(module, variables, KEYS[0], x)
-    first, last = (variables["params"][name] for name in ("Dense_0", "Dense_1"))
-    h = jax.nn.relu(x @ first["kernel"] + first["bias"])
-    expected = jax.nn.relu(h @ (last["kernel"] / np.linalg.norm(last["kernel"], 2)) + last["bias"])
-    np.testing.assert_allclose(rebrac.infer(module, variables, x), expected, atol=1e-5)
+@both_networks
+def test_spectral_norm_divides_the_last_hidden_dense_alone(network):
+    """By its largest singular value: each pass in training is a step of the power iteration."""
+    module = hidden_layers(network, layers=2, width=16, sn=True)
+    variables = init_layers(module, spread=0.0)
+    for _ in range(100):
+        _, variables = apply_layers(module, variables, train=True)
+    last = variables["params"]["Dense_1"]
+    kernel = last["kernel"] / np.linalg.norm(last["kernel"], 2)
+    expected = np.maximum(plain_features(variables) @ kernel + last["bias"], 0)
+    features, after = apply_layers(module, variables, train=False)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    assert same_bits(after, variables)
 
 
-def test_dropout_drops_and_scales_in_training_only():
-    config = replace(ONE, actor_dropout=0.3)
-    output, plain, _ = hidden(config, train=True)
+@both_networks
+def test_dropout_drops_and_scales_in_training_only(network):
+    module = hidden_layers(network, dropout=0.3)
+    variables = init_layers(module)
+    plain = plain_features(variables)
+    features, _ = apply_layers(module, variables, train=True)
     alive = plain > 0
-    kept = output[alive] / plain[alive]
+    kept = np.asarray(features)[alive] / plain[alive]
     assert set(np.round(np.unique(kept), 4)) == {0, np.float32(1.4286)}
     assert abs((kept == 0).mean() - 0.3) < 0.05
-    assert not np.array_equal(output, hidden(config, train=True, key=KEYS[1])[0])
-    np.testing.assert_allclose(hidden(config, train=False)[0], plain, atol=1e-5)
+    others, _ = apply_layers(module, variables, train=True, key=KEYS[1])
+    assert not np.array_equal(features, others)
+    features, _ = apply_layers(module, variables, train=False)
+    np.testing.assert_allclose(features, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("flag", ["actor_dropout", "critic_dropout"])
 def test_dropout_is_off_in_targets_and_in_evaluation(flag):
-    state, dropped = small_state(SMALL), replace(SMALL, **{flag: 0.9})
-    for function in (
-        lambda config: rebrac.critic_target(config, state, BATCH, KEYS[0]),
-        lambda config: rebrac.act(config, state.actor, small_data(), BATCH.observations),
-    ):
-        np.testing.assert_array_equal(function(dropped), function(SMALL))
+    state = small_state(rebrac, SMALL)
+    dropped = replace(SMALL, **{flag: 0.9})
+    targets = []
+    actions = []
+    for config in (SMALL, dropped):
+        targets.append(rebrac.critic_target(config, state, BATCH, KEYS[0]))
+        actions.append(rebrac.act(config, state.actor, small_data(), BATCH.observations))
+    np.testing.assert_array_equal(*targets)
+    np.testing.assert_array_equal(*actions)
 
 
-def decayed(steps, **flags):
-    """Parameters before, and after `steps` optimiser steps, with those of the same run without weight decay beside."""
-    params = small_state(SMALL).actor["params"]
-    results = []
-    for config in (replace(SMALL, **flags), SMALL):
-        optimizer, variables = rebrac.make_optimizer(config, "actor", 20), {"params": params}
-        opt_state = optimizer.init(params)
-        optimize = jax.jit(lambda *state, c=config, o=optimizer: rebrac.optimize(c, "actor", o, *state, KEYS[0]))
-        for step in range(steps):
-            grads = jax.tree.map(lambda p, step=step: jnp.cos(p + step), params)
-            variables, opt_state = optimize(variables, opt_state, grads)
-        results.append(variables["params"])
-    return params, *results
+@both_networks
+def test_norms_and_dropout_stand_in_the_papers_order(network):
+    """Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm, Dropout."""
+    module = hidden_layers(network, width=256, ln=True, fn=True, gn=True, bn=True, dropout=0.3)
+    variables = init_layers(module)
+    params = jax.tree.map(np.asarray, variables["params"])
+
+    def scaled(x, norm):
+        return x * params[norm]["scale"] + params[norm]["bias"]
+
+    x = scaled(normalised(plain_features(variables), -1), "LayerNorm_0")
+    x = normalised(x, -1)
+    groups = normalised(x.reshape(32, 32, 8), -1)
+    x = scaled(groups.reshape(x.shape), "GroupNorm_0")
+    x = scaled((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), "BatchNorm_0")
+    features, _ = apply_layers(module, variables, train=True)
+    features = np.asarray(features)
+    is_kept = features != 0
+    assert is_kept.mean() == pytest.approx(0.7, abs=0.05)
+    np.testing.assert_allclose(features[is_kept], x[is_kept] / 0.7, atol=2e-2)
 
 
+# --- Optimiser ---
+
+
+def optimizer_of(script, network, config):
+    if network == "actor":
+        return script.actor_optimizer(config)
+    return script.critic_optimizer(config)
+
+
+def one_step(script, network, **flags):
+    """Return parameters after a step of a network's optimiser with flags such as wd, and before."""
+    flags = {f"{network}_{flag}": value for flag, value in flags.items()}
+    optimizer = optimizer_of(script, network, replace(small_config(script), **flags))
+    before = small_state(rebrac, SMALL).actor["params"]
+    variables = {"params": before}
+    grads = jax.tree.map(jnp.cos, before)
+    opt_state = optimizer.init(before)
+    after, _ = rebrac.optimize(optimizer, variables, opt_state, grads, 0.0, KEYS[0])
+    return after["params"], before
+
+
+@both_scripts
+@both_networks
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_weight_decay_is_decoupled_and_elastic(ratio):
-    before, with_decay, without = decayed(1, actor_wd=0.1, actor_l1_ratio=ratio)
-    for theta, ours, plain in zip(*map(jax.tree.leaves, (before, with_decay, without))):
-        shrunk = SMALL.actor_learning_rate * 0.1 * ((1 - ratio) * theta + ratio * np.sign(theta))
-        np.testing.assert_allclose(ours, plain - shrunk, atol=1e-7)  # on all parameters, as in the paper
+def test_weight_decay_is_decoupled_and_elastic(script, network, ratio):
+    with_decay, before = one_step(script, network, wd=0.1, l1_ratio=ratio)
+    without, _ = one_step(script, network)
+    config = small_config(script)
+    learning_rate = getattr(config, f"{network}_learning_rate")
+    leaves = zip(*map(jax.tree.leaves, (before, with_decay, without)))
+    for theta, ours, plain in leaves:  # of all parameters, as in the paper
+        shrunk = learning_rate * 0.1 * ((1 - ratio) * theta + ratio * np.sign(theta))
+        np.testing.assert_allclose(ours, plain - shrunk, atol=1e-7)
 
 
-def test_weight_decay_on_kernels_only_spares_the_rest():
-    _, with_decay, without = decayed(1, actor_wd=0.1, actor_wd_kernels_only=True)
+@both_scripts
+@both_networks
+def test_weight_decay_on_kernels_only_spares_the_rest(script, network):
+    with_decay, _ = one_step(script, network, wd=0.1, wd_kernels_only=True)
+    without, _ = one_step(script, network)
     for (path, ours), plain in zip(jax.tree.leaves_with_path(with_decay), jax.tree.leaves(without)):
         assert np.array_equal(ours, plain) == (path[-1].key != "kernel")
 
 
-def test_learning_rates_decay_by_a_cosine_over_each_networks_own_steps():
-    optimizers = rebrac.optimizers(replace(SMALL, actor_lr_decay=True, critic_lr_decay=True))
-    for optimizer, steps in zip(optimizers, (20, 40)):  # a run of 40 updates of the critic and 20 of the actor
-        opt_state = optimizer.init(jnp.ones(1))
-        for step in range(steps + 2):  # Adam's direction is 1 as long as the gradient is
-            update, opt_state = optimizer.update(jnp.ones(1), opt_state, jnp.ones(1))
-            expected = -SMALL.actor_learning_rate * (1 + np.cos(np.pi * min(step / steps, 1))) / 2
-            np.testing.assert_allclose(update, expected, atol=1e-8)
+@both_scripts
+@both_networks
+def test_learning_rates_decay_by_a_cosine_over_own_steps(script, network):
+    config = replace(small_config(script), actor_lr_decay=True, critic_lr_decay=True)
+    num_steps = config.num_updates
+    if script is rebrac and network == "actor":
+        num_steps = num_steps // config.policy_freq
+    learning_rate = getattr(config, f"{network}_learning_rate")
+    optimizer = optimizer_of(script, network, config)
+    step = jax.jit(optimizer.update)
+    opt_state = optimizer.init(jnp.ones(1))
+    for t in range(num_steps + 2):  # Adam's direction is 1 as long as the gradient is
+        change, opt_state = step(jnp.ones(1), opt_state, jnp.ones(1))
+        expected = -learning_rate * (1 + np.cos(np.pi * min(t / num_steps, 1))) / 2
+        np.testing.assert_allclose(change, expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("t", [0, 9])
-def test_gradient_noise_decays_with_the_actors_steps(t):
-    config = replace(SMALL, actor_grad_noise=0.3)
+def test_gradient_noise_decays_with_the_networks_own_steps(t):
     params = {"kernel": jnp.zeros((100, 100)), "bias": jnp.zeros(10_000)}
-    optimizer = rebrac.make_optimizer(config, "actor", 20)
-    opt_state = optimizer.init(params)
-    opt_state = (opt_state[0]._replace(count=jnp.int32(t)), *opt_state[1:])
+    optimizer = rebrac.actor_optimizer(SMALL)
+    adam, *rest = optimizer.init(params)
+    opt_state = (adam._replace(count=jnp.int32(t)), *rest)
     grads = jax.tree.map(lambda p: p + 2.0, params)
-    _, opt_state = rebrac.optimize(config, "actor", optimizer, {"params": params}, opt_state, grads, KEYS[0])
-    for mu in jax.tree.leaves(opt_state[0].mu):  # Adam's first moment is a tenth of the gradient
-        assert 10 * mu.mean() == pytest.approx(2, abs=0.02)
-        assert 10 * mu.std() == pytest.approx(0.3 / (1 + t) ** 0.55, rel=0.03)
-    assert not np.array_equal(opt_state[0].mu["kernel"].ravel(), opt_state[0].mu["bias"])
+    variables = {"params": params}
+    _, (adam, *_) = rebrac.optimize(optimizer, variables, opt_state, grads, 0.3, KEYS[0])
+    for first_moment in jax.tree.leaves(adam.mu):  # a tenth of the gradient
+        assert 10 * first_moment.mean() == pytest.approx(2, abs=0.02)
+        assert 10 * first_moment.std() == pytest.approx(0.3 / (1 + t) ** 0.55, rel=0.03)
+    assert not np.array_equal(adam.mu["kernel"].ravel(), adam.mu["bias"])
 
 
-def loss_by_hand(config, state, seen, cloned):
-    actions = rebrac.infer(rebrac.Actor(config, ACTIONS), state.actor, seen)
-    outputs = rebrac.infer(rebrac.Critics(config), state.critic, BATCH.observations, actions)
-    values = rebrac.critic_values(config, outputs).min(0)
-    return config.actor_bc_coef * ((actions - cloned) ** 2).sum(-1).mean() - values.mean() / jnp.abs(values).mean()
+@both_scripts
+def test_gradient_noise_reaches_its_own_networks_alone(script):
+    config = replace(small_config(script), log_every=1)
+    if script is rebrac:
+        config = replace(config, policy_freq=1)
+
+    def first_moments(actor_noise, critic_noise):
+        noisy = replace(config, actor_grad_noise=actor_noise, critic_grad_noise=critic_noise)
+        states = jax.tree.map(lambda x: x[None], small_state(script, config))
+        states, _ = script.epoch(noisy, states, small_data())
+        moments = {}
+        for name, value in states._asdict().items():
+            if name.endswith("_opt"):
+                leaves = jax.tree.leaves(value[0].mu)
+                moments[name] = np.concatenate([np.ravel(leaf) for leaf in leaves])
+        return moments
+
+    weak = first_moments(0.01, 0.01)
+    strong = first_moments(10.0, 100.0)
+    for name in weak:
+        expected = 10 if name == "actor_opt" else 100
+        spread = 10 * (strong[name] - weak[name]).std()  # a moment is a tenth of the gradient
+        assert spread == pytest.approx(expected, rel=0.1), name
 
 
-def test_input_noise_reaches_the_actor_only_and_objective_noise_the_cloned_action():
-    state = small_state(SMALL)
-    loss = lambda config: rebrac.actor_loss(state.actor["params"], config, state, BATCH, KEYS)[0]
-    np.testing.assert_allclose(loss(SMALL), loss_by_hand(SMALL, state, BATCH.observations, BATCH.actions), rtol=1e-5)
+# --- The actor's loss ---
+
+
+def test_each_noise_of_the_actors_loss_has_its_own_place():
+    """Input noise reaches the actor alone, and the objective's noise the cloned action."""
+    state = small_state(rebrac, SMALL)
+
+    def loss(**flags):
+        config = replace(SMALL, actor_bc_coef=0.5, **flags)
+        return rebrac.actor_loss(state.actor["params"], config, state, BATCH, KEYS)[0]
+
+    def loss_by_hand(seen, cloned):
+        actor, critics = rebrac.networks(SMALL, BATCH.actions)
+        actions = rebrac.forward(actor, state.actor, seen)
+        outputs = rebrac.forward(critics, state.critic, BATCH.observations, actions)
+        values = rebrac.critic_values(SMALL, outputs).min(0)
+        bc = ((actions - cloned) ** 2).sum(-1).mean()
+        return 0.5 * bc - values.mean() / jnp.abs(values).mean()
+
+    plain = loss_by_hand(BATCH.observations, BATCH.actions)
+    np.testing.assert_allclose(loss(), plain, rtol=1e-5)
     seen = BATCH.observations + 0.3 * jax.random.normal(KEYS[1], BATCH.observations.shape)
-    noisy = replace(SMALL, actor_input_noise=0.3)
-    np.testing.assert_allclose(loss(noisy), loss_by_hand(SMALL, state, seen, BATCH.actions), rtol=1e-5)
+    noisy = loss(actor_input_noise=0.3)
+    np.testing.assert_allclose(noisy, loss_by_hand(seen, BATCH.actions), rtol=1e-5)
     cloned = BATCH.actions - 0.3 * jax.random.normal(KEYS[2], BATCH.actions.shape)
-    noisy = replace(SMALL, actor_bc_noise=0.3, actor_bc_coef=1.0)
-    by_hand = loss_by_hand(replace(SMALL, actor_bc_coef=1.0), state, BATCH.observations, cloned)
-    np.testing.assert_allclose(loss(noisy), by_hand, rtol=1e-5)
+    noisy = loss(actor_bc_noise=0.3)
+    np.testing.assert_allclose(noisy, loss_by_hand(BATCH.observations, cloned), rtol=1e-5)
 
 
 def test_critics_stay_as_the_algorithm_has_them_unless_asked():
-    """No flag of the actor's matters for the first critic update, but for those that change the target's network."""
-    norms = ("actor_ln", "actor_fn", "actor_gn", "actor_bn", "actor_sn")
-    config = replace(SMALL, **{flag: value for flag, value in ON.items() if flag not in norms})
-    plain, _ = update_critics(SMALL, small_state(SMALL), BATCH)
-    regularised, _ = update_critics(config, small_state(SMALL), BATCH)
+    """None of the actor's flags matters for them at first, but those that change its network."""
+    flags = {name: value for name, value in ACTOR_FLAGS.items() if name not in NORMS}
+    plain, _ = update_critics(SMALL, small_state(rebrac, SMALL), BATCH)
+    config = replace(SMALL, **flags)
+    regularised, _ = update_critics(config, small_state(rebrac, SMALL), BATCH)
     assert same_bits(plain.critic, regularised.critic)
 
 
-# --- Off is off, in both scripts ---
-
-IQL = iql.tuned(
-    iql.Config(hidden_dim=16, batch_size=8, log_every=4, num_updates=40, actor_lr_decay=False, actor_dropout=0.0)
-)
-SCRIPTS = {"rebrac": (rebrac, SMALL), "iql": (iql, IQL)}
-both = pytest.mark.parametrize("script", SCRIPTS)
+# --- Off is off ---
 
 
-def program(script, **flags):
-    module, config = SCRIPTS[script]
-    config, data = replace(config, **flags), small_data()
-    state = jax.eval_shape(lambda: init_states(module, config, data))
-    static, traced = module.split_config(config)
-    return module.epoch.lower(static, traced, state, data).as_text()
+class PlainActor(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(16)(x))
+        return nn.tanh(nn.Dense(ACTION_DIM)(x))
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_an_actor_without_regularisers_is_the_plain_network(train):
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            for _ in range(2):
-                x = nn.relu(nn.Dense(16)(x))
-            return nn.tanh(nn.Dense(ACTIONS)(x))
-
-    params, network = small_state(SMALL).actor["params"], rebrac.Actor(SMALL, ACTIONS)
+    params = small_state(rebrac, SMALL).actor["params"]
+    network = rebrac.Actor(SMALL, ACTION_DIM)
 
     def ours(params, x):
         variables = {"params": params, "batch_stats": {}}
-        return rebrac.train_forward(network, variables, KEYS[0], x)[0] if train else rebrac.infer(network, variables, x)
+        if train:
+            return rebrac.forward_train(network, variables, KEYS[0], x)[0]
+        return rebrac.forward(network, variables, x)
 
     def plain(params, x):
-        return Plain().apply({"params": {**params["Hidden_0"], "Dense_2": params["Dense_0"]}}, x)
+        layers = {**params["Hidden_0"], "Dense_2": params["Dense_0"]}
+        return PlainActor().apply({"params": layers}, x)
 
-    compiled = [
-        jax.jit(jax.grad(lambda p, x, f=f: f(p, x).sum())).lower(params, BATCH.observations).compile().cost_analysis()
-        for f in (ours, plain)
-    ]
-    assert compiled[0] == compiled[1]
-    np.testing.assert_array_equal(ours(params, BATCH.observations), plain(params, BATCH.observations))
+    def cost(function):
+        grad = jax.grad(lambda params, x: function(params, x).sum())
+        return jax.jit(grad).lower(params, BATCH.observations).compile().cost_analysis()
+
+    assert cost(ours) == cost(plain)
+    actions = plain(params, BATCH.observations)
+    np.testing.assert_array_equal(ours(params, BATCH.observations), actions)
 
 
-@both
+PARTS_OF_REGULARISERS = [
+    (jax.random, "bernoulli"),
+    (optax.tree, "random_like"),
+    (optax, "stateless"),
+    (optax, "cosine_decay_schedule"),
+    (nn, "GroupNorm"),
+    (nn, "BatchNorm"),
+    (nn, "SpectralNorm"),
+    (jnp, "sign"),
+]
+
+
+@both_scripts
 def test_off_leaves_no_trace_in_the_program(monkeypatch, script):
     """With everything off, none of the regularisers' building blocks is even reached."""
-    text = program(script)
+    text = lowered_epoch(script)
 
     def unreachable(*arguments, **options):
         raise AssertionError("a regulariser that is off was reached")
 
-    for owner, name in [
-        (jax.random, "bernoulli"), (optax.tree, "random_like"), (optax, "stateless"), (optax, "cosine_decay_schedule"),
-        (nn, "GroupNorm"), (nn, "BatchNorm"), (nn, "SpectralNorm"), (jnp, "sign"),
-    ]:  # fmt: skip
+    for owner, name in PARTS_OF_REGULARISERS:
         monkeypatch.setattr(owner, name, unreachable)
-    normals = []
-    monkeypatch.setattr(jax.random, "normal", lambda *a, f=jax.random.normal: [normals.append(a), f(*a)][1])
-    off = {key: type(value)(0) for key, value in {**ON, **CRITIC_ON}.items()}
+    draws = []
+    normal = jax.random.normal
+
+    def counted_normal(*arguments):
+        draws.append(arguments)
+        return normal(*arguments)
+
+    monkeypatch.setattr(jax.random, "normal", counted_normal)
+    off = {name: type(value)(0) for name, value in {**ACTOR_FLAGS, **CRITIC_FLAGS}.items()}
     jax.clear_caches()  # or a program that has been traced before is not traced again
-    assert program(script, **off) == text
-    assert len(normals) == (1 if script == "rebrac" else 0)  # the noise on the target's actions
+    assert lowered_epoch(script, **off) == text
+    assert len(draws) == (SMALL.policy_freq if script is rebrac else 0)  # the target's
     jax.clear_caches()
     with pytest.raises(AssertionError, match="was reached"):
-        program(script, actor_dropout=0.1)
+        lowered_epoch(script, actor_dropout=0.1)
 
 
-@both
-@pytest.mark.parametrize("flag", [*ON, *CRITIC_ON])
+@functools.cache
+def program_of_64_units(script):
+    return lowered_epoch(script, hidden_dim=64)
+
+
+@both_scripts
+@pytest.mark.parametrize("flag", [*ACTOR_FLAGS, *CRITIC_FLAGS])
 def test_on_changes_the_program(flag, script):
-    assert program(script, hidden_dim=64, **{flag: {**ON, **CRITIC_ON}[flag]}) != program(script, hidden_dim=64)
+    value = {**ACTOR_FLAGS, **CRITIC_FLAGS}[flag]
+    on = lowered_epoch(script, hidden_dim=64, **{flag: value})
+    assert on != program_of_64_units(script)
 
 
-@both
-def test_strengths_share_a_compiled_program(script):
-    module, config = SCRIPTS[script]
-    strong, weak = dict(actor_dropout=0.5, actor_wd=0.1, gamma=0.9), dict(actor_dropout=0.1, actor_wd=1e-5)
-    assert program(script, **strong) == program(script, **weak) != program(script)
-    static, others = (module.split_config(replace(config, **flags))[0] for flags in (strong, weak))
-    assert static == others != module.split_config(config)[0]
-
-
-@both
+@both_scripts
 def test_all_regularisers_work_together(script):
-    module, config = SCRIPTS[script]
-    config = replace(config, hidden_dim=64, critic_layers=1, **ON, **CRITIC_ON, actor_l1_ratio=0.5, critic_l1_ratio=1.0)
+    config = replace(
+        small_config(script),
+        hidden_dim=64,
+        critic_layers=1,
+        actor_l1_ratio=0.5,
+        critic_l1_ratio=1.0,
+        **ACTOR_FLAGS,
+        **CRITIC_FLAGS,
+    )
+    if script is rebrac:
+        config = replace(config, policy_freq=1)  # quicker to compile
     data = jax.device_put(small_data())
-    states = init_states(module, config, data)
-    static, traced = module.split_config(config)
+    states = init_states(script, config, data)
     for _ in range(3):
-        states, infos = module.epoch(static, traced, states, data)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states._replace(key=None), infos)))
+        states, infos = script.epoch(config, states, data)
+    for leaf in jax.tree.leaves((states._replace(key=None), infos)):
+        assert np.isfinite(leaf).all()
