@@ -223,8 +223,8 @@ def with_regularisers(config, known):
     for name in config.regularisers.split("+"):
         if name not in known:
             raise UserError(
-                f"unknown regulariser {name!r}; there are none, {', '.join(known)}, "
-                "and DO+LN and the like"
+                f"unknown regulariser {name!r}; known: none, or {', '.join(known)}, "
+                "joined by + such as DO+LN"
             )
         for key, value in known[name].items():
             default = getattr(type(config), key)

@@ -81,9 +81,10 @@ class WandB:
             return self.init("offline")
 
     def init(self, mode):
+        """Call wandb.init with the time limits, and so that it never waits for an answer."""
         import wandb
 
-        # Otherwise wandb reports its own errors, for which a process would wait at its end
+        # Otherwise wandb reports its own errors to the server, and 20 s may pass before it exits
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         settings = wandb.Settings(
             init_timeout=TIME_LIMIT,

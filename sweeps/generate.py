@@ -20,7 +20,7 @@ from harness.scripts import scripts
 
 # The paper's experiments
 EXPERIMENTS = {
-    "baseline": "no regulariser",
+    "baseline": "the baseline",
     "dropout": "dropout",
     "weight_decay": "L2, L1 and the elastic net",
     "normalisation": "each normalisation",
@@ -30,10 +30,10 @@ EXPERIMENTS = {
     "pairs": "pairs of regularisers at their chosen strengths",
     "triples": "dropout, a normalisation, and one more",
     "tuning": "the combination that is tuned for each dataset",
-    "final": "the tuned ones against none, on all data",
+    "final": "the baseline, the best L2 (IQL: L1) and the best combination, on all data",
     "robustness": "scores under noise",
     "data_scaling": "less data",
-    "critic": "regularised critics, the actor plain",
+    "critic": "regularised critics, the actor as in the baseline",
 }
 NUM_SEEDS = {"final": 10}  # else 5
 
@@ -145,7 +145,7 @@ def write_sweeps(directory, algorithm, script, seeds_in_a_run):
         for name, grid in grids(script).items():
             about = f" on {words}: {EXPERIMENTS[name]}"
             write(f"{key}/{name}", about, grid, NUM_SEEDS.get(name, 5), datasets)
-    write("study", ": the README's study", study(algorithm, script), 5, STUDY_DATASETS)
+    write("study", ": the study in data/README.md", study(algorithm, script), 5, STUDY_DATASETS)
 
 
 def main():

@@ -54,7 +54,7 @@ BAD = {
     "--video nowhere/a.mp4": "video: there is no directory nowhere",
     "--evaluate nowhere": "nowhere/config.yaml is not the config of a run ([Errno 2] No such file",
     "--config_path nowhere.yaml": "[Errno 2] No such file",
-    "--regularisers DO+XN": "unknown regulariser 'XN'; there are none, DO, LN, FN, GN, BN, SN, L2,",
+    "--regularisers DO+XN": "unknown regulariser 'XN'; known: none, or DO, LN, FN, GN, BN, SN, L2,",
     "--regularisers DO+none": "unknown regulariser 'none'",
     "--regularisers L2+EN": "regularisers L2+EN has actor_",
     "--regularisers DO --actor_dropout 0.2": (

@@ -19,17 +19,22 @@ import sys
 from dataclasses import dataclass, field
 from typing import List
 
-from harness.environments import d4rl, gym  # isort: skip  (before sbx, which imports gym aloud)
-
-import gymnasium
 import h5py
 import numpy as np
-from sbx import SAC
 from tqdm import tqdm
 
 from harness.config import parse
 from harness.datasets import episode_returns, normalized_score
+from harness.environments import d4rl, gym
 from harness.errors import UserError, one_line_errors
+
+try:  # after gym, which sbx would import aloud
+    import gymnasium
+    from sbx import SAC
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error}; first pip install -r tools/requirements-collect.txt")
 
 ENVS = {  # a dataset of each, whose environment it is
     "halfcheetah": "halfcheetah-medium-v2",

@@ -63,9 +63,14 @@ def regularisers():
         for script in SCRIPTS.values():
             flags = script.CHOSEN[name]
             flag, strength = next(iter(flags.items()))
-            strengths.append("on" if strength is True else f"{strength:g}")
+            strengths.append("on" if strength is True else short(strength))
         rows.append([name, f"`{flag}`", text, *strengths])
     return markdown(["name", "flag", "what it is", *titles()], rows)
+
+
+def short(number):
+    """Return 0.1 as "0.1" and 0.00001 as "1e-5"."""
+    return f"{number:g}".replace("e-0", "e-")
 
 
 def titles():
@@ -141,12 +146,17 @@ def speed():
     for name, (title, reference) in SPEED.items():
         median, spread, *others = measured[name]
         share = f"{others[0]} ({between(others[1])}) of {reference}" if reference else ""
-        rows.append([title, median, between(spread), share])
+        rows.append([title, thousands(median), between(spread), share])
     return markdown(["", "median", "min – max", "relative to"], rows)
 
 
 def between(text):
-    return text.replace(" to ", " – ")
+    low, high = text.split(" to ")
+    return f"{thousands(low)} – {thousands(high)}"
+
+
+def thousands(text):
+    return f"{int(text):,}" if text.isdigit() else text
 
 
 def regulariser_times():
@@ -173,8 +183,8 @@ def cost():
     per_script = {"ReBRAC": five_seeds * rebrac, "IQL": five_seeds * 36 * rates["IQL", 256]}
     rows = []
     for text, factor in (
-        ("one configuration: 36 datasets, 5 seeds", 1),
-        ("the study's 14 configurations", 14),
+        ("one configuration on 36 datasets, 5 seeds", 1),
+        ("14: the baseline, 12 regularisers, the combination", 14),
         ("all files here", number_of_runs() / 180),
     ):
         row = [text, f"{0.18 * factor:.2f}"]
@@ -320,8 +330,7 @@ def findings():
         changes = tables[f"{script.NAME}, all domains: aggregates"]
         column = changes[0].index("change of the mean")
         cells = {line[0].split(" (")[0]: line[column] for line in changes[2:]}
-        differences = tables[f"{script.NAME}, all domains: differences"][2:]
-        baseline = differences[0][1]
+        baseline = changes[2][changes[0].index("mean")]
         single = [name for name in WHERE if name in cells]
         best = max(single, key=lambda name: float(cells[name].split(" %")[0]))
         worst = min(single, key=lambda name: float(cells[name].split(" %")[0]))
@@ -333,7 +342,7 @@ def findings():
             f"{worst}: {cells[worst]}",
             f"{combination}: {cells[combination]}",
         ])  # fmt: skip
-    header = ["", "baseline's mean score", "best single", "worst single", "paper's combination"]
+    header = ["", "baseline", "best of the 12", "worst of the 12", "combination, fixed strengths"]
     return markdown(header, rows)
 
 
@@ -362,8 +371,8 @@ BLOCKS = {
 def readmes():
     """Return the paths of the project's READMEs."""
     paths = [path_of("README.md")]
-    for folder in ("harness", "sweeps", "tools", "tests", "data"):
-        paths += glob.glob(path_of(folder, "README.md"))
+    for folder in ("data", "harness", "harness/mujoco210", "sweeps", "tests", "tools"):
+        paths.append(path_of(folder, "README.md"))
     return paths
 
 

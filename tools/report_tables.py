@@ -211,10 +211,12 @@ def score_table(title, rows, datasets):
         means["mean"] = means.mean(axis=1, skipna=False)
         cells["mean"] = means["mean"].map("{:.1f}".format).replace("nan", "incomplete")
     cells = cells.where(means != means.max(), "**" + cells + "**")
-    note = (
-        f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: "
-        f"(finished/{expected})."
-    )
+    note = "One seed."
+    if expected > 1:
+        note = (
+            f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: "
+            f"(finished/{expected})."
+        )
     return Table(title, cells, note)
 
 
@@ -225,7 +227,9 @@ def score_cell(runs, expected):
     notes = [f"{number} {state}" for state, number in states.items()]
     if scores.empty:
         return ", ".join(notes)
-    text = f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
+    text = f"{scores.mean():.1f}"
+    if len(scores) > 1:
+        text += f" ± {scores.std(ddof=0):.1f}"
     if len(scores) < expected:
         text += f" ({', '.join([f'{len(scores)}/{expected}', *notes])})"
     return text
