@@ -931,7 +931,7 @@ def tuned(config):
 
 def main():
     given = parse(Config)
-    if given.evaluate:
+    if given.evaluate is not None:
         return evaluate_run(given, policy, constraints, BOUNDS)
     config = tuned(given)
     check(config, constraints, BOUNDS)

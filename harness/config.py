@@ -15,28 +15,11 @@ import yaml
 
 from harness.environments import registered_names
 from harness.errors import UserError, one_line
+from harness.values import read_value, type_in_words
 
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a report reads thousands of configs
 
-# --- pyrallis, made strict ---
-
-
-def strict_bool(value):
-    """Read true and false. pyrallis itself takes any word for true."""
-    if value not in (False, True):
-        raise ValueError("neither true nor false")
-    return bool(value)
-
-
-def strict_int(value):
-    """Read a whole number, also 1e5. pyrallis itself cuts 0.5 to 0."""
-    if float(value) % 1:
-        raise ValueError("not a whole number")
-    return int(float(value))
-
-
-pyrallis.decode.register(bool, strict_bool)
-pyrallis.decode.register(int, strict_int)
+# --- pyrallis: the parser and its help ---
 
 
 @functools.cache
@@ -62,18 +45,23 @@ pyrallis.wrappers.docstring.get_attribute_docstring = inline_comment
 
 
 class Parser(pyrallis.argparsing.ArgumentParser):
-    """pyrallis's parser, whose values are read field by field and whose YAML can't run code."""
+    """pyrallis's parser, which gives the words of the flags that are there, {name: word}."""
+
+    def __init__(self, config_class):
+        super().__init__(config_class, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a value and no flag
 
     def _postprocessing(self, parsed_args):
-        words = vars(parsed_args)
-        path = words.pop("config_path", None)
-        fields = {} if path is None else read_yaml(path)
-        for name, word in words.items():
-            try:
-                fields[name] = yaml.safe_load(word)
-            except yaml.YAMLError:
-                fields[name] = word
-        return decode(self.config_class, fields)
+        return vars(parsed_args)
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if not unknown:
+            raise UserError(one_line(message))
+        flag = unknown[1].partition("=")[0]
+        names = [f"--{field.name}" for field in dataclasses.fields(self.config_class)]
+        near = difflib.get_close_matches(flag, names, n=3, cutoff=0)
+        raise UserError(f"there is no flag {flag}; the nearest are {', '.join(near)}")
 
 
 @functools.cache  # since a sweep reads thousands of configs
@@ -90,51 +78,52 @@ def parse(config_class, arguments=None):
 
     Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    words = ["--help" if word == "-h" else word for word in words]  # pyrallis knows --help alone
-    config = parser(config_class, "--help" in words).parse_args(words)
+    words = given_words(config_class, arguments)
+    path = words.pop("config_path", None)
+    values = {}
+    if path is not None:
+        try:
+            values = decode(config_class, read_yaml(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    values |= decode(config_class, words)
+    config = config_class(**values)
     configure_jax(getattr(config, "deterministic", False))
     return config
+
+
+def given_words(config_class, arguments=None):
+    """Return the words of the flags that are given, {name: word}."""
+    words = sys.argv[1:] if arguments is None else arguments
+    words = ["--help" if word == "-h" else word for word in words]  # pyrallis knows --help alone
+    return dict(parser(config_class, "--help" in words).parse_args(words))
 
 
 def read_yaml(path):
     """Return the dictionary in a YAML file."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             fields = yaml.load(file, SafeLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(one_line(error)) from error
+        raise UserError(f"can't be read ({one_line(error)})") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{path} holds no fields: it must have lines such as `seed: 0`")
+        raise UserError("it holds no fields; it must have lines such as `seed: 0`")
     return fields
 
 
 def decode(config_class, fields):
-    """Return the config of a dictionary of fields, with each value in its field's type."""
+    """Return a dictionary of fields with each value in its field's type."""
     types = {field.name: field.type for field in dataclasses.fields(config_class)}
     values = {}
     for name, value in fields.items():
         if name not in types:
             raise UserError(f"there is no field {name!r}; --help lists them")
         try:
-            values[name] = pyrallis.decode(types[name], value)
-        except Exception as error:  # pyrallis raises a bare Exception
+            values[name] = read_value(types[name], value)
+        except (ValueError, TypeError, SyntaxError) as error:
             kind = type_in_words(types[name])
             raise UserError(f"{name} can't be {value!r}; it is {kind}") from error
-    return config_class(**values)
-
-
-def type_in_words(field_type):
-    kind = re.search("List|Tuple|float|int|bool|str", str(field_type))[0]
-    words = {
-        "List": "a list such as [a, b]",
-        "Tuple": "a list of pairs such as [[0.2, 0], [0, 0.05]]",
-        "float": "a number",
-        "int": "a whole number",
-        "bool": "true or false",
-        "str": "a word",
-    }
-    return words[kind]
+    return values
 
 
 def configure_jax(deterministic):

@@ -112,7 +112,7 @@ def load_config(config_class, directory):
     """Return a run's config."""
     saved = read_fields(directory)
     try:
-        return decode(config_class, {**saved, "results": directory})
+        return config_class(**decode(config_class, {**saved, "results": directory}))
     except UserError as error:
         path = os.path.join(directory, "config.yaml")
         raise UserError(f"{path} is not the config of a run ({error})") from error

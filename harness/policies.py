@@ -6,10 +6,12 @@ import functools
 import numpy as np
 
 from harness.checkpoint import last_checkpoint, unflatten
-from harness.config import check
+from harness.config import check, given_words
 from harness.directory import load_config
 from harness.errors import UserError
 from harness.evaluation import make_envs, print_scores, record
+
+EVALUATION_FLAGS = ("evaluate", "video", "eval_episodes", "eval_noise")
 
 
 def load(config_class, policy, directory):
@@ -56,12 +58,12 @@ def one_policy(config, policies, seed):
 
 def evaluate_run(given, policy, constraints, bounds):
     """Do as `--evaluate RUN` says: print the scores of its policies, and film an episode."""
-    config, update, policies = load(type(given), policy, given.evaluate)
     fields = dict(evaluate=given.evaluate, video=given.video)
-    if given.eval_episodes is not None:
-        fields["eval_episodes"] = given.eval_episodes
-    if given.eval_noise != type(given).eval_noise:  # else it was not given
-        fields["eval_noise"] = given.eval_noise
+    for name in given_words(type(given)):
+        if name not in EVALUATION_FLAGS:
+            raise UserError(f"--evaluate takes no --{name}: the run's own config.yaml says it")
+        fields[name] = getattr(given, name)
+    config, update, policies = load(type(given), policy, given.evaluate)
     config = dataclasses.replace(config, **fields)
     check(config, constraints, bounds)
     envs = make_envs(config)
