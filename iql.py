@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from harness.config import check, parse, read_table, with_regularisers
-from harness.datasets import domain, episode_returns, load_dataset, tuned_values
+from harness.datasets import domain, episode_ends, episode_returns, load_dataset, tuned_values
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, make_envs
 from harness.policies import evaluate_run
@@ -142,7 +142,7 @@ def make_dataset(config, raw):
     terminals (N,); ends (N,), the last step of each episode; train and validation, the indices of
     the steps that are transitions; mean and std of the states, (S,) or the scalars 0 and 1.
     """
-    ends = raw["terminals"] | raw["timeouts"]
+    ends = episode_ends(config.dataset_name, raw)
     ends[-1] = True
     held_out = hold_out(config, ends)
     # As in D4RL's qlearning_dataset, a step at a timeout is no transition: its s' isn't known.
@@ -198,7 +198,7 @@ def reward_scale(config, raw):
     """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
     if domain(config.dataset_name) == "antmaze":
         return np.float32(100)
-    return_range = np.ptp(episode_returns(raw))
+    return_range = np.ptp(episode_returns(config.dataset_name, raw))
     if return_range == 0:
         raise UserError("all episodes have the same return; use --normalize_reward false")
     return np.float32(1000 / return_range)

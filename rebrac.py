@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from harness.config import check, parse, read_table, with_regularisers
-from harness.datasets import domain, episode_returns, load_dataset, tuned_values
+from harness.datasets import domain, episode_ends, episode_returns, load_dataset, tuned_values
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, make_envs
 from harness.policies import evaluate_run
@@ -150,7 +150,7 @@ def make_dataset(config, raw):
     terminals (N,); ends (N,), the last step of each episode; train and validation, the indices of
     the steps that are transitions; mean and std of the states, (S,) or the scalars 0 and 1.
     """
-    ends = raw["terminals"] | raw["timeouts"]
+    ends = episode_ends(config.dataset_name, raw)
     ends[-1] = True
     held_out = hold_out(config, ends)
     # As in D4RL's qlearning_dataset, a step at a timeout is no transition: its s' isn't known.
@@ -206,7 +206,7 @@ def reward_scale(config, raw):
     """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
     if domain(config.dataset_name) == "antmaze":
         return np.float32(100)
-    return_range = np.ptp(episode_returns(raw))
+    return_range = np.ptp(episode_returns(config.dataset_name, raw))
     if return_range == 0:
         raise UserError("all episodes have the same return; use --normalize_reward false")
     return np.float32(1000 / return_range)
@@ -660,7 +660,8 @@ def with_value_range(config, data):
     """Set v_min and v_max, unless given, to the data's smallest and largest return to go."""
     if config.critic_loss == "mse":
         return config
-    returns = returns_to_go(data["rewards"], data["ends"], config.gamma)
+    ends = data["ends"] | data["terminals"]
+    returns = returns_to_go(data["rewards"], ends, config.gamma)
     v_min = float(returns.min()) if config.v_min is None else config.v_min
     v_max = float(returns.max()) if config.v_max is None else config.v_max
     if v_min >= v_max or config.v_expand <= -1:
@@ -672,7 +673,7 @@ def with_value_range(config, data):
 
 
 def returns_to_go(rewards, ends, gamma):
-    """Return the discounted return from each step to the end of its episode, (N,)."""
+    """Return the discounted return from each step to the next end, (N,)."""
     returns = np.empty(len(rewards))
     return_to_go = 0.0
     steps = zip(rewards[::-1].tolist(), ends[::-1].tolist())

@@ -41,7 +41,8 @@ def load_dataset(config):
     """Return the arrays of the config's dataset, and print a line about it."""
     env = make_env(config.dataset_name)
     raw = read_dataset(dataset_file(config, env), env)
-    scores = normalized_score(config.dataset_name, episode_returns(raw))
+    name = config.dataset_name
+    scores = normalized_score(name, episode_returns(name, raw))
     print(
         f"{config.dataset_name}: {len(raw['rewards'])} steps, {len(scores)} whole episodes, "
         f"whose score is {scores.mean():.1f} on average and {scores.max():.1f} at best"
@@ -157,10 +158,29 @@ def time_limits(terminals, limit):
     return (steps - first_steps) % limit == limit - 1
 
 
-def episode_returns(raw):
-    """Return the undiscounted returns of the whole episodes in a file."""
-    ends = np.flatnonzero(raw["terminals"] | raw["timeouts"])
-    return np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ends], prepend=0.0)
+def episode_ends(name, raw):
+    """Return where a dataset's episodes end, (N,).
+
+    They end at terminals and timeouts. But in AntMaze's files each step near the goal is a
+    terminal, while the trajectory goes on until its timeout (D4RL issue 199). There a terminal is
+    an end only if the ant is elsewhere in the next step.
+    """
+    if domain(name) != "antmaze":
+        return raw["terminals"] | raw["timeouts"]
+    moves = np.diff(raw["observations"][:, :2], axis=0)
+    is_elsewhere = np.append(np.linalg.norm(moves, axis=1) > 1, True)  # in metres
+    return raw["timeouts"] | (raw["terminals"] & is_elsewhere)
+
+
+def episode_returns(name, raw):
+    """Return the undiscounted returns of the whole episodes in a dataset, up to a terminal."""
+    ends = episode_ends(name, raw)
+    episode = np.cumsum(ends) - ends  # of each step
+    starts = np.append(0, np.flatnonzero(ends) + 1)
+    terminals_before = np.cumsum(raw["terminals"]) - raw["terminals"]
+    is_over = terminals_before > terminals_before[starts[episode]]
+    rewards = np.where(is_over, 0, raw["rewards"])
+    return np.diff(np.cumsum(rewards, dtype=np.float64)[ends], prepend=0.0)
 
 
 def normalized_score(name, returns):

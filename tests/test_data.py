@@ -15,7 +15,7 @@ import pytest
 from conftest import BUNDLED, ROOT, both_scripts, random_columns
 
 import rebrac
-from harness.datasets import dataset_file, episode_returns, read_dataset
+from harness.datasets import dataset_file, episode_ends, episode_returns, read_dataset
 from harness.environments import d4rl, inner, make_env
 from harness.errors import UserError
 
@@ -216,10 +216,70 @@ def test_rewards_are_scaled_as_the_paper_does(read):
     scaled = rebrac.make_dataset(antmaze, raw)["rewards"]
     np.testing.assert_allclose(scaled, 100 * rewards, rtol=1e-6)
     returns = returns_of_episodes(columns)
-    np.testing.assert_allclose(episode_returns(raw), returns, atol=1e-4)
+    np.testing.assert_allclose(episode_returns(CONFIG.dataset_name, raw), returns, atol=1e-4)
     scaled = rebrac.make_dataset(replace(CONFIG, normalize_reward=True), raw)["rewards"]
     expected = rewards * 1000 / (max(returns) - min(returns))
     np.testing.assert_allclose(scaled, expected, rtol=1e-4)
+
+
+def maze_columns(length=101, count=20, near=40):
+    """Return columns as D4RL's AntMaze files have them: half of the trajectories reach the goal.
+
+    There they stay for their last `near` steps, each of them a terminal with a reward of 1.
+    """
+    rng = np.random.default_rng(0)
+    size = length * count
+    step = np.arange(size) % length
+    trajectory = np.arange(size) // length
+    observations = rng.normal(size=(size, 29)).astype(np.float32)
+    observations[:, :2] = 0.01 * step[:, None] + 5 * (trajectory % 3)[:, None]
+    at_goal = (trajectory % 2 == 0) & (step >= length - near)
+    return dict(
+        observations=observations,
+        actions=rng.uniform(-1, 1, (size, 8)).astype(np.float32),
+        rewards=at_goal.astype(np.float32),
+        terminals=at_goal,
+        timeouts=step == length - 1,
+    )
+
+
+@both_scripts
+@pytest.mark.parametrize("seed", [None, 0])
+def test_antmazes_trajectories_go_on_at_the_goal(script, seed, capsys):
+    raw = maze_columns()
+    fields = dict(dataset_name="antmaze-umaze-v2", validation_frac=0.1, validation_seed=seed)
+    data = script.make_dataset(script.tuned(script.Config(**fields)), raw)
+    assert "training on 18 episodes, 1800 transitions" in capsys.readouterr().out
+    trajectory = np.arange(len(raw["rewards"])) // 101
+    train = set(trajectory[data["train"]])
+    held_out = set(trajectory[data["validation"]])
+    assert (len(train), len(held_out), len(train & held_out)) == (18, 2, 0)
+    np.testing.assert_array_equal(np.flatnonzero(data["ends"]), 101 * np.arange(1, 21) - 1)
+    # The bootstrap ends at each terminal all the same
+    batch = script.transitions(data, np.flatnonzero(raw["terminals"] & ~raw["timeouts"]))
+    assert np.all(batch.terminals == 1)
+
+
+def test_antmazes_returns_count_the_first_success():
+    raw = maze_columns()
+    returns = episode_returns("antmaze-umaze-v2", raw)
+    np.testing.assert_array_equal(returns, [1.0, 0.0] * 10)
+
+
+def test_an_antmaze_file_may_also_begin_anew_after_the_goal():
+    """As files do that were made by evaluation: a terminal, and then the start again."""
+    raw = maze_columns(near=1)
+    raw["timeouts"] &= ~raw["terminals"]
+    ends = episode_ends("antmaze-umaze-v2", raw)
+    np.testing.assert_array_equal(np.flatnonzero(ends), 101 * np.arange(1, 21) - 1)
+
+
+def test_value_range_of_antmaze_ends_at_each_terminal():
+    raw = maze_columns()
+    config = rebrac.tuned(rebrac.Config(dataset_name="antmaze-umaze-v2"))
+    data = rebrac.make_dataset(config, raw)
+    config = rebrac.with_value_range(replace(config, v_min=None, v_max=None), data)
+    assert (config.v_min, config.v_max) == (0, 100)  # and not 100 for each step at the goal
 
 
 def test_value_range_is_that_of_the_discounted_returns(read):

@@ -81,7 +81,7 @@ def test_the_bundled_datasets_are_as_described():
         scores = [100 * env.get_normalized_score(rewards.sum()) for rewards in episodes]
         found = [f"{len(ends):,}", f"{ends[-1]:,}", f"{np.mean(scores):.1f}", f"{max(scores):.1f}"]
         assert told == found, name
-        ours = normalized_score(name, episode_returns(raw))
+        ours = normalized_score(name, episode_returns(name, raw))
         np.testing.assert_allclose(ours, scores, rtol=1e-4)
 
 

@@ -129,7 +129,7 @@ def rollout(config, model, number):
 
 def summary(data, name):
     """Return the numbers of episodes and transitions, and the episodes' mean and best score."""
-    scores = normalized_score(name, episode_returns(data))
+    scores = normalized_score(name, episode_returns(name, data))
     return dict(
         episodes=len(scores),
         transitions=len(data["rewards"]),
