@@ -651,6 +651,45 @@ def test_without_results_of_ones_own_the_study_is_shown(tmp_path, monkeypatch):
     assert Config().results == ["results"]
 
 
+def test_a_regulariser_that_only_a_fork_knows_labels_its_runs(make_run, make_report):
+    for seed in (0, 1):
+        make_run([[1.0, 50]], seed=seed)
+        for value, score in ((True, 60), (False, 50)):
+            path = make_run([[1.0, score]], seed=seed, folder=f"fork{value}", actor_ln=True)
+            with open(os.path.join(path, "config.yaml"), "a") as file:
+                file.write(f"actor_rms: {str(value).lower()}\n")
+    table = make_report("results", "forkTrue")["ReBRAC, Gym-MuJoCo: scores"]
+    assert list(table.index) == ["baseline", "LN+actor_rms=True"]
+    table = make_report("results", "forkFalse")["ReBRAC, Gym-MuJoCo: scores"]
+    assert list(table.index) == ["baseline", "LN"]
+
+
+def test_linked_directories_are_followed_once(make_run, make_report, tmp_path):
+    for seed in (0, 1):
+        make_run([[1.0, 50]], seed=seed, folder="elsewhere")
+    os.makedirs(tmp_path / "results")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "results" / "linked")
+    os.symlink(tmp_path / "results", tmp_path / "elsewhere" / "circle")
+    table = make_report("results")["ReBRAC, Gym-MuJoCo: scores"]
+    assert rows_of(table) == [["baseline", "**50.0 ± 0.0**"]]
+
+
+def test_an_output_that_can_not_be_written_is_an_error_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(report, "read_results", lambda results: pytest.fail("work began"))
+    with pytest.raises(UserError, match="can't write to .*file/report"):
+        report.main(Config(results=["data/study.csv"], output=str(tmp_path / "file" / "report")))
+
+
+def test_odd_characters_stand_in_tables_as_they_are():
+    cells = pd.DataFrame({"a|b": ["~^{}\\"]}, index=["x_y"])
+    markdown = report_tables.to_markdown(Table("title", cells, "note"))
+    assert r"| regularisers | a\|b |" in markdown
+    latex = report_tables.to_latex(Table("title", cells, "note"))
+    expected = r"x\_y & \textasciitilde \textasciicircum \{\}\textbackslash "
+    assert expected in latex
+
+
 # --- Results as tables ---
 
 

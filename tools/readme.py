@@ -294,7 +294,7 @@ def by_dataset(column, digits):
 
 def report_tables():
     """Return the tables of data/study/tables.md: {title: lines of cells}."""
-    with open(path_of("data", "study", "tables.md")) as file:
+    with open(path_of("data", "study", "tables.md"), encoding="utf-8") as file:
         text = file.read()
     found = {}
     for title, body in re.findall(r"^### (.+)\n\n((?:\|.*\n)+)", text, re.MULTILINE):
@@ -394,13 +394,13 @@ def main():
     check = parser.parse_args().check
     changed = []
     for path in readmes():
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             old = file.read()
         new = renew(old)
         if new != old:
             changed.append(os.path.relpath(path, ROOT))
             if not check:
-                with open(path, "w") as file:
+                with open(path, "w", encoding="utf-8") as file:
                     file.write(new)
     if check and changed:
         raise UserError(f"python -m tools.readme would change {', '.join(changed)}")

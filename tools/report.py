@@ -65,7 +65,11 @@ class Report:
         self.markdown = []
         self.latex = ["% needs booktabs and graphicx\n"]
         self.sections = 0
-        os.makedirs(directory, exist_ok=True)
+        try:
+            os.makedirs(directory, exist_ok=True)
+            open(self.path("tables.md"), "a").close()
+        except OSError as error:
+            raise UserError(f"can't write to {directory} ({error.strerror})") from error
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -104,7 +108,7 @@ class Report:
             "index.html": f"{head}{CSS}{page}</html>\n",
         }
         for name, text in texts.items():
-            with open(self.path(name), "w") as file:
+            with open(self.path(name), "w", encoding="utf-8") as file:
                 file.write(text)
         print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
 
@@ -221,6 +225,7 @@ def add_runs(report, config, script, rows, datasets):
 def main(config):
     if config.final not in ("last", "mean") or config.reps < 1 or config.variants < 1:
         raise UserError("final must be last or mean, reps and variants 1 or more")
+    report = Report(config.output)  # an error before any work if it can't be written
     if config.wandb:
         source = config.wandb
         seeds, left_out = read_wandb(config.wandb)
@@ -246,7 +251,6 @@ def main(config):
     final = "the last evaluation"
     if config.final == "mean":
         final = "the mean of the last 10 evaluations, on AntMaze 5"
-    report = Report(config.output)
     report.add_text(f"# Report\n\n{summary}. A run's score is that of {final}.\n")
     for settings, own in by_settings(pd.DataFrame(seeds)):
         words = [f"{key}={value}" for key, value in settings] or ["the paper's"]

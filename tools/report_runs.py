@@ -86,7 +86,7 @@ def run_labels(script, config, default, tuned):
     "DO+LN"               dropout and LayerNorm, at the paper's strengths
     "LN", "DO+LN"         both names, if the paper has dropout anyway on this dataset
     "LN (no DO)"          LayerNorm, without that dropout
-    "LN+critic_ln=False"  a regulariser without an abbreviation
+    "LN+critic_ln=False"  a regulariser without an abbreviation, or one that only a fork knows
     "DO+LN+GrN", "best"   what is `tuned` for the dataset
     """
     found = strengths(script, config)
@@ -99,10 +99,16 @@ def run_labels(script, config, default, tuned):
 
     others = unnamed_fields(script)
     words = [f"{key}={config[key]}" for key in changed_fields(config, default) if key in others]
+    words += [f"{key}={value}" for key, value in unknown_fields(config, default).items()]
     if words:
         return ("+".join(words if labels[0] == BASELINE else [labels[0], *words]),)
     labels += [name for name, variant in tuned.items() if variant == found]
     return tuple(dict.fromkeys(labels))
+
+
+def unknown_fields(config, default):
+    """Return fields that this checkout's script doesn't have, such as a fork's, if they are on."""
+    return {key: value for key, value in config.items() if key not in default and value}
 
 
 def changed_fields(config, default):
@@ -298,11 +304,15 @@ def find_runs(folder):
     if not os.path.isdir(folder):
         raise UserError(f"there is no directory {folder}")
     found = {}
-    for path, inside, files in os.walk(folder):
+    seen = set()  # by their real paths, since links may lead in circles
+    for path, inside, files in os.walk(folder, followlinks=True):
         inside.sort()
-        if "config.yaml" in files:
+        if os.path.realpath(path) in seen:
+            inside.clear()
+        elif "config.yaml" in files:
             found[path] = path
             inside.clear()
+        seen.add(os.path.realpath(path))
     return found
 
 

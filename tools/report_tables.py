@@ -45,6 +45,7 @@ class Table(NamedTuple):
 def to_markdown(table):
     header, *lines = table.lines()
     lines = [header, ["---"] * len(header), *lines]
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text = text.replace("|  ", "| ")  # where a cell is empty
     return f"### {table.title}\n\n{text}\n\n{table.note}\n"
@@ -73,7 +74,10 @@ def to_latex(table):
 
 def escape(text):
     """Return a cell's Markdown as LaTeX."""
-    text = re.sub(r"([%&_#$])", r"\\\1", text).replace("±", r"$\pm$").replace("–", "--")
+    text = text.replace("\\", r"\textbackslash ")
+    text = re.sub(r"([%&_#${}])", r"\\\1", text)
+    text = text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
+    text = text.replace("±", r"$\pm$").replace("–", "--")
     return re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", text)
 
 
