@@ -197,7 +197,7 @@ def report_commands():
 @pytest.mark.parametrize("command", report_commands())
 def test_a_report_of_the_readmes_is_made(command, tmp_path, start):
     """As it stands, but of fewer runs."""
-    start(results="results", seed=0)
+    start(results="results/study", seed=0)
     os.makedirs(tmp_path / "data")
     table = pd.read_csv(os.path.join(ROOT, "data", "study.csv"), dtype=str)
     is_small = (table["dataset_name"] == "hopper-medium-v2") & (table["algorithm"] == "iql")
