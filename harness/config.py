@@ -95,8 +95,19 @@ def parse(config_class, arguments=None):
 def given_words(config_class, arguments=None):
     """Return the words of the flags that are given, {name: word}."""
     words = sys.argv[1:] if arguments is None else arguments
+    if os.getenv("WANDB_SWEEP_ID"):
+        words = [word for word in words if not is_wandbs_own(word)]
     words = ["--help" if word == "-h" else word for word in words]  # pyrallis knows --help alone
     return dict(parser(config_class, "--help" in words).parse_args(words))
+
+
+def is_wandbs_own(word):
+    """Return whether an agent of W&B gives a word that is no flag.
+
+    It hands out a preempted run again with the run's whole logged config as flags. There None is
+    --key=None, and W&B's own entries and the algorithm's name are flags, too.
+    """
+    return word.endswith("=None") or word.startswith(("--_wandb", "--algorithm="))
 
 
 def read_yaml(path):

@@ -12,7 +12,7 @@ from conftest import ROOT, both_scripts, paper_rows
 import iql
 import rebrac
 from harness.config import HOLDS, check, parse, read_table
-from harness.directory import run_directory
+from harness.directory import run_directory, saved_fields
 from harness.errors import BusyError, UserError, one_line_errors
 
 # --- Wrong words ---
@@ -173,6 +173,19 @@ def test_values_are_read_as_they_are_meant(tmp_path):
     assert config == rebrac.Config(**expected)
     for name, value in expected.items():
         assert type(getattr(config, name)) is type(value), name
+
+
+def test_an_agent_of_wandb_hands_out_a_whole_config(monkeypatch):
+    """W&B resumes a preempted run with all that was logged of its config."""
+    config = iql.tuned(iql.Config(dataset_name="pen-human-v1", actor_ln=True, seed=3))
+    logged = {"algorithm": "iql", "_wandb": {}, **saved_fields(vars(config))}
+    words = [f"--{key}={value}" for key, value in logged.items()]
+    with pytest.raises(UserError):
+        parse(iql.Config, words)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    again = iql.tuned(parse(iql.Config, words))
+    assert again == config
+    assert run_directory("iql", again, iql.tuned) == run_directory("iql", config, iql.tuned)
 
 
 def test_a_word_is_never_read_as_yaml():

@@ -156,16 +156,23 @@ class Server:
     def next_command(self, name):
         """Return a sweep's next order: a run that was preempted, or else a new one, or the end."""
         sweep = self.sweeps[name]
-        for i, run in enumerate(sweep["runs"]):
+        for i in range(len(sweep["runs"])):
             known = self.runs.get(f"{name}-run{i}", {})
-            if known.get("state") == "preempting":
+            if known.get("state") == "preempting" and known.get("exit") != 0:
                 known["state"] = "running"
-                return self.run_command(name, i, run)
+                return self.resume_command(name, i)
         run = sweeps.next_run(sweep["config"], sweep["runs"])
         if run is None:
             return dict(type="exit")
         sweep["runs"].append(run)
         return self.run_command(name, len(sweep["runs"]) - 1, run)
+
+    def resume_command(self, name, index):
+        """Order a preempted run again, as W&B does: with its whole config as flags."""
+        program = self.sweeps[name]["config"]["program"]
+        run = f"{name}-run{index}"
+        arguments = {**self.runs[run]["config"], "_wandb": dict(value={})}
+        return dict(type="resume", run_id=run, program=program, args=arguments)
 
     def run_command(self, name, index, run):
         program = self.sweeps[name]["config"]["program"]
