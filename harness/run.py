@@ -43,7 +43,8 @@ class Run:
     finished.json    once the run is finished: how long it took
     failed.txt       once an error has stopped it: the error
 
-    In a `with` statement it handles SIGTERM and Ctrl-C: they save a checkpoint and exit.
+    In a `with` statement it handles SIGTERM, Ctrl-C, and SIGHUP unless nohup has it ignored: they
+    save a checkpoint and exit.
     """
 
     def __init__(self, script, config, tuned):
@@ -112,7 +113,10 @@ class Run:
             self.send_again()
             return self
         self.handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self.handlers[number] = signal.signal(number, self.stop)
         return self
 

@@ -384,6 +384,21 @@ def test_ctrl_c_saves_too_and_a_second_one_ends_at_once(start, monkeypatch, caps
     assert "resuming from update 40" in output  # saved before the evaluation there
 
 
+def test_a_closed_terminal_saves_too_unless_nohup_has_it_ignored(start, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, rebrac, 3, signal.SIGHUP)
+        exits(128 + signal.SIGHUP, start)
+    assert "stopped at update 30" in capsys.readouterr().out
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            signal_in_epoch(patch, rebrac, 2, signal.SIGHUP)
+            start()
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert "final score" in capsys.readouterr().out
+
+
 def test_an_evaluation_ends_at_once_and_is_made_again(start, monkeypatch, capsys):
     whole = contents(start(results="whole"))
     with monkeypatch.context() as patch:
