@@ -131,7 +131,7 @@ def decode(config_class, fields):
             raise UserError(f"there is no field {name!r}; --help lists them")
         try:
             values[name] = read_value(types[name], value)
-        except (ValueError, TypeError, SyntaxError) as error:
+        except (ValueError, TypeError, SyntaxError, OverflowError) as error:
             kind = type_in_words(types[name])
             raise UserError(f"{name} can't be {value!r}; it is {kind}") from error
     return values

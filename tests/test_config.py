@@ -212,6 +212,7 @@ def test_a_word_is_never_read_as_yaml():
         (b"seed: one\n", "seed can't be 'one'; it is a whole number"),
         (b"seed: true\n", "seed can't be True; it is a whole number"),
         (b"seed: null\n", "seed can't be None; it is a whole number"),
+        (b"tau: 1" + b"0" * 400 + b"\n", "tau can't be 1000"),
         (b"seed: [1\n", "can't be read"),
         ("seed: 1\n".encode("utf-16"), "can't be read"),
         (bytes(range(256)), "can't be read"),

@@ -651,15 +651,18 @@ def test_without_results_of_ones_own_the_study_is_shown(tmp_path, monkeypatch):
     assert Config().results == ["results"]
 
 
-def test_a_regulariser_that_only_a_fork_knows_labels_its_runs(make_run, make_report):
+def test_a_regulariser_that_only_a_fork_knows_labels_its_runs(make_run, make_report, tmp_path):
     for seed in (0, 1):
         make_run([[1.0, 50]], seed=seed)
         for value, score in ((True, 60), (False, 50)):
             path = make_run([[1.0, score]], seed=seed, folder=f"fork{value}", actor_ln=True)
             with open(os.path.join(path, "config.yaml"), "a") as file:
                 file.write(f"actor_rms: {str(value).lower()}\n")
-    table = make_report("results", "forkTrue")["ReBRAC, Gym-MuJoCo: scores"]
+    whole = make_report("results", "forkTrue", csv=str(tmp_path / "all.csv"))
+    table = whole["ReBRAC, Gym-MuJoCo: scores"]
     assert list(table.index) == ["baseline", "LN+actor_rms=True"]
+    again = make_report("all.csv")["ReBRAC, Gym-MuJoCo: scores"]
+    pd.testing.assert_frame_equal(again, table)
     table = make_report("results", "forkFalse")["ReBRAC, Gym-MuJoCo: scores"]
     assert list(table.index) == ["baseline", "LN"]
 
@@ -724,7 +727,14 @@ def test_a_table_has_last_mean_and_best_scores_and_times(make_run, make_report, 
 def test_what_is_no_table_of_results_is_an_error(make_run, make_report, tmp_path):
     with pytest.raises(UserError, match="nowhere.csv is not a table of results"):
         make_report("nowhere.csv")
+    (tmp_path / "other.csv").write_text("seed,update\n0,1\n")
+    with pytest.raises(UserError, match="it has no column 'algorithm'"):
+        make_report("other.csv")
     make_run([[1.0]])
+    make_report("results", csv=str(tmp_path / "cut.csv"))
+    os.truncate(tmp_path / "cut.csv", os.path.getsize(tmp_path / "cut.csv") - 3)
+    with pytest.raises(UserError, match="cut.csv is cut short"):
+        make_report("cut.csv")
     with pytest.raises(UserError, match="can't write"):
         make_report("results", csv=str(tmp_path / "nowhere" / "results.csv"))
 

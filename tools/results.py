@@ -21,6 +21,7 @@ from harness.scripts import scripts
 
 FIRST = ["algorithm", "dataset_name", "run"]
 SCORES = ["seed", "state", "score", "mean_score", "best_score"]
+UNKNOWN = "config/"  # before the name of a field that only a fork's script has
 
 
 def mean_of_last(scores, domain):
@@ -73,7 +74,9 @@ def config_differences(algorithm, config):
     default = saved_fields(vars(default_config(own, script.tuned)))
     differences = {}
     for name, value in config.items():
-        if name not in ("dataset_name", "seed", "num_seeds") and value != default.get(name):
+        if name not in known:
+            differences[f"{UNKNOWN}{name}"] = json.dumps(value)
+        elif name not in ("dataset_name", "seed", "num_seeds") and value != default.get(name):
             differences[name] = value if isinstance(value, str) else json.dumps(value)
     return differences
 
@@ -81,9 +84,17 @@ def config_differences(algorithm, config):
 def read_table(path):
     """Return the rows of a table as dictionaries of texts."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with open(path, "rb") as file:
+            is_whole = file.read().endswith(b"\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a table of results ({one_line(error)})") from error
+    for name in (*FIRST, "seed", "state", "score"):
+        if name not in table:
+            raise UserError(f"{path} is not a table of results: it has no column {name!r}")
+    if not is_whole:
+        raise UserError(f"{path} is cut short: its last row has no end")
+    return table.to_dict("records")
 
 
 def parse_row(row):
@@ -94,15 +105,18 @@ def parse_row(row):
     script = scripts()[algorithm]
     fields = vars(script.Config())
     words = []
+    unknown = {}
     evaluation = {}
     for name, text in row.items():
         if text == "" or name in ("algorithm", "run", "state"):
             continue
-        if name in fields:
+        if name.startswith(UNKNOWN):
+            unknown[name.removeprefix(UNKNOWN)] = json.loads(text)
+        elif name in fields:
             words += [f"--{name}", text]
         else:
             evaluation[name] = float(text)
-    config = saved_fields(vars(script.tuned(parse(script.Config, words))))
+    config = {**saved_fields(vars(script.tuned(parse(script.Config, words)))), **unknown}
     evaluation["seed"] = config["seed"]
     evaluation["update"] = config["num_updates"]
     return algorithm, config, evaluation, row["state"]
