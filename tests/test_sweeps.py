@@ -390,6 +390,17 @@ def test_flags_go_to_every_run_and_equal_runs_are_one(write_sweep, monkeypatch, 
         assert "num_updates=30" in line
 
 
+def test_a_run_whose_directory_can_not_be_made_fails_alone(
+    tmp_path, write_sweep, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    path = write_sweep(seed=[0, 1])
+    monkeypatch.setattr(sys, "argv", ["sweep", path, f"--results={tmp_path}/file"])
+    with pytest.raises(UserError, match="^2 runs failed"):
+        sweep.main()
+    assert capsys.readouterr().out.count("(Not a directory)") == 2
+
+
 def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_sweep, monkeypatch):
     path = write_sweep(seed=[0])
     monkeypatch.setattr(sys, "argv", ["sweep", path, "--actor_wd", "-1"])

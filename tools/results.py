@@ -2,6 +2,7 @@
 
 algorithm, dataset_name, run   `run` is the name of the run's directory
 fields of the config           where they differ from the defaults for the dataset
+config/...                     fields that this checkout's script doesn't have
 seed, state
 score, mean_score, best_score  the last, the mean of the last 10 (AntMaze 5), the best
 seconds/train, ...             of a finished run

@@ -203,9 +203,13 @@ class Pool:
             job = self.waiting.pop(0)
             if status(job.directory).busy:
                 self.busy.append(job)
-            else:
+                continue
+            try:
                 job.start(slot, self.slots)
                 self.running[slot] = job
+            except OSError as error:  # the others go on
+                self.failed.append(job)
+                self.bar.write(f"can't write to {job.directory} ({error.strerror})", sys.stdout)
 
     def look_after(self, slot, job):
         """Pass signals on to a job, see how far it is, and note its end.
