@@ -102,10 +102,10 @@ def given_words(config_class, arguments=None):
 
 
 def is_wandbs_own(word):
-    """Return whether an agent of W&B gives a word that is no flag.
+    """Return whether a word of W&B's agent is to be left out.
 
-    It hands out a preempted run again with the run's whole logged config as flags. There None is
-    --key=None, and W&B's own entries and the algorithm's name are flags, too.
+    W&B hands out a preempted run again with its whole logged config as flags. That has also W&B's
+    own entries and the algorithm's name, and fields that are None, as --key=None.
     """
     return word.endswith("=None") or word.startswith(("--_wandb", "--algorithm="))
 

@@ -98,10 +98,14 @@ def evaluate(config, policy, envs, update):
     states = np.concatenate([states for _, states in visited])
     samples = []
     for seed in range(num_seeds):
-        own = states[~has_noise[episodes] & (episodes // num_episodes == seed)]
-        rng = np.random.default_rng(update)  # the same for each seed, as if it were alone
-        samples.append(rng.choice(own, NUM_VISITED))
+        is_own = episodes // num_episodes == seed
+        samples.append(sample_states(states[is_own & ~has_noise[episodes]], update))
     return returns.reshape(num_seeds, num_episodes), np.stack(samples)
+
+
+def sample_states(states, update):
+    """Draw NUM_VISITED of the states, as a seed would that is trained alone."""
+    return np.random.default_rng(update).choice(states, NUM_VISITED)
 
 
 def summary(scores):
