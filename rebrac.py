@@ -11,9 +11,13 @@ Two CPU cores make about 24 updates a second at batch 1024 and 80 at 256 (Hopper
 """
 
 import math
+import signal
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Optional, Tuple
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import flax.linen as nn
 import jax
@@ -21,8 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness.config import check, parse, read_table, with_regularisers
-from harness.datasets import domain, episode_ends, episode_returns, load_dataset, tuned_values
+from harness.config import check, given_values, parse, read_table, with_regularisers
+from harness.datasets import (
+    domain,
+    episode_ends,
+    episode_returns,
+    load_dataset,
+    tuned_values,
+    with_checksum,
+)
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, make_envs
 from harness.policies import evaluate_run
@@ -41,6 +52,7 @@ class Config:
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
     dataset_path: Optional[str] = None  # file in D4RL's HDF5 format; default: D4RL's own
+    dataset_sha256: Optional[str] = None  # checksum that this file must have; default: its own
     normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
@@ -119,6 +131,7 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "v_max": "any number",
     "v_expand": "any number",
     "sigma_frac": "above 0",
+    "n_classes": "2 or more",
     "actor_dropout": "at least 0 and below 1",
     "actor_l1_ratio": "between 0 and 1",
     "critic_dropout": "at least 0 and below 1",
@@ -994,9 +1007,10 @@ def main():
     if given.evaluate is not None:
         return evaluate_run(given, policy, constraints, BOUNDS)
     config = tuned(given)
-    check(config, constraints, BOUNDS)
+    check(config, constraints, BOUNDS, given_values(Config))
     if given.dataset_name not in TUNED:
         print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
+    config = with_checksum(config)
     with Run(__file__, config, tuned) as run:
         if not run.finished_before:
             train(config, run)

@@ -1,6 +1,7 @@
 """The command line: from words to a Config, and what must hold of it."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -18,6 +19,16 @@ from harness.errors import UserError, one_line
 from harness.values import read_value, type_in_words
 
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a report reads thousands of configs
+
+
+class WordLoader(SafeLoader):
+    """Reads YAML's words as they stand, but null as None. So 010 is not 8, and yes is not true."""
+
+
+WordLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+    for letter, resolvers in SafeLoader.yaml_implicit_resolvers.items()
+}
 
 # --- pyrallis: the parser and its help ---
 
@@ -60,8 +71,9 @@ class Parser(pyrallis.argparsing.ArgumentParser):
             raise UserError(one_line(message))
         flag = unknown[1].partition("=")[0]
         names = [f"--{field.name}" for field in dataclasses.fields(self.config_class)]
-        near = difflib.get_close_matches(flag, names, n=3, cutoff=0)
-        raise UserError(f"there is no flag {flag}; the nearest are {', '.join(near)}")
+        near = difflib.get_close_matches(flag, names, n=3, cutoff=0.5)
+        advice = f"the nearest are {', '.join(near)}" if near else "--help lists them"
+        raise UserError(f"there is no flag {flag}; {advice}")
 
 
 @functools.cache  # since a sweep reads thousands of configs
@@ -78,18 +90,22 @@ def parse(config_class, arguments=None):
 
     Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
     """
+    config = config_class(**given_values(config_class, arguments))
+    configure_jax(getattr(config, "deterministic", False))
+    return config
+
+
+def given_values(config_class, arguments=None):
+    """Return the fields that the command line gives, or a file that it names, {name: value}."""
     words = given_words(config_class, arguments)
     path = words.pop("config_path", None)
     values = {}
     if path is not None:
         try:
-            values = decode(config_class, read_yaml(path))
+            values = decode(config_class, read_yaml(path, WordLoader))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    values |= decode(config_class, words)
-    config = config_class(**values)
-    configure_jax(getattr(config, "deterministic", False))
-    return config
+            raise UserError(f"config_path {path!r}: {error}") from error
+    return values | decode(config_class, words)
 
 
 def given_words(config_class, arguments=None):
@@ -110,11 +126,11 @@ def is_wandbs_own(word):
     return word.endswith("=None") or word.startswith(("--_wandb", "--algorithm="))
 
 
-def read_yaml(path):
+def read_yaml(path, loader=SafeLoader):
     """Return the dictionary in a YAML file."""
     try:
         with open(path, encoding="utf-8") as file:
-            fields = yaml.load(file, SafeLoader)
+            fields = yaml.load(file, loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"can't be read ({one_line(error)})") from error
     if not isinstance(fields, dict):
@@ -143,8 +159,11 @@ def configure_jax(deterministic):
     Compiled programs are kept on disk. A GPU's memory is taken as it is needed. Its operations are
     deterministic if so asked, as a CPU's always are.
     """
-    cache = os.getenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.path.expanduser("~/.cache/jax")
+        with contextlib.suppress(OSError):  # a home that can't be written to goes without
+            os.makedirs(cache, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = os.getenv("XLA_FLAGS", "")
@@ -159,18 +178,26 @@ HOLDS = {  # a bound in words -> whether a number keeps it
     "any number": lambda x: True,
     "0 or more": lambda x: x >= 0,
     "1 or more": lambda x: x >= 1,
+    "2 or more": lambda x: x >= 2,
     "above 0": lambda x: x > 0,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "between 0 and 1": lambda x: 0 <= x <= 1,
 }
 
 
-def check(config, constraints, bounds):
+def check(config, constraints, bounds, given=None):
     """Raise UserError if a field makes no sense, before any work.
 
     `bounds` maps fields to words of HOLDS. Without one a whole number must be 1 or more and any
-    other 0 or more. `constraints(config)` maps messages to whether they hold.
+    other 0 or more. `constraints(config)` maps messages to whether they hold. `given` are the
+    fields that were asked for, which the config must have.
     """
+    for name, value in (given or {}).items():
+        if name != "regularisers" and value is not None and getattr(config, name) != value:
+            raise UserError(
+                f"regularisers {given.get('regularisers')} has {name} {getattr(config, name)}, "
+                f"but {value} is asked for, too"
+            )
     for name, value in vars(config).items():
         if type(value) not in (int, float):  # a bool is an int, too
             continue
@@ -226,7 +253,7 @@ def with_regularisers(config, known):
                 f"unknown regulariser {name!r}; known: none, or {', '.join(known)}, "
                 "joined by + such as DO+LN"
             )
-        for key, value in known[name].items():
+        for key, value in decode(type(config), known[name]).items():
             default = getattr(type(config), key)
             contradicts_flag = getattr(config, key) not in (default, value)
             if contradicts_flag or flags.get(key, value) != value:

@@ -1,18 +1,17 @@
 """D4RL's dataset files."""
 
-import http.client
+import dataclasses
+import functools
+import hashlib
 import os
-import socket
 import statistics
-import tempfile
-import urllib.request
-import zlib
 
-import h5py
 import numpy as np
 
-from harness.environments import d4rl, make_env
+from harness.download import download
+from harness.environments import d4rl, gym, make_env
 from harness.errors import UserError
+from harness.hdf5 import check_readable, read_columns
 
 DOMAINS = {"gym": "Gym-MuJoCo", "antmaze": "AntMaze", "adroit": "Adroit"}
 ADROIT = ("pen", "door", "hammer", "relocate")
@@ -37,10 +36,33 @@ def tuned_values(table, name):
     return {key: statistics.median_low(row[key] for row in rows) for key in rows[0]}
 
 
+def with_checksum(config):
+    """Return the config with the checksum of its dataset's file, which is downloaded if need be.
+
+    Raises UserError if the config has another one.
+    """
+    path = dataset_file(config)
+    about = os.stat(path)
+    found = checksum(path, about.st_size, about.st_mtime_ns)
+    if config.dataset_sha256 not in (None, found):
+        raise UserError(
+            f"{path} has the SHA-256 {found}, not {config.dataset_sha256}; get the file that has "
+            "it, or leave dataset_sha256 out"
+        )
+    return dataclasses.replace(config, dataset_sha256=found)
+
+
+@functools.cache  # a sweep has many runs of a file
+def checksum(path, size, time):
+    """Return the SHA-256 of a file of this size and time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_dataset(config):
     """Return the arrays of the config's dataset, and print a line about it."""
     env = make_env(config.dataset_name)
-    raw = read_dataset(dataset_file(config, env), env)
+    raw = read_dataset(dataset_file(config), env)
     name = config.dataset_name
     scores = normalized_score(name, episode_returns(name, raw))
     print(
@@ -50,34 +72,18 @@ def load_dataset(config):
     return raw
 
 
-def dataset_file(config, env):
+def dataset_file(config):
     """Return the path of the dataset's file. Download it to D4RL's own cache if it isn't there."""
-    if config.dataset_path is not None:
-        return config.dataset_path
-    url = env.unwrapped.dataset_url
-    path = env.unwrapped.dataset_filepath
-    if not os.path.exists(path):
-        print(f"downloading {url} to {path}", flush=True)
-        try:
+    path = config.dataset_path
+    if path is None:
+        url = gym.spec(config.dataset_name).kwargs.get("dataset_url")
+        if url is None:
+            raise UserError(f"D4RL has no file for {config.dataset_name}; use --dataset_path")
+        path = d4rl.offline_env.filepath_from_url(url)
+        if not os.path.exists(path):
             download(url, path)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(
-                f"can't download {url} ({error}); get it by hand and put it at {path}, "
-                "or use --dataset_path"
-            ) from error
+    check_readable(path)
     return path
-
-
-def download(url, path):
-    """Download a file, under another name first: one that is cut off never counts as whole."""
-    socket.setdefaulttimeout(60)
-    try:
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            partial = os.path.join(folder, "dataset")
-            urllib.request.urlretrieve(url, partial)
-            os.replace(partial, path)
-    finally:
-        socket.setdefaulttimeout(None)
 
 
 def read_dataset(path, env):
@@ -108,25 +114,8 @@ def read_dataset(path, env):
     largest = np.abs(raw["actions"]).max()
     if largest > 1 + 1e-4:
         raise UserError(
-            f"actions in {path} reach {largest:.3g} in absolute value; D4RL's stay within [-1, 1]"
+            f"actions in {path} reach {largest:.6g} in absolute value; D4RL's stay within [-1, 1]"
         )
-    return raw
-
-
-def read_columns(path, keys):
-    """Read those of a file's arrays that `keys` names; only timeouts may be missing."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no file {path}")
-    try:
-        with h5py.File(path, "r") as file:
-            raw = {key: np.asarray(file[key][()]) for key in keys if key in file}
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a whole HDF5 file of D4RL's ({error}); remove it and get it again"
-        ) from error
-    for key in keys:
-        if key not in raw and key != "timeouts":
-            raise UserError(f"{path} has no {key!r}; D4RL's files have {', '.join(keys)}")
     return raw
 
 
@@ -186,11 +175,3 @@ def episode_returns(name, raw):
 def normalized_score(name, returns):
     """Return D4RL's normalised scores of returns, x 100."""
     return 100 * d4rl.get_normalized_score(name, returns)
-
-
-def fingerprint(data):
-    """Return a checksum of a dictionary of arrays."""
-    checksum = 0
-    for key in sorted(data):
-        checksum = zlib.crc32(np.ascontiguousarray(data[key]), checksum)
-    return checksum

@@ -18,22 +18,25 @@ NOT_SAVED = ("results", "evaluate", "video", "regularisers", "deterministic")
 def saved_fields(values):
     """Return the fields on which a run's results depend, as they stand in its config.yaml."""
     kept = {key: value for key, value in values.items() if key not in NOT_SAVED}
-    return json.loads(json.dumps(kept))  # tuples become lists, as YAML has them
+    text = json.dumps(kept, ensure_ascii=False)  # tuples become lists, as YAML has them
+    # A path may have bytes that the locale can't read. YAML couldn't be read back with these.
+    return json.loads(text.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def run_directory(algorithm, config, tuned):
     """Return results/<algorithm>/<dataset>/<name>.
 
     The name has the seed and whatever differs from what `tuned` makes of the defaults. It ends in
-    a hash of the whole config.
+    a hash of the whole config, where the dataset's checksum stands for its path.
     """
     own = saved_fields(vars(config))
+    del own["dataset_path"]
     defaults = saved_fields(vars(default_config(config, tuned)))
     changed = [key for key in own if own[key] != defaults[key]]
     changed.sort(key=lambda key: not key.startswith("actor_"))  # first, since names are cut
     words = [f"seed={config.seed}"]
     for key in changed:
-        if key not in ("seed", "dataset_name"):
+        if key not in ("seed", "dataset_name", "dataset_sha256"):
             words.append(f"{key}={os.path.basename(str(own[key])).lower()}")
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words))
     if len(name) > 150:
@@ -71,7 +74,7 @@ def status(directory):
         state = "finished"
     elif os.path.exists(path):
         state = "failed"
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             reason = file.read()
     return Status(state, reason, last_update(directory), is_busy(directory))
 
@@ -89,12 +92,13 @@ def last_update(directory):
 
 def is_busy(directory):
     """Return whether a process holds a run's lock."""
+    path = os.path.join(directory, "lock")
     try:
-        with open(os.path.join(directory, "lock"), "r+") as lock:  # to write, for NFS
+        with open(path, "r+" if os.access(path, os.W_OK) else "r") as lock:  # to write, for NFS
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is no lock, or this user may not write it
+    except OSError:  # there is no lock, or its disk has no locks
         return False
     return False
 

@@ -24,12 +24,40 @@ def import_silently():
     sys.modules.update(dict.fromkeys(blocked))
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        import d4rl
+        import_mujoco()
+        d4rl = import_d4rl()
         import gym
     for name in blocked:
         del sys.modules[name]
     gym.logger.set_level(gym.logger.ERROR)
     return gym, d4rl
+
+
+def import_mujoco():
+    """Import MuJoCo, also where MUJOCO_GL names what isn't there: training draws nothing."""
+    try:
+        import mujoco  # noqa: F401
+    except Exception:  # of many kinds, from OpenGL
+        if "MUJOCO_GL" not in os.environ:
+            raise
+        os.environ["MUJOCO_GL"] = "disabled"  # here, and in the processes that step environments
+        import mujoco  # noqa: F401
+
+
+def import_d4rl():
+    """Import D4RL, which makes its folder for datasets, also where that can't be made."""
+    folder = os.environ.get("D4RL_DATASET_DIR", os.path.expanduser("~/.d4rl/datasets"))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:  # no matter unless something is downloaded
+        os.environ["D4RL_DATASET_DIR"] = os.sep
+        import d4rl
+
+        os.environ["D4RL_DATASET_DIR"] = folder
+        d4rl.offline_env.DATASET_PATH = folder
+    import d4rl
+
+    return d4rl
 
 
 gym, d4rl = import_silently()

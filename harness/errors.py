@@ -1,7 +1,9 @@
-"""Errors that the user can fix, and how a script shows them."""
+"""Errors that the user can fix, how a script shows them, and its standard streams."""
 
 import contextlib
+import errno
 import os
+import signal
 import sys
 
 
@@ -19,14 +21,71 @@ class BusyError(UserError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End the program with one line where a UserError is raised, without a traceback."""
+    """End the program with one line where a UserError is raised, without a traceback.
+
+    Ctrl-C ends it without a word. It doesn't end where nobody reads its output any more.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def one_line(error):
     """Return the text of any error without its line breaks."""
     return " ".join(str(error).split())
+
+
+# --- Standard streams ---
+
+
+class Output:
+    """A standard stream that leads to nowhere once its reader is gone, as after `| head`.
+
+    Letters that its encoding lacks are written as Python's escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.survives_its_reader():
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
+
+    def flush(self):
+        with self.survives_its_reader():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def survives_its_reader(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
+                raise
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def open_closed_streams():
+    """Let standard streams that are closed lead to nowhere, before a file gets their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
+open_closed_streams()

@@ -10,6 +10,7 @@ from harness.config import check, given_words
 from harness.directory import load_config
 from harness.errors import UserError
 from harness.evaluation import make_envs, print_scores, record
+from harness.seeds import check_device
 
 EVALUATION_FLAGS = ("evaluate", "video", "eval_episodes", "eval_noise")
 
@@ -66,6 +67,7 @@ def evaluate_run(given, policy, constraints, bounds):
     config, update, policies = load(type(given), policy, given.evaluate)
     config = dataclasses.replace(config, **fields)
     check(config, constraints, bounds)
+    check_device()
     envs = make_envs(config)
     print_scores(config, policies, envs, update)
     if config.video:

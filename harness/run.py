@@ -20,13 +20,14 @@ from harness.checkpoint import (
     write_checkpoint,
     write_file,
 )
-from harness.datasets import fingerprint, normalized_score
+from harness.datasets import normalized_score
 from harness.directory import run_directory, saved_fields
 from harness.errors import BusyError, UserError
 from harness.evaluation import score_columns, summary
 from harness.finite import find_divergence
+from harness.seeds import check_device
 from harness.tables import Tables, episode_rows, seed_rows
-from harness.wandb_log import WandB
+from harness.wandb_log import WandB, is_whole_there
 
 # What is shown of the analysis on the screen
 SHOWN = ("train/action_error", "validation/action_error", "evaluation/dead_neurons")
@@ -61,8 +62,11 @@ class Run:
         self.saved_at = -np.inf  # and when it was made
         self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)
         if self.finished_before:
-            print(f"finished already: {self.directory}")
+            with open(self.path("finished.json")) as file:
+                score = json.load(file)["score"]
+            print(f"finished already: {self.directory}; final score {score}")
             return
+        check_device()
         with self.disk_errors():
             os.makedirs(self.directory, exist_ok=True)
             self.take_lock()
@@ -87,12 +91,22 @@ class Run:
 
     def take_lock(self):
         """Take the run's lock, or raise BusyError. `is_busy` elsewhere holds it for an instant."""
-        self.lock = open(self.path("lock"), "w")
+        try:
+            self.lock = open(self.path("lock"), "a")  # NFS locks what can be written
+        except PermissionError:  # another user's file
+            self.lock = open(self.path("lock"))
         for _ in range(3):
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            time.sleep(0.1)
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError as error:
+                print(
+                    f"warning: no locks on this disk ({error.strerror}), so nothing keeps a "
+                    "second process from training this run, too"
+                )
+                return
         raise BusyError(f"another process is training {self.directory}")
 
     @contextlib.contextmanager
@@ -127,15 +141,20 @@ class Run:
             signal.signal(number, handler)
         self.bar.close()
         if error is not None and not self.stopping:
-            with contextlib.suppress(OSError), open(self.path("failed.txt"), "w") as file:
-                name = "error" if isinstance(error, UserError) else type(error).__name__
-                file.write(f"{name}: {error}\n")
+            name = "error" if isinstance(error, UserError) else type(error).__name__
+            text = f"{name}: {error}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError), open(self.path("failed.txt"), "wb") as file:
+                file.write(text)
         self.wandb.close(0 if error is None else 1, preempted=bool(self.stopping))
         self.lock.close()
 
     def send_again(self):
-        """Send a finished run to W&B, where a sweep has made a run for it that would stay empty."""
-        if os.getenv("WANDB_SWEEP_ID"):
+        """Send a finished run to W&B if that hasn't all of it.
+
+        A sweep has made a run for it, which would stay empty.
+        """
+        whole = is_whole_there(self.directory, self.config.num_updates)
+        if os.getenv("WANDB_SWEEP_ID") or not whole:
             wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
             wandb.start(self.tables.updates())
             wandb.close(0, preempted=False)
@@ -179,7 +198,6 @@ class Run:
         are those of the last whole checkpoint; a new run has `states`, 0 and 0. The tables are cut
         to what they were then. W&B begins here, too.
         """
-        self.dataset = fingerprint(data)
         # What the policy needs beside the actor: how states were normalised, the actions' shape
         self.policy_data = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
         with self.disk_errors():
@@ -194,7 +212,7 @@ class Run:
             self.checkpoint(states, 0, 0, now=True)
             return states, 0, 0
         path, arrays, about = found
-        self.check_checkpoint(path, arrays, about, states)
+        self.check_checkpoint(path, arrays, states)
         with self.disk_errors():
             # The newer one may be damaged. It must not become the previous one.
             os.replace(path, self.path("checkpoint.npz"))
@@ -208,8 +226,8 @@ class Run:
         print(f"resuming from update {about['update']}")
         return restore_tree(states, arrays, "states"), about["update"], about["evaluated"]
 
-    def check_checkpoint(self, path, arrays, about, states):
-        """Raise UserError if a checkpoint is of another version or another dataset."""
+    def check_checkpoint(self, path, arrays, states):
+        """Raise UserError if a checkpoint is of another version of the script."""
         leaves = flatten(without_keys(states))
         expected = {f"states/{key}": leaf.shape for key, leaf in leaves.items()}
         found = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
@@ -220,11 +238,6 @@ class Run:
                     f"{found.get(key)} there and {expected.get(key)} here; resume with that "
                     f"version, or remove {self.directory} to start anew"
                 )
-        if about["dataset"] != self.dataset:
-            raise UserError(
-                f"this is not the dataset with which {self.directory} began; "
-                "get that, or remove this"
-            )
 
     def checkpoint(self, states, update, evaluated, now=False):
         """Save everything if `now`, after a signal, or a minute after the last time.
@@ -238,7 +251,6 @@ class Run:
             about = dict(
                 update=update,
                 evaluated=evaluated,
-                dataset=self.dataset,
                 seconds=self.seconds,
                 score=self.score,
                 tables=self.tables.save(),

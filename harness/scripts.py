@@ -8,24 +8,33 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+# A file that has all of these is a script. Others are never imported.
+PROVIDES = (r"^NAME = ", r"^class Config\b", r"^def tuned\(", r"^def main\(")
+
 
 def script_names():
-    """Return the names of the top level's scripts that define an algorithm's NAME, ReBRAC first."""
+    """Return the names of the top level's files that define an algorithm, ReBRAC first."""
     names = []
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
-        with open(path) as file:
-            if re.search(r"^NAME = ", file.read(), re.MULTILINE):
-                names.append(os.path.basename(path).removesuffix(".py"))
+    for path in glob.glob(os.path.join(glob.escape(ROOT), "*.py")):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        if all(re.search(pattern, text, re.MULTILINE) for pattern in PROVIDES):
+            names.append(os.path.basename(path).removesuffix(".py"))
     return sorted(names, key=lambda name: (name != "rebrac", name))
 
 
 def load_script(name):
     """Import the script `name` of the top level, whatever the working directory is."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, f"{name}.py"))
+        path = os.path.join(ROOT, f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]  # it is half made
+            raise
     return sys.modules[name]
 
 

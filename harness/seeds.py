@@ -11,15 +11,19 @@ such a function once for all seeds. It splits the config in two:
 
 import functools
 import inspect
+import os
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
+from harness.errors import UserError, one_line
+
 # Fields that no compiled program depends on
 NOT_COMPILED = (
     "seed",
     "dataset_path",
+    "dataset_sha256",
     "validation_seed",
     "eval_every",
     "eval_episodes",
@@ -28,6 +32,18 @@ NOT_COMPILED = (
     "evaluate",
     "video",
 )
+
+
+def check_device():
+    """Raise UserError if JAX finds no device, as where JAX_PLATFORMS names what isn't there."""
+    try:
+        jax.devices()
+    except Exception as error:  # a RuntimeError or an AssertionError
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={os.getenv('JAX_PLATFORMS')}; unset it, or "
+            "install JAX's build for that device, for a GPU as README.md says "
+            f"(JAX: {one_line(error) or 'no device'})"
+        ) from error
 
 
 def is_on(strength):

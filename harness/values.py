@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import math
 import os
 import typing
@@ -64,13 +65,13 @@ def refuse_bool(value):
 
 
 def split_list(value):
-    """Return the items of a list, or of a word such as "[a, b]"."""
+    """Return the items of a list, or of a word: [a, "b, c"] has two, and what has no [] is one."""
     if not isinstance(value, str):
         return list(value)
     if not (value.startswith("[") and value.endswith("]")):
-        raise ValueError("no list")
-    items = [item.strip().strip("'\"") for item in value[1:-1].split(",")]
-    return [item for item in items if item]
+        return [value]
+    (items,) = csv.reader([value[1:-1].replace("'", '"')], skipinitialspace=True)
+    return [item.strip() for item in items if item.strip()]
 
 
 def read_pairs(value):

@@ -1,8 +1,9 @@
 """Weights & Biases gets what a run's tables hold. Training never asks for it and never needs it."""
 
 import contextlib
-import netrc
+import glob
 import os
+import shlex
 import urllib.parse
 
 import numpy as np
@@ -10,25 +11,55 @@ import numpy as np
 from harness.errors import one_line
 
 TIME_LIMIT = 30  # seconds to reach W&B, and to send the rest at the end
+ANSWER_LIMIT = 5  # seconds for the answer to a question
 
 
 def wandb_mode():
     """Return W&B's mode, and why.
 
-    WANDB_MODE decides. Without it, W&B is online with an account or under a sweep's agent.
+    wandb's own settings decide: WANDB_MODE, or what `wandb offline` has set. Otherwise W&B is
+    online with an account or under a sweep's agent.
     """
-    if mode := os.getenv("WANDB_MODE"):
-        old_names = {"dryrun": "offline", "run": "online"}
-        return old_names.get(mode, mode), f"WANDB_MODE={mode}"
+    settings = own_settings()
+    old_names = {"dryrun": "offline", "run": "online"}
+    mode = old_names.get(settings.mode, settings.mode)
+    if word := os.getenv("WANDB_MODE"):
+        return mode, f"WANDB_MODE={word}"
+    if mode in ("offline", "disabled"):
+        return mode, f"as `wandb {mode}` has set it"
     if os.getenv("WANDB_SWEEP_ID"):
-        return "online", "a run of a sweep"
-    host = urllib.parse.urlparse(os.getenv("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc(os.getenv("NETRC")).authenticators(host):
-            return "online", f"an account at {host}"
-    if os.getenv("WANDB_API_KEY"):
-        return "online", f"an account at {host}"
+        return mode, "a run of a sweep"
+    if has_account(settings):
+        return mode, f"an account at {urllib.parse.urlsplit(settings.base_url).netloc}"
     return "disabled", "no account; WANDB_MODE=offline keeps what `wandb sync` can send later"
+
+
+def own_settings():
+    """Return wandb's settings, as wandb.init will find them in its files and the environment.
+
+    Unlike wandb.setup, this starts no process, and heeds later changes of the environment.
+    """
+    import wandb
+
+    settings = wandb.Settings(silent=True)
+    folder = os.path.expanduser(os.getenv("WANDB_CONFIG_DIR", "~/.config/wandb"))
+    settings.settings_system = os.path.join(folder, "settings")
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(os.environ)
+    return settings
+
+
+def has_account(settings):
+    """Return whether there is a login for the server, be it a valid one or not."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib import wbauth
+
+    if settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        return wbauth.read_netrc_auth(host=settings.base_url) is not None
+    except AuthenticationError:
+        return True
 
 
 class WandB:
@@ -39,17 +70,24 @@ class WandB:
     """
 
     def __init__(self, directory, algorithm, fields):
-        self.mode, why = wandb_mode()
-        print(f"W&B: {'off' if self.mode == 'disabled' else self.mode} ({why})")
+        try:
+            self.mode, why = wandb_mode()
+        except Exception as error:
+            self.mode, why = "disabled", one_line(error)[:200]
+        self.later = f"later, `wandb sync {shlex.quote(os.path.join(directory, 'wandb'))}` sends it"
+        line = f"W&B: {'off' if self.mode == 'disabled' else self.mode} ({why})"
+        print(f"{line}; {self.later}" if self.mode == "offline" else line)
+        self.directory = directory
         self.run = None
         self.first_step = 0  # that W&B doesn't have from before
         self.step = 0
+        self.sent = 0  # the last step that was sent whole
         self.values = {}  # of this step, not sent yet: its losses and its evaluation come apart
-        self.later = f"later, `wandb sync {directory}/wandb/*run*` sends it"
         if self.mode == "disabled":
             return
+        self.id = os.getenv("WANDB_RUN_ID") or own_id(directory)  # a sweep's agent gives one
         self.settings = dict(
-            id=os.getenv("WANDB_RUN_ID") or own_id(directory),  # a sweep's agent gives one
+            id=self.id,
             dir=directory,
             name=os.path.basename(directory),
             resume="allow",
@@ -57,7 +95,7 @@ class WandB:
             group=f"{algorithm}-{fields['dataset_name']}",
         )
         if not os.getenv("WANDB_SWEEP_ID"):
-            self.settings["project"] = os.getenv("WANDB_PROJECT", "regularised-actors")
+            self.settings["project"] = own_settings().project or "regularised-actors"
 
     def start(self, updates):
         """Begin, and send the rows of `updates` that W&B doesn't have from before."""
@@ -65,7 +103,11 @@ class WandB:
             return
         with self.never_fatal():
             self.run = self.begin()
-            self.first_step = self.run.step
+            if self.mode == "offline":
+                self.first_step = sent_step(self.directory, self.id) + 1
+            else:
+                self.first_step = self.run.step
+            self.sent = self.first_step - 1
         for rows in updates:
             self.send(rows)
 
@@ -74,13 +116,14 @@ class WandB:
         import wandb
 
         try:
-            return self.init(self.mode)
+            return self.init()
         except Exception as error:
             print(f"W&B: offline after all ({one_line(error)[:200]}); {self.later}")
             wandb.teardown()  # or the next init would fail, too
-            return self.init("offline")
+            self.mode = "offline"
+            return self.init()
 
-    def init(self, mode):
+    def init(self):
         """Call wandb.init with the time limits, and so that it never waits for an answer."""
         import wandb
 
@@ -93,8 +136,12 @@ class WandB:
             console="off",
             silent=True,
         )
+        if os.getenv("WANDB_SWEEP_ID"):
+            # The agent sends SIGTERM to a run that is stopped in W&B's pages. wandb's own SIGINT
+            # would be a second signal, which ends a run at once.
+            settings.stop_fn = lambda: None
         wandb.setup(settings)  # since a silent wandb doesn't ask for a login on a terminal
-        return wandb.init(mode=mode, settings=settings, **self.settings)
+        return wandb.init(mode=self.mode, settings=settings, **self.settings)
 
     @contextlib.contextmanager
     def never_fatal(self):
@@ -125,6 +172,20 @@ class WandB:
         if self.values:
             self.run.log(self.values, step=self.step)
             self.values = {}
+            self.sent = self.step
+            if self.mode == "offline":
+                self.remember()
+
+    def remember(self):
+        """Keep in a file which steps W&B needn't get again, from a later offline run."""
+        with open(os.path.join(self.directory, "wandb_sent"), "w") as file:
+            file.write(f"{self.id} {self.sent}\n")
+
+    def mark_as_synced(self):
+        """Let `wandb sync` leave out earlier offline runs, since W&B has their rows by now."""
+        folder = os.path.join(glob.escape(self.directory), "wandb")
+        for path in glob.glob(f"{folder}/offline-run-*-{self.id}/*.wandb"):
+            open(f"{path}.synced", "w").close()
 
     def close(self, exit_code, preempted):
         """End the W&B run. One that was preempted is given to another agent by its sweep."""
@@ -133,12 +194,36 @@ class WandB:
         with self.never_fatal():
             if exit_code == 0:  # otherwise the resumed run sends the last step, whole
                 self.flush()
-            if preempted:
+            if preempted and self.mode != "offline" and not self.was_stopped_there():
                 self.run.mark_preempting()
             try:
                 self.run.finish(exit_code=exit_code)
+                self.remember()
+                if self.mode != "offline":
+                    self.mark_as_synced()
             except TimeoutError:
-                print(f"W&B has not taken everything in {TIME_LIMIT} s; {self.later}")
+                print(f"W&B has not taken everything in {TIME_LIMIT} s; {self.rest()}")
+
+    def was_stopped_there(self):
+        """Return whether somebody has stopped the run in W&B's pages, if W&B says so in time.
+
+        An agent sends SIGTERM for that, too.
+        """
+        from wandb.sdk.launch.api import LaunchApi
+
+        try:
+            api = LaunchApi(timeout=ANSWER_LIMIT)
+            return api.check_stop_requested(self.run.project, self.run.entity, self.run.id)
+        except Exception:
+            return False
+
+    def rest(self):
+        """Say how W&B gets the rest. It may have a part, which `wandb sync` would send again."""
+        if self.mode == "offline":
+            return self.later
+        if os.getenv("WANDB_SWEEP_ID"):
+            return f"the rest is in {self.directory}"
+        return "the same command sends the rest"
 
 
 def own_id(directory):
@@ -152,3 +237,21 @@ def own_id(directory):
         new = os.urandom(4).hex()
         file.write(new)
         return new
+
+
+def sent_step(directory, run_id):
+    """Return the last step that a W&B run has, or an offline run's files; -1 if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(directory, "wandb_sent")) as file:
+            known, step = file.read().split()
+        if known == run_id:
+            return int(step)
+    return -1
+
+
+def is_whole_there(directory, update):
+    """Return whether W&B has a run's rows up to an update, as far as it was meant to get them."""
+    path = os.path.join(directory, "wandb_id")
+    if not os.path.exists(path):
+        return True
+    return sent_step(directory, own_id(directory)) >= update

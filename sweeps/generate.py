@@ -11,6 +11,10 @@ import argparse
 import itertools
 import math
 import os
+import signal
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import yaml
 

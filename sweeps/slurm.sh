@@ -17,12 +17,13 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=16G
 set -eu
+: "${1:?name the sweep: sbatch --array=1-64%16 sweeps/slurm.sh team/project/id}"
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 source .venv/bin/activate
 again() {
     kill -TERM "$agent"
     wait "$agent" || true
-    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 }
 trap again TERM
 wandb agent --forward-signals "$1" &

@@ -14,6 +14,7 @@ from conftest import ROOT, random_columns
 import rebrac
 from harness.checkpoint import read_checkpoint
 from harness.config import parse
+from harness.datasets import with_checksum
 from harness.directory import run_directory
 from harness.errors import UserError
 from harness.tables import TABLES
@@ -79,7 +80,7 @@ def start(monkeypatch, tmp_path, quick):
     def start(script=rebrac, results="results", **flags):
         words = command_line({**quick, "results": tmp_path / results, **flags})
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-        config = script.tuned(parse(script.Config))
+        config = with_checksum(script.tuned(parse(script.Config)))
         start.directory = run_directory(script.__name__, config, script.tuned)
         script.main()
         return start.directory

@@ -5,15 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from typing import List
 
 import pytest
 from conftest import ROOT, both_scripts, paper_rows
 
 import iql
 import rebrac
-from harness.config import HOLDS, check, parse, read_table
+from harness.config import HOLDS, check, parse, read_table, with_regularisers
 from harness.directory import run_directory, saved_fields
 from harness.errors import BusyError, UserError, one_line_errors
+from harness.values import read_value
 
 # --- Wrong words ---
 
@@ -61,13 +63,18 @@ BAD = {
     "--results=": "results can't be ''; it is a text that isn't empty",
     "--evaluate nowhere --seed 0": "--evaluate takes no --seed: the run's own config.yaml says it",
     "--dataset_nam x": "there is no flag --dataset_nam; the nearest are --dataset_name,",
+    "--xyzzy 3": "there is no flag --xyzzy; --help lists them",
     "--seed": "argument --seed: expected one argument",
-    "--config_path nowhere.yaml": "nowhere.yaml: can't be read ([Errno 2] No such file",
+    "--config_path nowhere.yaml": "config_path 'nowhere.yaml': can't be read ([Errno 2] No such",
+    "--config_path=": "config_path '': can't be read ([Errno 2] No such file",
     "--regularisers DO+XN": "unknown regulariser 'XN'; known: none, or DO, LN, FN, GN, BN, SN, L2,",
     "--regularisers DO+none": "unknown regulariser 'none'",
     "--regularisers L2+EN": "regularisers L2+EN has actor_",
     "--regularisers DO --actor_dropout 0.2": (
         "regularisers DO has actor_dropout 0.1, but another value is asked for"
+    ),
+    "--regularisers DO --actor_dropout 0": (
+        "regularisers DO has actor_dropout 0.1, but "
     ),
     "--dataset_name hopper-medium-v3": (
         "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2"
@@ -80,6 +87,7 @@ BAD_REBRAC = {
     "--critic_loss huber": "critic_loss must be hl_gauss or mse",
     "--policy_freq 0": "policy_freq must be 1 or more",
     "--policy_freq 3": "log_every must be a multiple of policy_freq",
+    "--n_classes 1": "n_classes must be 2 or more",
     "--v_min 3 --v_max 2": "v_min must be below v_max",
     "--sigma_frac 0.0": "sigma_frac must be above 0",
 }
@@ -96,11 +104,12 @@ BAD_CASES = (
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """Call a script's main with words, in an empty folder and without any training."""
+    """Call a script's main with words, in an empty folder, without a dataset or any training."""
     monkeypatch.chdir(tmp_path)
 
     def main(script, words, train=None):
         monkeypatch.setattr(sys, "argv", [script.__file__, *words.split()])
+        monkeypatch.setattr(script, "with_checksum", lambda config: config)
         monkeypatch.setattr(script, "train", train or (lambda config, run: None))
         with one_line_errors():
             script.main()
@@ -208,11 +217,13 @@ def test_a_word_is_never_read_as_yaml():
         (b"project: CORL\ngroup: g\n", "there is no field 'project'"),
         (b"", "it holds no fields"),
         (b"- a\n", "it holds no fields"),
-        (b"1: 2\n", "there is no field 1"),
+        (b"1: 2\n", "there is no field '1'"),
         (b"seed: one\n", "seed can't be 'one'; it is a whole number"),
-        (b"seed: true\n", "seed can't be True; it is a whole number"),
+        (b"seed: true\n", "seed can't be 'true'; it is a whole number"),
+        (b"seed: 1:30\n", "seed can't be '1:30'; it is a whole number"),
+        (b"actor_ln: yes\n", "actor_ln can't be 'yes'; it is true or false"),
         (b"seed: null\n", "seed can't be None; it is a whole number"),
-        (b"tau: 1" + b"0" * 400 + b"\n", "tau can't be 1000"),
+        (b"tau: 1" + b"0" * 400 + b"\n", "tau can't be '1000"),
         (b"seed: [1\n", "can't be read"),
         ("seed: 1\n".encode("utf-16"), "can't be read"),
         (bytes(range(256)), "can't be read"),
@@ -221,16 +232,25 @@ def test_a_word_is_never_read_as_yaml():
 def test_a_wrong_config_file_is_named_with_what_is_wrong(content, message, tmp_path):
     path = tmp_path / "fields.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(f"{path}: {message}")) as error:
+    with pytest.raises(UserError, match=re.escape(f"{path}': {message}")) as error:
         parse(rebrac.Config, ["--config_path", str(path)])
     assert "\n" not in str(error.value)
 
 
 def test_null_is_none_in_a_config_file(tmp_path):
     path = tmp_path / "fields.yaml"
-    path.write_text("gamma: null\nvalidation_seed: null\nactor_wd: 1e-4\n")
+    path.write_text("gamma: null\nvalidation_seed: ~\ndataset_path: 'null'\nresults: None\n")
     config = parse(rebrac.Config, ["--config_path", str(path)])
-    assert (config.gamma, config.validation_seed, config.actor_wd) == (None, None, 1e-4)
+    assert (config.gamma, config.validation_seed) == (None, None)
+    assert (config.dataset_path, config.results) == ("null", "None")
+
+
+def test_the_words_of_a_config_file_mean_what_they_mean_as_flags(tmp_path):
+    path = tmp_path / "fields.yaml"
+    path.write_text("seed: 010\nactor_wd: 1e-4\nresults: 2024_11_26\neval_noise: [[0.1, 0]]\n")
+    config = parse(rebrac.Config, ["--config_path", str(path)])
+    assert (config.seed, config.actor_wd, config.results) == (10, 1e-4, "2024_11_26")
+    assert config.eval_noise == ((0.1, 0.0),)
 
 
 def test_a_file_of_fields_is_read_and_the_command_line_wins(tmp_path):
@@ -244,6 +264,16 @@ def test_a_file_of_fields_is_read_and_the_command_line_wins(tmp_path):
     path.write_text("actor_lnn: true\n")
     with pytest.raises(UserError, match="there is no field 'actor_lnn'"):
         parse(iql.Config, ["--config_path", str(path)])
+
+
+def test_a_list_may_hold_commas_in_quotes_and_one_item_needs_no_brackets():
+    for word, items in {
+        "[]": [],
+        "[a, b]": ["a", "b"],
+        "[a,'b,c=1']": ["a", "b,c=1"],
+        "b,c=1": ["b,c=1"],
+    }.items():
+        assert read_value(List[str], word) == items
 
 
 def test_a_table_in_a_string_has_a_dictionary_for_each_row():
@@ -329,6 +359,13 @@ def test_a_regularisers_name_stands_for_the_papers_strength(script, name):
     config = script.Config(dataset_name="pen-human-v1", regularisers=name)
     assert script.tuned(config) == expected
     assert script.tuned(dataclasses.replace(config, **flags)) == expected
+
+
+@both_scripts
+def test_a_forks_whole_number_names_the_same_run(script):
+    flags = with_regularisers(script.Config(regularisers="DO"), {"DO": dict(actor_wd=1)})
+    assert flags == script.Config(actor_wd=1.0)
+    assert type(flags.actor_wd) is float
 
 
 @both_scripts

@@ -192,6 +192,24 @@ def test_another_file_is_another_dataset(path, name):
     assert report_runs.describe("iql", saved_fields(vars(config)))["dataset"] == name
 
 
+def test_datasets_of_one_name_are_told_apart_by_their_files(make_run, tmp_path):
+    same, other = "1" * 64, "2" * 64
+    make_run([[1, 40]], dataset_name=HOPPER, dataset_sha256=same)
+    make_run([[1, 40]], dataset_name=HOPPER, dataset_sha256=same, dataset_path="m.h5", seed=1)
+    make_run([[1, 40]], dataset_name=PEN, dataset_sha256=same)
+
+    def labels():
+        seeds, left_out = report_runs.read_results([str(tmp_path / "results")])
+        assert left_out == []
+        return sorted({seed["dataset"] for seed in seeds})
+
+    assert labels() == [HOPPER, PEN]
+    make_run([[1, 60]], dataset_name=HOPPER, dataset_sha256=other)
+    make_run([[1, 60]], dataset_name=HOPPER)  # of a version that kept no checksum
+    names = ["11111111", "22222222", "unknown file"]
+    assert labels() == [*(f"{HOPPER} [{name}]" for name in names), PEN]
+
+
 def test_runs_are_compared_with_those_of_the_same_settings(make_run, make_report, tmp_path):
     for seed in (0, 1):
         make_run([[1, 40]], seed=seed, batch_size=256, critic_loss="mse")

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ import harness.run
 import iql
 import rebrac
 from harness.checkpoint import last_checkpoint, read_checkpoint
-from harness.datasets import normalized_score
+from harness.datasets import normalized_score, with_checksum
 from harness.directory import (
     NOT_SAVED,
     Status,
@@ -48,6 +50,7 @@ from harness.directory import (
     saved_fields,
     status,
 )
+from harness.environments import d4rl
 from harness.errors import BusyError, one_line_errors
 from harness.run import Run
 from harness.tables import Tables
@@ -152,7 +155,9 @@ def test_a_finished_run_says_so_and_is_left_alone(start, capsys):
     directory = start()
     before = modification_times(directory)
     assert start() == directory
-    assert capsys.readouterr().out.splitlines()[-1] == f"finished already: {directory}"
+    (row,) = table(directory, "evaluations.csv")[-1:]
+    line = f"finished already: {directory}; final score {float(row['score']):.1f}"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(line)
     assert modification_times(directory) == before
     assert start(seed=4) != directory
 
@@ -185,16 +190,17 @@ def test_each_field_that_is_saved_changes_the_name():
     by_type = {"bool": True, "int": 7, "float": 0.123, "str": "mse"}
     names = {name_of()}
     for field in fields(rebrac.Config):
-        if field.name in ("dataset_name", *NOT_SAVED):
+        if field.name in ("dataset_name", "dataset_path", *NOT_SAVED):
             continue
         kind = re.search("bool|int|float|str", str(field.type))[0]
         names.add(name_of(**{field.name: others.get(field.name, by_type[kind])}))
-    assert len(names) == len(fields(rebrac.Config)) - len(NOT_SAVED)
+    assert len(names) == len(fields(rebrac.Config)) - 1 - len(NOT_SAVED)
+    assert name_of(dataset_path="a.hdf5") == name_of()
 
 
 def test_a_long_name_is_cut_and_has_no_odd_characters():
     floats = {field.name: 0.5 for field in fields(rebrac.Config) if field.type is float}
-    name = name_of(**floats, dataset_path="/a/../b c/ü*.hdf5")
+    name = name_of(**floats, critic_loss="/a/../b c/ü*")
     assert 100 < len(os.path.basename(name)) < 200
     assert re.fullmatch(r"[\w./=,+-]+", name)
 
@@ -204,13 +210,13 @@ def test_a_long_name_is_cut_and_has_no_odd_characters():
     [
         (
             rebrac,
-            "seed=3,actor_layers=1,actor_ln=true,dataset_path=small.hdf5,validation_frac=0.2,"
-            "critic_loss=mse,batch_size=8,hidden_dim=4,critic_layers=1-3d10f534",
+            "seed=3,actor_layers=1,actor_ln=true,validation_frac=0.2,critic_loss=mse,batc"
+            "h_size=8,hidden_dim=4,critic_layers=1,num_updates=60,log_every=10-28002048",
         ),
         (
             iql,
-            "seed=3,actor_layers=1,actor_ln=true,dataset_path=small.hdf5,validation_frac=0.2,"
-            "batch_size=8,hidden_dim=4,critic_layers=1,num_updates=60,log_every=10-a51a900c",
+            "seed=3,actor_layers=1,actor_ln=true,validation_frac=0.2,batch_size=8,hidden_"
+            "dim=4,critic_layers=1,num_updates=60,log_every=10,eval_every=20-3202e535",
         ),
     ],
     ids=["rebrac", "iql"],
@@ -218,7 +224,7 @@ def test_a_long_name_is_cut_and_has_no_odd_characters():
 def test_a_run_of_an_earlier_version_still_has_its_name(script, name):
     directory = os.path.join(OLD_RUNS, script.__name__)
     config = load_config(script.Config, directory)
-    assert saved_fields(vars(config)) == read_fields(directory)
+    assert saved_fields(vars(config)) == {**read_fields(directory), "dataset_sha256": None}
     assert os.path.basename(run_directory(script.__name__, config, script.tuned)) == name
 
 
@@ -385,12 +391,13 @@ def test_ctrl_c_saves_too_and_a_second_one_ends_at_once(start, monkeypatch, caps
 
 
 def test_a_closed_terminal_saves_too_unless_nohup_has_it_ignored(start, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        signal_in_epoch(patch, rebrac, 3, signal.SIGHUP)
-        exits(128 + signal.SIGHUP, start)
-    assert "stopped at update 30" in capsys.readouterr().out
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, too
     try:
+        with monkeypatch.context() as patch:
+            signal_in_epoch(patch, rebrac, 3, signal.SIGHUP)
+            exits(128 + signal.SIGHUP, start)
+        assert "stopped at update 30" in capsys.readouterr().out
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with monkeypatch.context() as patch:
             signal_in_epoch(patch, rebrac, 2, signal.SIGHUP)
             start()
@@ -427,7 +434,7 @@ def test_a_run_of_an_earlier_version_resumes(
     monkeypatch.chdir(tmp_path)
     shutil.copy(small_file, "small.hdf5")  # as its config says
     old = os.path.join(OLD_RUNS, script.__name__)
-    config = replace(load_config(script.Config, old), results="old")
+    config = with_checksum(replace(load_config(script.Config, old), results="old"))
     directory = run_directory(script.__name__, config, script.tuned)
     shutil.copytree(old, directory)
     assert status(directory) == Status("unfinished", "", 30, False)
@@ -601,14 +608,44 @@ def test_a_second_process_on_the_same_run_says_so_and_stops(quick, tmp_path, cap
     Run("rebrac.py", config, rebrac.tuned)
 
 
-def test_another_dataset_under_the_same_path_is_an_error(start, monkeypatch, write_dataset):
+def test_the_same_data_is_the_same_run_whatever_its_path(
+    start, monkeypatch, write_dataset, tmp_path, capsys
+):
     path = write_dataset(**random_columns(1))
     directory = stopped(start, monkeypatch, dataset_path=path)
+    monkeypatch.chdir(tmp_path)
+    moved = f"./.././{tmp_path.name}/elsewhere.h5"
+    os.rename(path, moved)
+    assert start(dataset_path=moved) == directory
+    assert "resuming from update 30" in capsys.readouterr().out
+    assert read_fields(directory)["dataset_path"] == moved
+
+
+def test_other_data_under_the_same_path_are_another_run(start, write_dataset):
+    path = write_dataset(**random_columns(1))
+    directory = start(dataset_path=path)
+    checksum = read_fields(directory)["dataset_sha256"]
+    with open(path, "rb") as file:
+        assert checksum == hashlib.sha256(file.read()).hexdigest()
     write_dataset(**random_columns(2))
-    message = f"not the dataset with which {re.escape(directory)} began"
-    fails(message, start, dataset_path=path)
-    write_dataset(**random_columns(1))
-    assert start(dataset_path=path) == directory
+    fails(f"has the SHA-256 .*, not {checksum}", start, dataset_path=path, dataset_sha256=checksum)
+    assert start(dataset_path=path) != directory
+
+
+def test_d4rls_name_stands_for_the_file_that_is_there(start, quick, monkeypatch, tmp_path):
+    """Another folder may have another file of the same name."""
+    directories = []
+    for number in (1, 2, 1):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        path = folder / "halfcheetah_medium_replay-v2.hdf5"
+        with h5py.File(path, "w") as file:
+            for key, column in random_columns(number).items():
+                file[key] = column
+        monkeypatch.setattr(d4rl.offline_env, "DATASET_PATH", str(folder))
+        monkeypatch.delitem(quick, "dataset_path", raising=False)
+        directories.append(start(num_updates=20))
+    assert directories[0] == directories[2] != directories[1]
 
 
 def test_a_table_that_has_lost_rows_is_an_error(start, monkeypatch):

@@ -84,7 +84,7 @@ def test_fields_of_the_data_are_the_same_but_for_a_default():
     ours = fields(rebrac, "Data")
     theirs = fields(iql, "Data")
     assert list(ours) == list(theirs)
-    assert len(ours) == 6
+    assert len(ours) == 7
     for name in ours:
         value, comment = ours[name]
         if name == "normalize_states":

@@ -296,6 +296,12 @@ def write_sweep(tmp_path, write_dataset, monkeypatch):
     return write
 
 
+def test_a_dataset_that_is_not_there_ends_a_sweep_before_its_first_run(write_sweep, tmp_path):
+    path = write_sweep(seed=0, dataset_path=[str(tmp_path / "file.hdf5"), "nowhere.hdf5"])
+    with pytest.raises(UserError, match="there is no file nowhere.hdf5"):
+        sweep.read_jobs([path], [])
+
+
 SEED = "parameters: {seed: {values: [1]}}"
 
 
@@ -334,13 +340,13 @@ def test_a_sweep_without_a_command_has_wandbs(tmp_path):
     assert sweep.expand(str(path)) == [[sys.executable, "iql.py", "--seed=1"]]
 
 
-def test_a_command_keeps_its_own_words(tmp_path):
+def test_a_command_keeps_its_own_words(tmp_path, write_dataset):
     path = tmp_path / "a.yaml"
     command = 'command: ["${env}", nice, "${interpreter}", -O, "${program}", "${args}", --tau=0.1]'
     path.write_text(f"method: grid\nprogram: iql.py\n{command}\n{SEED}")
     words = ["nice", sys.executable, "-O", "iql.py", "--seed=1", "--tau=0.1"]
     assert sweep.expand(str(path)) == [words]
-    config = sweep.Job(words).config
+    config = sweep.Job([*words, f"--dataset_path={write_dataset(**random_columns(0))}"]).config
     assert (config.seed, config.tau) == (1, 0.1)
 
 
@@ -377,7 +383,7 @@ def test_all_variants_with_the_first_seed_come_first(write_sweep):
 
 
 def test_flags_go_to_every_run_and_equal_runs_are_one(write_sweep, monkeypatch, capsys):
-    path = write_sweep(actor_ln=[False, True], regularisers=["none", "LN"])
+    path = write_sweep(regularisers=["none", "LN", "LN+LN"])
     monkeypatch.setattr(sys, "argv", ["sweep", path, "--num_updates", "30"])
     monkeypatch.setattr(sweep, "status", lambda directory: Status("unfinished", "", 0, True))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -539,11 +545,13 @@ def wait_for_rows(tmp_path, process):
 
 @pytest.mark.slow
 def test_a_sweep_stops_resumes_and_says_what_failed(tmp_path, write_sweep):
+    damaged = tmp_path / "damaged.hdf5"
+    damaged.write_text("no data")
     path = write_sweep(
         num_updates=20_000,
         log_every=1000,
         eval_every=1000,
-        dataset_path=[str(tmp_path / "file.hdf5"), str(tmp_path / "missing.hdf5")],
+        dataset_path=[str(tmp_path / "file.hdf5"), str(damaged)],
         seed=[0, 1],
     )
     process = start_here(path, "--processes", "2")
@@ -559,11 +567,10 @@ def test_a_sweep_stops_resumes_and_says_what_failed(tmp_path, write_sweep):
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "2 done, " in output
-    assert "error: there is no file" in output
+    assert f"error: {damaged} is " in output
     assert "final score" in output
     failed = [line for line in output.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2
-    assert all("missing.hdf5" in line for line in failed)
     assert errors.startswith("error: 2 runs failed; output.txt in their directories says why")
     assert len(errors.splitlines()) == 1
     texts = [path.read_text() for path in found(tmp_path, "output.txt")]

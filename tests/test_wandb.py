@@ -40,6 +40,7 @@ IMPATIENT = "from harness import wandb_log; wandb_log.TIME_LIMIT = 5; import reb
 @pytest.fixture(autouse=True)
 def wandb_server():
     """A stand-in for W&B's server. What wandb keeps between runs is taken down with it."""
+    wandb.teardown()  # what another file's tests have left
     with Server() as server:
         yield server
         with contextlib.suppress(ConnectionError):  # where the test has killed wandb's process
@@ -80,7 +81,8 @@ def test_a_resumed_run_is_the_same_run_there(
     with monkeypatch.context() as patch:
         interrupt(patch, rebrac)
         exits(128 + signal.SIGTERM, start)
-    assert "W&B: online (an account at 127.0.0.1)" in capsys.readouterr().out
+    address = wandb_server.url.removeprefix("http://")
+    assert f"W&B: online (an account at {address})" in capsys.readouterr().out
     (name,) = wandb_server.runs
     run = wandb_server.runs[name]
     assert steps(wandb_server.history(name)) == sent

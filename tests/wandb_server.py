@@ -72,7 +72,8 @@ class Server:
     def UpsertBucket(self, name=None, config=None, state=None, project="", sweep=None, **rest):
         is_new = name not in self.runs
         if is_new:
-            self.runs[name] = dict(config={}, history=[], state=None, exit=None, started=False)
+            self.runs[name] = dict(config={}, history=[], state=None, exit=None)
+            self.runs[name] |= dict(started=False, stopped=False)
         run = self.runs[name]
         run["started"] |= config is not None
         run["config"] |= json.loads(config or "{}")
@@ -89,6 +90,9 @@ class Server:
             project=dict(id=project, name=project, entity=ENTITY),
         )
         return {"upsertBucket": dict(bucket=bucket, inserted=is_new)}
+
+    def RunStoppedStatus(self, runId, **_):
+        return {"project": dict(run=dict(stopped=self.runs[runId]["stopped"]))}
 
     def CreateRunFiles(self, run, files, **_):
         urls = [dict(name=name, uploadUrl=f"{self.url}/upload/{run}/{name}") for name in files]
@@ -207,7 +211,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer({"data": self.graphql(json.loads(body))})
             return
         if self.path.endswith("/file_stream"):
-            self.take(self.owner.runs[self.path.split("/")[-2]], json.loads(body))
+            run = self.owner.runs[self.path.split("/")[-2]]
+            self.take(run, json.loads(body))
+            self.answer({"stopped": run["stopped"]})
+            return
         self.answer({})
 
     def graphql(self, body):
@@ -215,7 +222,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name:
             name = re.search(r"(?:query|mutation)\s+(\w*)", body["query"])[1]
         operation = getattr(self.owner, name, None)
-        return operation and operation(**body.get("variables") or {})
+        answer = operation and operation(**body.get("variables") or {})
+        if name == "Heartbeat":
+            for command in json.loads(answer["agentHeartbeat"]["commands"]):
+                if command["type"] == "stop":
+                    self.owner.runs[command["run_id"]]["stopped"] = True
+        return answer
 
     def take(self, run, body):
         """Keep the rows of a run's history, its state and its end."""

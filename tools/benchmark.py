@@ -32,6 +32,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import List, Optional
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import h5py
 import jax
 import jax.numpy as jnp
@@ -44,7 +47,7 @@ from harness.environments import Envs, make_env, reset
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, evaluation_episodes, make_envs
 from harness.scripts import ROOT, scripts
-from harness.seeds import init_states, split_config
+from harness.seeds import check_device, init_states, split_config
 
 DATASET = "hopper-medium-v2"  # whose shapes and hyperparameters are taken
 TASKS = ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1")  # of the part `evaluation`
@@ -475,6 +478,7 @@ def check_config(config):
 def main():
     config = parse(Config)
     check_config(config)
+    check_device()
     rounds = f"{config.rounds} rounds; {config.updates} updates"
     print(f"{machine()}; {rounds}; batch 256 unless it says")
     for name, part in PARTS.items():

@@ -15,9 +15,13 @@ pen-medium-replay-v1.hdf5, too, for `--dataset_path`.
 
 import os
 import shlex
+import signal
 import sys
 from dataclasses import dataclass, field
 from typing import List
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import h5py
 import numpy as np

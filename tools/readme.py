@@ -10,6 +10,10 @@ import argparse
 import glob
 import os
 import re
+import signal
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import h5py
 import numpy as np

@@ -15,8 +15,12 @@ import base64
 import glob
 import os
 import re
+import signal
 from dataclasses import dataclass, field
 from typing import List, Optional
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -108,7 +112,7 @@ class Report:
             "index.html": f"{head}{CSS}{page}</html>\n",
         }
         for name, text in texts.items():
-            with open(self.path(name), "w", encoding="utf-8") as file:
+            with open(self.path(name), "w", encoding="utf-8", errors="replace") as file:
                 file.write(text)
         print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
 

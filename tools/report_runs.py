@@ -13,6 +13,7 @@ A run is a dictionary for each training seed:
 and the columns of its last evaluation.
 """
 
+import collections
 import functools
 import json
 import os
@@ -37,7 +38,8 @@ BASELINE = "baseline"  # the label of a run without regularisers
 
 # Fields of the networks end in this if they are no regularisers, and these change no result
 NO_REGULARISER = ("learning_rate", "coef", "layers", "loss")
-NO_SETTING = ("seed", "num_seeds", "dataset_name", "dataset_path", "log_every", "analysis")
+DATA = ("dataset_name", "dataset_path", "dataset_sha256")
+NO_SETTING = ("seed", "num_seeds", *DATA, "log_every", "analysis")
 
 
 def named_fields(script):
@@ -270,8 +272,27 @@ def read_all(runs, read):
     return seeds, left_out
 
 
+def content(seed):
+    """Return what tells a seed's dataset from others: its name, and its file's checksum."""
+    return seed["config"]["dataset_name"], seed["config"]["dataset_sha256"]
+
+
+def name_datasets(seeds):
+    """Give each dataset one label: the same file has one under any path, and another, another."""
+    labels = {}
+    for seed in seeds:
+        known = labels.get(content(seed), seed["dataset"])
+        labels[content(seed)] = min(known, seed["dataset"], key=len)  # the plain name, if any
+    times = collections.Counter(labels.values())
+    for (name, checksum), label in labels.items():
+        if times[label] > 1:
+            labels[name, checksum] = f"{label} [{checksum[:8] if checksum else 'unknown file'}]"
+    return [{**seed, "dataset": labels[content(seed)]} for seed in seeds]
+
+
 def count_once(seeds, left_out):
     """Return the seeds without those that another run has, too, which are left out."""
+    seeds = name_datasets(seeds)
     left_out = list(left_out)
     kept = {}
     for seed in sorted(seeds, key=lambda seed: seed["state"] != "finished"):

@@ -13,16 +13,21 @@ CUDA_VISIBLE_DEVICES=0,1 the processes take the GPUs in turn.
 import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import yaml
 from tqdm import tqdm
 
-from harness.config import check, parse
+from harness.config import check, decode, given_values, parse
+from harness.datasets import with_checksum
 from harness.directory import run_directory, status
 from harness.errors import UserError, one_line, one_line_errors
 from harness.scripts import scripts
@@ -33,7 +38,7 @@ with warnings.catch_warnings():  # of pydantic, which it uses by old names
 
 # --- Sweeps ---
 
-COMMAND = ["${interpreter}", "${program}", "${args}"]  # of a sweep that has none
+COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # of a sweep that has none
 
 
 def programs():
@@ -44,10 +49,11 @@ def programs():
 def expand(path):
     """Return the command lines of a sweep's runs, as W&B's agent would start them."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             config = yaml.safe_load(file)
         check_sweep(config)
         runs = sweeps.next_runs(config, [], n=sys.maxsize)
+        return [command_line(config, run.config) for run in runs if run is not None]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a sweep: {one_line(error)}") from error
     return [command_line(config, run.config) for run in runs if run is not None]
@@ -64,21 +70,48 @@ def check_sweep(config):
     program = config.get("program")
     if program not in programs():
         raise UserError(f"its program, {program}, is no script here: {', '.join(programs())}")
-    if "${program}" not in config.get("command", COMMAND):
-        raise UserError("its command has no ${program}")
+    words = command_words(config)
+    for word in words:
+        if "${" in word and word not in COMMAND:
+            raise UserError(f"its command has {word}; the scripts take ${{args}} alone")
+    for macro in ("${program}", "${args}"):
+        if macro not in words:
+            raise UserError(f"its command has no {macro}")
+
+
+def command_words(config):
+    """Return the words of a sweep's command, with the environment variables that it names."""
+    words = []
+    for word in config.get("command") or COMMAND:
+        words.append(re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", environment_variable, str(word)))
+    return words
+
+
+def environment_variable(found):
+    """Return the variable's value. W&B's agent would put its name where it isn't set."""
+    if found[1] not in os.environ:
+        raise UserError(f"its command needs the environment variable {found[1]}, which isn't set")
+    return os.environ[found[1]]
 
 
 def command_line(config, parameters):
-    """Return the command line of one run of a sweep, a list of words."""
+    """Return the command line of one run of a sweep, a list of words.
+
+    A null is left out, so that the field stays None. W&B's agent passes None, which the script
+    leaves out.
+    """
+    values = {key: parameter["value"] for key, parameter in parameters.items()}
+    nulls = {key: value for key, value in values.items() if value is None}
+    decode(programs()[config["program"]].Config, nulls)  # an error if a field can't be None
     macros = {
-        "${env}": [],
+        "${env}": ["/usr/bin/env"],
         "${interpreter}": [sys.executable],
         "${program}": [config["program"]],
-        "${args}": [f"--{key}={parameter['value']}" for key, parameter in parameters.items()],
+        "${args}": [f"--{key}={value}" for key, value in values.items() if value is not None],
     }
     words = []
-    for part in config.get("command", COMMAND):
-        words += macros.get(part, [part])
+    for word in command_words(config):
+        words += macros.get(word, [word])
     return words
 
 
@@ -94,8 +127,12 @@ class Job:
         script = known[program]
         flags = command[command.index(program) + 1 :]
         config = script.tuned(parse(script.Config, flags))
-        check(config, script.constraints, script.BOUNDS)
-        self.command = command
+        if config.evaluate or config.video:
+            raise UserError("a sweep only trains; give --evaluate and --video to a script")
+        check(config, script.constraints, script.BOUNDS, given_values(script.Config, flags))
+        config = with_checksum(config)
+        # By its path, so that a sweep runs from any folder
+        self.command = [script.__file__ if word == program else word for word in command]
         self.config = config
         self.directory = run_directory(program.removesuffix(".py"), config, script.tuned)
         self.name = os.path.relpath(self.directory, config.results)
@@ -244,11 +281,16 @@ class Pool:
 
 def main():
     parser = argparse.ArgumentParser(
-        usage="python -m tools.sweep FILE.yaml ... [--processes N] [any flag of the scripts]"
+        usage="python -m tools.sweep FILE.yaml ... [--processes N] [any flag of the scripts]",
+        allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+")
     parser.add_argument("--processes", type=int, default=1)
     given, flags = parser.parse_known_args()
+    words = ["", *sys.argv[1:]]
+    before = words[words.index(given.files[0]) - 1]
+    if re.fullmatch(r"--\w+", before):  # then what was taken for a file is this flag's value
+        raise UserError(f"name the files first, then {before} and other flags of the scripts")
     if given.processes < 1:
         raise UserError("processes must be 1 or more")
     jobs = read_jobs(given.files, flags)

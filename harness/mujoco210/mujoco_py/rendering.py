@@ -40,6 +40,8 @@ class MjRenderContextOffscreen:
         largest.offwidth = max(largest.offwidth, width)
         largest.offheight = max(largest.offheight, height)
         try:
+            # Where this fails, it fails more quietly than a Renderer
+            mujoco.gl_context.GLContext(width, height).free()
             return mujoco.Renderer(self.sim.model, height, width)
         except Exception as error:
             raise RuntimeError(

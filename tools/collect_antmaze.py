@@ -1,0 +1,298 @@
+"""Makes AntMaze datasets the way D4RL did: an ant that can walk is led through D4RL's mazes.
+
+    python -m tools.collect_antmaze --kinds '[umaze, medium-play]'
+    python -m tools.collect_antmaze --walker mine.npz --walker_steps 300000  # train a walker first
+
+1. The walker is a policy for D4RL's ant: it walks in a given direction. SAC (sbx-rl's, online)
+   trains it, which needs tools/requirements-collect.txt. The one in data/ has come from this.
+2. D4RL's navigation policy leads it from cell to cell to a goal of the maze, with Gaussian noise
+   on its actions. A trajectory goes on at the goal, until its time is up.
+3. Rewards and terminals are written for the task of the evaluation: 1 near that task's goal.
+
+The files bear D4RL's names. Differences from how D4RL made its own: SAC's reward is the speed in a
+direction that changes; the evaluation's goal is the middle of where its goals are drawn.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shlex
+import sys
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import List
+
+import h5py
+import numpy as np
+from d4rl.locomotion import ant, maze_env, wrappers
+from tqdm import tqdm
+
+from harness.config import parse
+from harness.environments import gym
+from harness.errors import UserError, one_line_errors
+
+KINDS = {  # of datasets: the maze, whether trajectories start anywhere, and whether goals are any
+    "umaze": (maze_env.U_MAZE, False, False),
+    "umaze-diverse": (maze_env.U_MAZE, True, True),
+    "medium-play": (maze_env.BIG_MAZE, True, False),
+    "medium-diverse": (maze_env.BIG_MAZE, True, True),
+    "large-play": (maze_env.HARDEST_MAZE, True, False),
+    "large-diverse": (maze_env.HARDEST_MAZE, True, True),
+}
+STEPS = 1001  # of a trajectory: D4RL counts from 0 to 1000
+NOISE = 0.2  # standard deviation of the noise on the walker's actions
+CELL = 4.0  # side of a maze's cell
+REACHED = 0.5  # distance to a goal at which it is reached
+
+
+@dataclass
+class Config:
+    kinds: List[str] = field(default_factory=lambda: ["umaze"])  # to write: see KINDS
+    trajectories: int = 1000  # in a file, of 1,001 steps each
+    walker: str = "data/antmaze_walker.npz"  # the walker's file
+    walker_steps: int = 0  # steps of SAC, to make that file first; 0: it is there
+    seed: int = 0  # of SAC, the starts, the goals and the noise
+    processes: int = 2  # that walk at once; they change no file's content
+    directory: str = "data"  # where the files go
+
+
+def check(config):
+    """Raise UserError if the config makes no sense, before any work."""
+    unknown = sorted(set(config.kinds) - set(KINDS))
+    if unknown:
+        raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    if min(config.trajectories, config.processes) < 1:
+        raise UserError("trajectories and processes must be 1 or more")
+    if config.walker_steps == 0 and not os.path.isfile(config.walker):
+        raise UserError(f"there is no file {config.walker}; make it by --walker_steps 300000")
+
+
+# --- The walker ---
+
+
+def make_walking_task():
+    """Return an environment in which SAC learns to walk, under gymnasium's interface.
+
+    The ant's state has 27 numbers, D4RL's own without x and y. After them come the 2 of a direction
+    of length 1, which turns to a random one after 80 to 300 steps. The reward is the speed in this
+    direction, a little for standing upright, and less for large actions. An episode ends when the
+    ant lies on its back, or after 600 steps.
+    """
+    import gymnasium
+
+    class Walking(gymnasium.Env):
+        def __init__(self, seed):
+            self.env = wrappers.NormalizedBoxEnv(ant.GoalReachingAntEnv())
+            self.env.wrapped_env.seed(seed)
+            self.rng = np.random.default_rng(seed)
+            self.action_space = gymnasium.spaces.Box(-1, 1, (8,), np.float32)
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (29,), np.float32)
+
+        def turn(self):
+            angle = self.rng.uniform(0, 2 * np.pi)
+            self.direction = np.array([np.cos(angle), np.sin(angle)])
+            self.steps_to_turn = self.rng.integers(80, 301)
+
+        def observe(self, state):
+            return np.concatenate([state[:27], self.direction]).astype(np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            self.steps = 0
+            self.turn()
+            return self.observe(self.env.reset()), {}
+
+        def step(self, action):
+            before = self.env.get_xy().copy()
+            state, _, _, _ = self.env.step(action)
+            moved = self.env.get_xy() - before
+            _, x, y, _ = state[1:5]  # the torso's orientation, a quaternion
+            upright = 1 - 2 * (x**2 + y**2)  # 1: upright, -1: on its back
+            reward = moved @ self.direction / 0.05 + 0.3 * upright - 0.01 * np.square(action).sum()
+            self.steps += 1
+            self.steps_to_turn -= 1
+            if self.steps_to_turn == 0:
+                self.turn()
+            return self.observe(state), float(reward), bool(upright < 0), self.steps == 600, {}
+
+    return Walking
+
+
+def train_walker(config):
+    """Train a walker by SAC, and write the weights of its mean actions."""
+    try:
+        from sbx import SAC
+        from stable_baselines3.common.vec_env import DummyVecEnv
+    except ImportError as error:
+        raise UserError(
+            f"{error}; first pip install -r tools/requirements-collect.txt"
+        ) from error
+    task = make_walking_task()
+    envs = DummyVecEnv([lambda number=number: task(config.seed + number) for number in range(8)])
+    model = SAC("MlpPolicy", envs, gradient_steps=2, learning_starts=10_000, seed=config.seed)
+    model.learn(config.walker_steps, progress_bar=sys.stderr.isatty())
+    layers = model.policy.actor_state.params["params"]
+    arrays = {}
+    for i in range(3):  # two hidden layers and the mean
+        arrays[f"kernel{i}"] = np.asarray(layers[f"Dense_{i}"]["kernel"])
+        arrays[f"bias{i}"] = np.asarray(layers[f"Dense_{i}"]["bias"])
+    np.savez(config.walker, **arrays)
+
+
+def read_walker(path):
+    """Return the walker: a function from a state (27,) and a direction (2,) to actions (8,)."""
+    with np.load(path) as file:
+        layers = [(file[f"kernel{i}"], file[f"bias{i}"]) for i in range(3)]
+
+    def walk(state, direction):
+        x = np.concatenate([state, direction / np.linalg.norm(direction)]).astype(np.float32)
+        for kernel, bias in layers[:-1]:
+            x = np.maximum(x @ kernel + bias, 0)
+        kernel, bias = layers[-1]
+        return np.tanh(x @ kernel + bias)
+
+    return walk
+
+
+# --- Walking the mazes ---
+
+
+def make_maze(kind):
+    """Return the environment in which a dataset is collected."""
+    maze, starts_anywhere, any_goal = KINDS[kind]
+    if any_goal:  # without goals of its own D4RL draws them from all free cells
+        maze = deepcopy(maze)
+        for row in maze:
+            row[:] = [0 if cell == maze_env.GOAL else cell for cell in row]
+    env = ant.AntMazeEnv(maze_map=maze, maze_size_scaling=CELL, non_zero_reset=starts_anywhere)
+    return wrappers.NormalizedBoxEnv(env)
+
+
+def walk_trajectories(job):
+    """Return the arrays of some trajectories, each (n, STEPS, ...)."""
+    kind, walker, seeds = job
+    trajectories = []
+    with contextlib.redirect_stdout(None):  # D4RL's navigation prints four lines a step
+        env = make_maze(kind)
+        navigate = env.create_navigation_policy(read_walker_for_maze(walker))
+        for seed in seeds:
+            trajectories.append(walk_trajectory(env, navigate, seed))
+    return {key: np.stack([one[key] for one in trajectories]) for key in trajectories[0]}
+
+
+def read_walker_for_maze(path):
+    """Return the walker as D4RL's navigation calls it: with a maze's state and the way to go."""
+    walk = read_walker(path)
+    return lambda state, way: walk(state[2:29], np.asarray(way))
+
+
+def walk_trajectory(env, navigate, seed):
+    """Return the arrays of one trajectory, (STEPS, ...), with the last state as `end` (1, 29)."""
+    rng = np.random.default_rng(seed)
+    np.random.seed(rng.integers(2**31))  # noqa: NPY002, from where the maze draws
+    env.wrapped_env.seed(int(rng.integers(2**31)))
+    env.set_target()
+    state = env.reset()
+    columns = {key: [] for key in ("observations", "actions", "qpos", "qvel")}
+    for _ in range(STEPS):
+        noisy = navigate(state) + NOISE * rng.standard_normal(8)
+        action = np.clip(noisy, -1, 1).astype(np.float32)
+        columns["observations"].append(state[:29])  # the rest is the way to the goal
+        columns["actions"].append(action)
+        columns["qpos"].append(env.sim.data.qpos.copy())
+        columns["qvel"].append(env.sim.data.qvel.copy())
+        state, _, _, _ = env.step(action)
+    arrays = {key: np.array(column, np.float32) for key, column in columns.items()}
+    goal = np.asarray(env.target_goal, np.float32)
+    return {**arrays, "goal": np.tile(goal, (STEPS, 1)), "end": state[None, :29].astype(np.float32)}
+
+
+def evaluation_goal(kind):
+    """Return the middle of where the evaluation's goals are drawn, (2,).
+
+    D4RL adds to the goal's cell two uniform offsets, up to a quarter and an eighth of its side.
+    """
+    with contextlib.redirect_stdout(None):
+        env = gym.make(f"antmaze-{kind}-v2").unwrapped
+    cells = np.argwhere(np.array(env._maze_map) == maze_env.GOAL)
+    (cell,) = cells
+    return np.array(env._rowcol_to_xy(cell)) + (CELL / 4 + CELL / 8) / 2
+
+
+def rewards(kind, positions):
+    """Return the sparse rewards (n, STEPS) of positions (n, STEPS + 1, 2): 1 near the goal.
+
+    A step's reward is that of the position after it. In umaze-diverse only the first step of each
+    visit to the goal has one, as in D4RL's file (D4RL issue 199).
+    """
+    distance = np.linalg.norm(positions[:, 1:] - evaluation_goal(kind), axis=2)
+    is_near = distance <= REACHED
+    if kind == "umaze-diverse":
+        was_near = np.pad(is_near, ((0, 0), (1, 0)))[:, :-1]
+        is_near &= ~was_near
+    return is_near
+
+
+# --- Files ---
+
+
+def collect(config, kind):
+    """Collect a dataset and write its file."""
+    seeds = np.random.SeedSequence([config.seed, list(KINDS).index(kind)])
+    seeds = seeds.spawn(config.trajectories)
+    jobs = [(kind, config.walker, seeds[i : i + 5]) for i in range(0, len(seeds), 5)]
+    parts = []
+    with multiprocessing.get_context("spawn").Pool(config.processes) as pool:
+        results = pool.imap(walk_trajectories, jobs)
+        for part in tqdm(results, kind, len(jobs), disable=not sys.stderr.isatty()):
+            parts.append(part)
+    data = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    write(config, kind, data)
+
+
+def write(config, kind, data):
+    """Write the arrays (n, STEPS, ...) of n trajectories as a file in D4RL's format."""
+    positions = np.concatenate([data["observations"], data["end"]], 1)[:, :, :2]
+    is_near = rewards(kind, positions)
+    is_last = np.zeros_like(is_near)
+    is_last[:, -1] = True
+    columns = {
+        "observations": data["observations"],
+        "actions": data["actions"],
+        "rewards": is_near.astype(np.float32),
+        "terminals": is_near,
+        "timeouts": is_last,
+        "infos/goal": data["goal"],
+        "infos/qpos": data["qpos"],
+        "infos/qvel": data["qvel"],
+    }
+    url = gym.spec(f"antmaze-{kind}-v2").kwargs["dataset_url"]
+    path = os.path.join(config.directory, os.path.basename(url))
+    os.makedirs(config.directory, exist_ok=True)
+    with h5py.File(f"{path}.partial", "w") as file:
+        for key, column in columns.items():
+            column = column.reshape(-1, *column.shape[2:])
+            file.create_dataset(key, data=column, compression="gzip", shuffle=True)
+        file.attrs["made_by"] = f"python -m tools.collect_antmaze {shlex.join(sys.argv[1:])}"
+        file.attrs["evaluation_goal"] = evaluation_goal(kind)
+    os.replace(f"{path}.partial", path)
+    share = is_near.any(1).mean()
+    first = np.median(is_near.argmax(1)[is_near.any(1)]) if share else np.nan
+    print(
+        f"{path}: {len(is_near)} trajectories, {is_near.size:,} steps; {share:.0%} reach the "
+        f"evaluation's goal, the median one after {first:.0f} steps",
+        flush=True,
+    )
+
+
+def main():
+    config = parse(Config)
+    check(config)
+    if config.walker_steps:
+        train_walker(config)
+    for kind in config.kinds:
+        collect(config, kind)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
