@@ -25,7 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness.config import check, given_values, parse, read_table, with_regularisers
+from harness.config import (
+    check,
+    given_values,
+    parse,
+    read_table,
+    with_preset,
+    with_regularisers,
+)
 from harness.datasets import (
     domain,
     episode_ends,
@@ -58,6 +65,7 @@ class Config:
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
     validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
+    preset: str = "none"  # a name of PRESETS for other fields: as-run is the paper as it was run
     gamma: float = 0.99  # discount factor
     tau: Optional[float] = None  # step size of the target's Polyak average; default: tuned
     batch_size: int = 256  # transitions per update
@@ -88,7 +96,7 @@ class Config:
     actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
     actor_bc_noise: float = 0.0  # BCN: std of noise on temperature x advantage
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
-    actor_lr_decay: bool = True  # cosine decay of the actor's learning rate to 0 over the run
+    actor_lr_decay: str = "cosine"  # of its learning rate: none, cosine, linear, exponential
     # Regularisers of Q and V, which the paper leaves alone
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -100,7 +108,7 @@ class Config:
     critic_bn: bool = False  # BatchNorm in Q and V
     critic_sn: bool = False  # SpectralNorm of the last hidden Dense of Q and V
     critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
-    critic_lr_decay: bool = False  # cosine decay of the critics' learning rate to 0
+    critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
     # Run
     seed: int = 0  # everything random in a run follows from it
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
@@ -136,7 +144,11 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
 def constraints(config):
     """Return {error message: whether the config is right about it}."""
     has_group_norm = config.actor_gn or config.critic_gn
+    schedules = ("none", "cosine", "linear", "exponential")
     return {
+        "actor_lr_decay and critic_lr_decay must be none, cosine, linear or exponential": (
+            config.actor_lr_decay in schedules and config.critic_lr_decay in schedules
+        ),
         "actor_gn and critic_gn need a hidden_dim of 64, 96, ...: 32 groups of two units or more": (
             not has_group_norm or (config.hidden_dim % 32 == 0 and config.hidden_dim > 32)
         ),
@@ -336,6 +348,20 @@ def forward_train(network, variables, key, *inputs):
 # --- Optimiser ---
 
 
+def decayed(learning_rate, decay, num_steps):
+    """Return a learning rate as it decays over a number of steps, or as it is.
+
+    cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
+    """
+    if decay == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, num_steps)
+    if decay == "linear":
+        return optax.linear_schedule(learning_rate, learning_rate / 10, num_steps)
+    if decay == "exponential":
+        return optax.exponential_decay(learning_rate, num_steps, 0.99)
+    return learning_rate
+
+
 def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
     """Return Adam with decoupled weight decay (the paper's L2, L1 and elastic net).
 
@@ -404,7 +430,7 @@ class Actor(nn.Module):
         features = ActorHidden(config, name="Hidden_0")(observations, train)
         means = nn.tanh(last_dense(self.action_dim, math.sqrt(2))(features))
         if config.state_dependent_std:
-            log_stds = last_dense(self.action_dim, 1e-3)(features)
+            log_stds = last_dense(self.action_dim, 1.0)(features)
         else:
             log_stds = self.param("log_stds", nn.initializers.zeros, (self.action_dim,))
             log_stds = jnp.broadcast_to(log_stds, means.shape)
@@ -550,9 +576,8 @@ def eval_actor_loss(config, state, batch):
 
 def actor_optimizer(config):
     """Return the actor's optimiser."""
-    learning_rate = config.actor_learning_rate
-    if config.actor_lr_decay:
-        learning_rate = optax.cosine_decay_schedule(learning_rate, config.num_updates)
+    decay = config.actor_lr_decay
+    learning_rate = decayed(config.actor_learning_rate, decay, config.num_updates)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -560,9 +585,8 @@ def actor_optimizer(config):
 
 def critic_optimizer(config):
     """Return the critics' optimiser. V has the same one with a state of its own."""
-    learning_rate = config.critic_learning_rate
-    if config.critic_lr_decay:
-        learning_rate = optax.cosine_decay_schedule(learning_rate, config.num_updates)
+    decay = config.critic_lr_decay
+    learning_rate = decayed(config.critic_learning_rate, decay, config.num_updates)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -769,8 +793,8 @@ def analyse(config, state, data, samples, visited):
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
         cloned = clone_further(config, data, state, probe)
-        info["plasticity/before"] = action_error(config, data, state.actor, probe)
-        info["plasticity/after"] = action_error(config, data, cloned, probe)
+        loss_before = cloning_loss(config, data, state.actor, probe)
+        info["plasticity/loss_left"] = cloning_loss(config, data, cloned, probe) / loss_before
     return info
 
 
@@ -810,30 +834,32 @@ def action_error(config, data, actor, batch):
     return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
 
 
+def cloning_loss(config, data, actor, batch):
+    """Return the squared error of the policy's actions, summed over an action's dimensions."""
+    errors = (act(config, actor, data, batch.observations) - batch.actions) ** 2
+    return errors.sum(-1).mean()
+
+
 def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    It starts from a copy of the actor and of its optimiser. The learning rate does not decay, so
-    that the steps move the copy at the end of a run, too.
+    The actor's optimiser starts anew, without decay of its rate and without noise. So its steps
+    depend neither on the loss's unit nor on what came before.
     """
-    config = replace(config, actor_lr_decay=False)
+    config = replace(config, actor_lr_decay="none")
     optimizer = actor_optimizer(config)
 
-    def step(copy, key):
+    def step(copy, _):
         actor, opt_state = copy
 
         def loss(params):
-            return action_error(config, data, {**actor, "params": params}, batch)
+            return cloning_loss(config, data, {**actor, "params": params}, batch)
 
         grads = jax.grad(loss)(actor["params"])
-        noise = config.actor_grad_noise
-        return optimize(optimizer, actor, opt_state, grads, noise, key), None
+        return optimize(optimizer, actor, opt_state, grads, noise=0.0, key=None), None
 
-    adam, decay, _ = state.actor_opt
-    _, _, constant_rate = optimizer.init(state.actor["params"])  # a schedule has a counter here
-    opt_state = (adam, decay, constant_rate)
-    keys = jax.random.split(jax.random.key(0), PROBE_STEPS)
-    (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), keys)
+    start = (state.actor, optimizer.init(state.actor["params"]))
+    (actor, _), _ = jax.lax.scan(step, start, length=PROBE_STEPS)
     return actor
 
 
@@ -855,8 +881,18 @@ CHOSEN = {
     "GrN": dict(actor_grad_noise=0.01),
 }
 
+# Combinations of them -> the strengths that the paper chose anew for these
+COMBINED = {"DO+LN+GrN": dict(actor_grad_noise=0.1)}
+
 # Names of `regularisers` that stand for values tuned per dataset -> what was tuned
 BEST = {"best": "DO+LN+EN", "best-L1": "L1"}
+
+# Names of `preset` -> what it sets
+PRESETS = {
+    "as-run": "the published configuration of best: mostly L2 where its name says elastic net",
+    "as-run-L1": "the published configuration of best-L1",
+    "as-run-none": "the published configuration of the baseline, which is the baseline here",
+}
 
 # The grid in which `best` was tuned
 TUNING_GRID = dict(
@@ -921,7 +957,11 @@ def tuned(config):
         actor_wd=row["wd"],
         actor_l1_ratio=0.5,
     )
-    config = with_regularisers(config, {**CHOSEN, "best-L1": best_l1, "best": best})
+    is_en = config.dataset_name == "antmaze-large-diverse-v2"  # the ratio is missing elsewhere
+    as_run = dict(best, actor_l1_ratio=0.5 if is_en else 0.0)
+    presets = {"as-run": as_run, "as-run-L1": best_l1, "as-run-none": {}}
+    config = with_preset(config, presets)
+    config = with_regularisers(config, {**CHOSEN, "best-L1": best_l1, "best": best}, COMBINED)
 
     is_antmaze = domain(config.dataset_name) == "antmaze"
     is_adroit = domain(config.dataset_name) == "adroit"

@@ -25,7 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from harness.config import check, given_values, parse, read_table, with_regularisers
+from harness.config import (
+    check,
+    given_values,
+    parse,
+    read_table,
+    with_preset,
+    with_regularisers,
+)
 from harness.datasets import (
     domain,
     episode_ends,
@@ -58,6 +65,7 @@ class Config:
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
     validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
+    preset: str = "none"  # a name of PRESETS for other fields: as-run is the paper as it was run
     critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (original)
     gamma: Optional[float] = None  # discount factor; default: 0.99 (AntMaze 0.999)
     tau: float = 0.005  # step size of the targets' Polyak average
@@ -75,6 +83,7 @@ class Config:
     v_max: Optional[float] = None  # hl_gauss: highest value; default: the data's (AntMaze: 100)
     v_expand: Optional[float] = None  # hl_gauss: fraction by which [v_min, v_max] is widened; tuned
     sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target's Gaussian, in bin widths
+    clip_targets: bool = True  # hl_gauss: move targets outside to the end; false: no loss (paper)
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 3  # hidden layers of the actor
@@ -93,7 +102,7 @@ class Config:
     actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
     actor_bc_noise: float = 0.0  # BCN: std of noise on the cloned actions
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
-    actor_lr_decay: bool = False  # cosine decay of the actor's learning rate to 0 over the run
+    actor_lr_decay: str = "none"  # of its learning rate: none, cosine, linear, exponential
     # Regularisers of the critics, which the paper leaves alone
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -105,7 +114,7 @@ class Config:
     critic_bn: bool = False  # BatchNorm in the critics
     critic_sn: bool = False  # SpectralNorm of the critics' last hidden Dense
     critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
-    critic_lr_decay: bool = False  # cosine decay of the critics' learning rate to 0
+    critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
     # Run
     seed: int = 0  # everything random in a run follows from it
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
@@ -143,7 +152,11 @@ def constraints(config):
     """Return {error message: whether the config is right about it}."""
     has_group_norm = config.actor_gn or config.critic_gn
     has_range = config.v_min is not None and config.v_max is not None
+    schedules = ("none", "cosine", "linear", "exponential")
     return {
+        "actor_lr_decay and critic_lr_decay must be none, cosine, linear or exponential": (
+            config.actor_lr_decay in schedules and config.critic_lr_decay in schedules
+        ),
         "actor_gn and critic_gn need a hidden_dim of 64, 96, ...: 32 groups of two units or more": (
             not has_group_norm or (config.hidden_dim % 32 == 0 and config.hidden_dim > 32)
         ),
@@ -345,6 +358,20 @@ def forward_train(network, variables, key, *inputs):
 # --- Optimiser ---
 
 
+def decayed(learning_rate, decay, num_steps):
+    """Return a learning rate as it decays over a number of steps, or as it is.
+
+    cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
+    """
+    if decay == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, num_steps)
+    if decay == "linear":
+        return optax.linear_schedule(learning_rate, learning_rate / 10, num_steps)
+    if decay == "exponential":
+        return optax.exponential_decay(learning_rate, num_steps, 0.99)
+    return learning_rate
+
+
 def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
     """Return Adam with decoupled weight decay (the paper's L2, L1 and elastic net).
 
@@ -467,14 +494,19 @@ def hl_gauss(config, values):
     """Return the probabilities (..., n_classes) of a Gaussian around each value (arXiv 2403.03950).
 
     It is cut off at the support's ends. A value outside is moved to the end, so that the
-    probabilities always sum to 1.
+    probabilities always sum to 1. Without clip_targets, as in the paper's code, they vanish for a
+    value well outside: it gives no loss.
     """
     edges = support(config)
     sigma = config.sigma_frac * (edges[1] - edges[0])
-    values = jnp.clip(values, edges[0], edges[-1])[..., None]
-    # The cumulative distribution at the edges, up to a factor and a constant
-    cdf = jax.scipy.special.erf((edges - values) / (math.sqrt(2) * sigma))
-    return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+    if config.clip_targets:
+        values = jnp.clip(values, edges[0], edges[-1])
+    # Twice the cumulative distribution at the edges, up to a constant
+    cdf = jax.scipy.special.erf((edges - values[..., None]) / (math.sqrt(2) * sigma))
+    total = cdf[..., -1:] - cdf[..., :1]
+    if not config.clip_targets:
+        total = total + 2e-6
+    return jnp.diff(cdf) / total
 
 
 def critic_values(config, outputs):
@@ -581,10 +613,8 @@ def eval_actor_loss(config, state, batch):
 
 def actor_optimizer(config):
     """Return the actor's optimiser, whose schedule counts the actor's own steps."""
-    learning_rate = config.actor_learning_rate
-    if config.actor_lr_decay:
-        num_steps = config.num_updates // config.policy_freq
-        learning_rate = optax.cosine_decay_schedule(learning_rate, num_steps)
+    num_steps = config.num_updates // config.policy_freq
+    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -592,9 +622,8 @@ def actor_optimizer(config):
 
 def critic_optimizer(config):
     """Return the critics' optimiser."""
-    learning_rate = config.critic_learning_rate
-    if config.critic_lr_decay:
-        learning_rate = optax.cosine_decay_schedule(learning_rate, config.num_updates)
+    decay = config.critic_lr_decay
+    learning_rate = decayed(config.critic_learning_rate, decay, config.num_updates)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -822,8 +851,8 @@ def analyse(config, state, data, samples, visited):
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
         cloned = clone_further(config, data, state, probe)
-        info["plasticity/before"] = action_error(config, data, state.actor, probe)
-        info["plasticity/after"] = action_error(config, data, cloned, probe)
+        loss_before = cloning_loss(config, data, state.actor, probe)
+        info["plasticity/loss_left"] = cloning_loss(config, data, cloned, probe) / loss_before
     return info
 
 
@@ -863,30 +892,32 @@ def action_error(config, data, actor, batch):
     return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
 
 
+def cloning_loss(config, data, actor, batch):
+    """Return the squared error of the policy's actions, summed over an action's dimensions."""
+    errors = (act(config, actor, data, batch.observations) - batch.actions) ** 2
+    return errors.sum(-1).mean()
+
+
 def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    It starts from a copy of the actor and of its optimiser. The learning rate does not decay, so
-    that the steps move the copy at the end of a run, too.
+    The actor's optimiser starts anew, without decay of its rate and without noise. So its steps
+    depend neither on the loss's unit nor on what came before.
     """
-    config = replace(config, actor_lr_decay=False)
+    config = replace(config, actor_lr_decay="none")
     optimizer = actor_optimizer(config)
 
-    def step(copy, key):
+    def step(copy, _):
         actor, opt_state = copy
 
         def loss(params):
-            return action_error(config, data, {**actor, "params": params}, batch)
+            return cloning_loss(config, data, {**actor, "params": params}, batch)
 
         grads = jax.grad(loss)(actor["params"])
-        noise = config.actor_grad_noise
-        return optimize(optimizer, actor, opt_state, grads, noise, key), None
+        return optimize(optimizer, actor, opt_state, grads, noise=0.0, key=None), None
 
-    adam, decay, _ = state.actor_opt
-    _, _, constant_rate = optimizer.init(state.actor["params"])  # a schedule has a counter here
-    opt_state = (adam, decay, constant_rate)
-    keys = jax.random.split(jax.random.key(0), PROBE_STEPS)
-    (actor, _), _ = jax.lax.scan(step, (state.actor, opt_state), keys)
+    start = (state.actor, optimizer.init(state.actor["params"]))
+    (actor, _), _ = jax.lax.scan(step, start, length=PROBE_STEPS)
     return actor
 
 
@@ -908,8 +939,29 @@ CHOSEN = {
     "GrN": dict(actor_grad_noise=0.01),
 }
 
+# Combinations of them -> the strengths that the paper chose anew for these
+COMBINED = {
+    "DO+LN+GrN": dict(actor_grad_noise=0.003),
+    "DO+LN+InN": dict(actor_input_noise=0.01),
+    "DO+LN+L2": dict(actor_wd=1e-4),
+    "DO+LN+EN": dict(actor_wd=1e-5),
+    "DO+EN+BCN": dict(actor_bc_noise=0.1),
+    "DO+LN+GrN+L2": dict(actor_grad_noise=0.003, actor_wd=1e-4),
+    "DO+LN+GrN+L1": dict(actor_grad_noise=0.003),
+    "DO+LN+GrN+EN": dict(actor_grad_noise=0.003, actor_wd=1e-5),
+    "DO+LN+BCN+L2": dict(actor_wd=1e-5),
+}
+
 # Names of `regularisers` that stand for values tuned per dataset -> what was tuned
 BEST = {"best": "DO+LN+GrN", "best-L2": "L2"}
+
+# Names of `preset` -> what it sets
+PRESETS = {
+    "as-run": "the published configuration of best, to the last value",
+    "as-run-L2": "the published configuration of best-L2",
+    "as-run-none": "the published configuration of the baseline",
+    "batch-1024": "the batch size and learning rates that as-run has on Adroit, and no more",
+}
 
 # The grid in which `best` was tuned
 TUNING_GRID = dict(
@@ -919,7 +971,8 @@ TUNING_GRID = dict(
 )
 
 # The values that the paper tuned for each dataset:
-#   bc, bins, expand    HL-Gauss: actor_bc_coef, n_classes, v_expand
+#   bc, bins, expand    HL-Gauss: actor_bc_coef, n_classes, v_expand (at -0.05 targets can lie
+#                       outside, where clip_targets matters)
 #   mse_bc, critic_bc   squared error: actor_bc_coef, critic_bc_coef
 #   l2_wd               best-L2: actor_wd
 #   ln, dropout, noise  best: actor_ln, actor_dropout, actor_grad_noise
@@ -964,12 +1017,26 @@ relocate-expert-v1            0.05   401   0.05    0.05    0.01       0.01    Tr
 """)
 
 
+# What the published configuration of `best` has in place of the above on AntMaze, where it was
+# tuned once more
+AS_RUN_ANTMAZE = read_table("""
+dataset                       bc     expand  ln     dropout  noise
+antmaze-umaze-v2              0.01   0.1     False  0.0      0.01
+antmaze-umaze-diverse-v2      0.01   0.1     True   0.1      0.003
+antmaze-medium-play-v2        0.01   0.05    True   0.2      0.01
+antmaze-medium-diverse-v2     0.01   0.05    True   0.2      0.0
+antmaze-large-play-v2         0.01   0.1     True   0.0      0.003
+antmaze-large-diverse-v2      0.01   0.05    True   0.0      0.003
+""")
+
+
 def tuned(config):
     """Fill in what the user left open with the paper's values for the dataset."""
     row = tuned_values(TUNED, config.dataset_name)
     best_l2 = dict(actor_wd=row["l2_wd"], actor_l1_ratio=0.0)
     best = dict(actor_ln=row["ln"], actor_dropout=row["dropout"], actor_grad_noise=row["noise"])
-    config = with_regularisers(config, {**CHOSEN, "best-L2": best_l2, "best": best})
+    config = with_preset(config, presets(config, best, best_l2))
+    config = with_regularisers(config, {**CHOSEN, "best-L2": best_l2, "best": best}, COMBINED)
 
     is_mse = config.critic_loss == "mse"
     is_antmaze = domain(config.dataset_name) == "antmaze"
@@ -997,6 +1064,30 @@ def tuned(config):
     )
     unset = {name: value for name, value in values.items() if getattr(config, name) is None}
     return replace(config, **unset)
+
+
+def presets(config, best, best_l2):
+    """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`."""
+    large_batch = dict(batch_size=1024, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
+    baseline = dict(clip_targets=False)
+    both = baseline
+    if domain(config.dataset_name) == "adroit":
+        both = {**baseline, **large_batch}
+    if config.dataset_name in AS_RUN_ANTMAZE:
+        row = AS_RUN_ANTMAZE[config.dataset_name]
+        best = dict(
+            actor_bc_coef=row["bc"],
+            v_expand=row["expand"],
+            actor_ln=row["ln"],
+            actor_dropout=row["dropout"],
+            actor_grad_noise=row["noise"],
+        )
+    return {
+        "as-run": {**both, **best},
+        "as-run-L2": {**both, **best_l2},
+        "as-run-none": baseline,
+        "batch-1024": large_batch,
+    }
 
 
 # --- Main ---

@@ -174,6 +174,8 @@ def configure_jax(deterministic):
 
 # --- What must hold ---
 
+NAMES = ("preset", "regularisers")  # fields that stand for others
+
 HOLDS = {  # a bound in words -> whether a number keeps it
     "any number": lambda x: True,
     "0 or more": lambda x: x >= 0,
@@ -193,11 +195,10 @@ def check(config, constraints, bounds, given=None):
     fields that were asked for, which the config must have.
     """
     for name, value in (given or {}).items():
-        if name != "regularisers" and value is not None and getattr(config, name) != value:
-            raise UserError(
-                f"regularisers {given.get('regularisers')} has {name} {getattr(config, name)}, "
-                f"but {value} is asked for, too"
-            )
+        if name in NAMES or value is None or getattr(config, name) == value:
+            continue
+        names = " and ".join(f"{key} {given[key]}" for key in NAMES if key in given)
+        raise UserError(f"{names} has {name} {getattr(config, name)}, but {value} is asked for")
     for name, value in vars(config).items():
         if type(value) not in (int, float):  # a bool is an int, too
             continue
@@ -238,31 +239,58 @@ def run_constraints(config):
 # --- Names for fields ---
 
 
-def with_regularisers(config, known):
+def with_regularisers(config, known, combined=None):
     """Set the flags that the config's `regularisers` stand for, and set that to none.
 
-    `regularisers` is none, or names of `known` joined by +. Raises UserError if a name is
+    `regularisers` is none, or names of `known` joined by +. `combined` has the flags that are
+    others in a combination: {"DO+LN+L2": {"actor_wd": 1e-4}}. Raises UserError if a name is
     unknown, or if two of them, or one and a flag, contradict each other.
     """
     if config.regularisers == "none":
         return config
     flags = {}
-    for name in config.regularisers.split("+"):
+    names = config.regularisers.split("+")
+    for name in names:
         if name not in known:
             raise UserError(
                 f"unknown regulariser {name!r}; known: none, or {', '.join(known)}, "
                 "joined by + such as DO+LN"
             )
-        for key, value in decode(type(config), known[name]).items():
-            default = getattr(type(config), key)
-            contradicts_flag = getattr(config, key) not in (default, value)
-            if contradicts_flag or flags.get(key, value) != value:
+        for key, value in known[name].items():
+            if flags.get(key, value) != value:
                 raise UserError(
-                    f"regularisers {config.regularisers} has {key} {value}, "
-                    "but another value is asked for, too"
+                    f"regularisers {config.regularisers} contradict each other about {key}"
                 )
             flags[key] = value
-    return dataclasses.replace(config, regularisers="none", **flags)
+    for combination, others in (combined or {}).items():
+        if set(combination.split("+")) == set(names):
+            flags |= others
+    return with_named(config, "regularisers", flags)
+
+
+def with_preset(config, known):
+    """Set the fields that the config's `preset` stands for, and set that to none.
+
+    Raises UserError if it isn't in `known`, or contradicts another field.
+    """
+    if config.preset == "none":
+        return config
+    if config.preset not in known:
+        raise UserError(f"unknown preset {config.preset!r}; known: none, {', '.join(known)}")
+    return with_named(config, "preset", known[config.preset])
+
+
+def with_named(config, field, values):
+    """Set the values that a field's name stands for, and that field to none."""
+    values = decode(type(config), values)
+    for key, value in values.items():
+        default = getattr(type(config), key)
+        if getattr(config, key) not in (default, value):
+            raise UserError(
+                f"{field} {getattr(config, field)} has {key} {value}, "
+                "but another value is asked for, too"
+            )
+    return dataclasses.replace(config, **{field: "none"}, **values)
 
 
 def read_table(text):

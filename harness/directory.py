@@ -12,7 +12,7 @@ from harness.config import decode, read_yaml
 from harness.errors import UserError
 
 # Fields that change no result: where a run is written, what is shown, and names for other fields
-NOT_SAVED = ("results", "evaluate", "video", "regularisers", "deterministic")
+NOT_SAVED = ("results", "evaluate", "video", "preset", "regularisers", "deterministic")
 
 
 def saved_fields(values):
@@ -27,7 +27,8 @@ def run_directory(algorithm, config, tuned):
     """Return results/<algorithm>/<dataset>/<name>.
 
     The name has the seed and whatever differs from what `tuned` makes of the defaults. It ends in
-    a hash of the whole config, where the dataset's checksum stands for its path.
+    a hash of that, so a new field of the script changes no name. The dataset's checksum stands for
+    its path.
     """
     own = saved_fields(vars(config))
     del own["dataset_path"]
@@ -41,7 +42,8 @@ def run_directory(algorithm, config, tuned):
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words))
     if len(name) > 150:
         name = name[:150].rpartition(",")[0]
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    identity = {key: own[key] for key in changed}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return os.path.join(config.results, algorithm, config.dataset_name, f"{name}-{digest}")
 
 
@@ -110,6 +112,19 @@ def read_fields(directory):
         return read_yaml(path)
     except UserError as error:
         raise UserError(f"{path} is not the config of a run ({error})") from error
+
+
+def check_same_config(directory, config):
+    """Raise UserError if a run was begun with another config, when a default was another one."""
+    if not os.path.exists(os.path.join(directory, "config.yaml")):
+        return
+    before = read_fields(directory)
+    for key, value in saved_fields(vars(config)).items():
+        if key != "dataset_path" and before.get(key, value) != value:
+            raise UserError(
+                f"{directory} was begun with {key} {before[key]}, and now it is {value}; "
+                f"give --{key} {before[key]} to go on, or --results for another folder"
+            )
 
 
 def load_config(config_class, directory):

@@ -21,7 +21,7 @@ from harness.checkpoint import (
     write_file,
 )
 from harness.datasets import normalized_score
-from harness.directory import run_directory, saved_fields
+from harness.directory import check_same_config, run_directory, saved_fields
 from harness.errors import BusyError, UserError
 from harness.evaluation import score_columns, summary
 from harness.finite import find_divergence
@@ -52,6 +52,7 @@ class Run:
         self.algorithm = os.path.basename(script).removesuffix(".py")
         self.config = config
         self.directory = run_directory(self.algorithm, config, tuned)
+        check_same_config(self.directory, config)
         self.tables = Tables(self.directory)
         self.finished_before = os.path.exists(self.path("finished.json"))
         self.score = {}  # to show

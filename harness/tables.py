@@ -30,13 +30,25 @@ class Tables:
     def append(self, name, rows):
         """Append rows, which are dictionaries with the same keys."""
         if name not in self.files:
-            self.files[name] = open(self.path(name), "a", newline="")
+            self.files[name] = open(self.path(name), "a+", newline="")
+            self.check_header(self.files[name], list(rows[0]))
         file = self.files[name]
         writer = csv.DictWriter(file, rows[0])
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
             writer.writerow({key: as_text(value) for key, value in row.items()})
+
+    def check_header(self, file, columns):
+        """Raise UserError if a table has rows with other columns, of another version."""
+        file.seek(0)
+        header = next(csv.reader([file.readline()]))
+        file.seek(0, os.SEEK_END)
+        if header and header != columns:
+            raise UserError(
+                f"{file.name} has other columns, of another version of the script; resume with "
+                f"that version, or remove {self.directory} to start anew"
+            )
 
     def read(self, name):
         """Yield the rows with their values as numbers."""

@@ -251,7 +251,6 @@ def sent_step(directory, run_id):
 
 def is_whole_there(directory, update):
     """Return whether W&B has a run's rows up to an update, as far as it was meant to get them."""
-    path = os.path.join(directory, "wandb_id")
-    if not os.path.exists(path):
-        return True
+    if not os.access(os.path.join(directory, "wandb_id"), os.W_OK):
+        return True  # it wasn't meant to, or it is another user's run
     return sent_step(directory, own_id(directory)) >= update

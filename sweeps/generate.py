@@ -1,4 +1,4 @@
-"""Writes the paper's experiments and the README's study as W&B sweeps.
+"""Writes the experiments and the README's study as W&B sweeps.
 
     python sweeps/generate.py  # as they are in the repository: each seed is a run of its own
     python sweeps/generate.py --num_seeds 5  # five in a run, for a GPU with room
@@ -22,30 +22,42 @@ from harness.datasets import DOMAINS, domain
 from harness.errors import one_line_errors
 from harness.scripts import scripts
 
-# The paper's experiments
+# Experiments: what varies, and whether the paper has it
 EXPERIMENTS = {
-    "baseline": "the baseline",
-    "dropout": "dropout",
-    "weight_decay": "L2, L1 and the elastic net",
-    "normalisation": "each normalisation",
-    "input_noise": "input noise",
-    "objective_noise": "objective noise",
-    "gradient_noise": "gradient noise",
-    "pairs": "pairs of regularisers at their chosen strengths",
-    "triples": "dropout, a normalisation, and one more",
-    "tuning": "the combination that is tuned for each dataset",
-    "final": "the baseline, the best L2 (IQL: L1) and the best combination, on all data",
-    "robustness": "scores under noise",
-    "data_scaling": "less data",
-    "critic": "regularised critics, the actor as in the baseline",
+    "baseline": ("the baseline", "yes"),
+    "dropout": ("dropout", "yes; IQL without 0.75 and 0.9"),
+    "weight_decay": ("L2, L1 and the elastic net", "yes"),
+    "normalisation": ("each normalisation", "yes; IQL without BN and SN"),
+    "input_noise": ("input noise", "yes"),
+    "objective_noise": ("objective noise", "yes"),
+    "gradient_noise": ("gradient noise", "yes"),
+    "combinations": ("two to four regularisers at the strengths chosen for them", "yes"),
+    "lr_decay": ("DO and DO+LN with decay of the actor's learning rate", "linear alone"),
+    "tuning": ("the combination that is tuned for each dataset", "yes"),
+    "as_run": ("the published configurations to the last value, on all data", "yes"),
+    "data_scaling": ("less data", "ReBRAC's baseline alone"),
+    "final": ("the baseline, and best regularisers, with all else equal, on all data", "no"),
+    "batch": ("batch size and rates of as_run, with and without its regularisers", "no"),
+    "pairs": ("all pairs of regularisers", "no"),
+    "triples": ("dropout, a normalisation, and one more", "no"),
+    "robustness": ("scores under noise, for each regulariser", "no"),
+    "critic": ("regularised critics, the actor as in the baseline", "no: its open question"),
 }
-NUM_SEEDS = {"final": 10}  # else 5
+NUM_SEEDS = {"final": 10, "as_run": 10}  # else 5
 
 NORMALISATIONS = ["LN", "FN", "GN", "BN", "SN"]
 DROPOUTS = [0.1, 0.2, 0.3, 0.5, 0.75, 0.9]
 WEIGHT_DECAYS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 NOISES = [0.003, 0.01, 0.03, 0.1, 0.3]
 ROBUSTNESS = [[0.2, 0.0], [0.0, 0.05]]  # standard deviations of noise on actions and on states
+
+# Those that the paper compares
+COMBINATIONS = """
+DO+LN DO+L2 DO+L1 DO+EN LN+L2 LN+L1 LN+EN
+DO+LN+GrN DO+LN+InN DO+LN+BCN DO+LN+L2 DO+LN+L1 DO+LN+EN DO+EN+GrN DO+EN+BCN
+DO+LN+GrN+L2 DO+LN+GrN+L1 DO+LN+GrN+EN DO+LN+BCN+L2
+""".split()
+DECAYS = ["cosine", "linear", "exponential"]
 
 # The README's study
 STUDY_DATASETS = ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "pen-expert-v1"]
@@ -62,9 +74,11 @@ STUDY = dict(
 STUDY_OF = {"rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1])}
 
 
-def grids(script):
-    """Return the grid of each experiment: flags by lists of their values."""
+def grids(script, domain):
+    """Return the grid of each experiment in a domain: flags by lists of their values."""
     best = ["none", *reversed(script.BEST)]  # a single regulariser, then the combination
+    published = [name for name in script.PRESETS if name.startswith("as-run")]
+    decays = [name for name in [*DECAYS, "none"] if name != script.Config.actor_lr_decay]
     held_out = {  # with 5 % of the episodes held out, as where the paper chose
         "baseline": {},
         "dropout": dict(actor_dropout=DROPOUTS),
@@ -73,16 +87,21 @@ def grids(script):
         "input_noise": dict(actor_input_noise=NOISES),
         "objective_noise": dict(actor_bc_noise=NOISES),
         "gradient_noise": dict(actor_grad_noise=NOISES),
+        "combinations": dict(regularisers=COMBINATIONS),
+        "lr_decay": dict(regularisers=["DO", "DO+LN"], actor_lr_decay=decays),
         "pairs": dict(regularisers=pairs(script.CHOSEN)),
         "triples": dict(regularisers=triples(script.CHOSEN)),
         "tuning": script.TUNING_GRID,
         "critic": dict(critic_ln=[False, True], critic_dropout=[0, 0.1], critic_wd=[0, 0.001]),
     }
     found = {
+        "as_run": dict(preset=published),
         "final": dict(regularisers=best),
         "robustness": dict(regularisers=["none", *script.CHOSEN], eval_noise=[ROBUSTNESS]),
         "data_scaling": dict(regularisers=best, validation_frac=[0.1, 0.25, 0.5, 0.75, 0.9]),
     }
+    if domain == "adroit" and "batch-1024" in script.PRESETS:
+        found["batch"] = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     for name, grid in held_out.items():
         found[name] = dict(grid, validation_frac=[0.05])
     return found
@@ -146,8 +165,8 @@ def write_sweeps(directory, algorithm, script, seeds_in_a_run):
 
     for key, words in DOMAINS.items():
         datasets = [name for name in script.TUNED if domain(name) == key]
-        for name, grid in grids(script).items():
-            about = f" on {words}: {EXPERIMENTS[name]}"
+        for name, grid in grids(script, key).items():
+            about = f" on {words}: {EXPERIMENTS[name][0]}"
             write(f"{key}/{name}", about, grid, NUM_SEEDS.get(name, 5), datasets)
     write("study", ": the study in data/README.md", study(algorithm, script), 5, STUDY_DATASETS)
 

@@ -118,7 +118,7 @@ ACTOR_FLAGS = dict(
     actor_input_noise=0.1,
     actor_bc_noise=0.1,
     actor_grad_noise=0.1,
-    actor_lr_decay=True,
+    actor_lr_decay="cosine",
 )
 CRITIC_FLAGS = dict(
     critic_dropout=0.3,
@@ -128,7 +128,7 @@ CRITIC_FLAGS = dict(
     critic_bn=True,
     critic_sn=True,
     critic_grad_noise=0.1,
-    critic_lr_decay=True,
+    critic_lr_decay="cosine",
 )
 NORMS = ("actor_ln", "actor_fn", "actor_gn", "actor_bn", "actor_sn")
 
@@ -153,7 +153,7 @@ def small_config(script, **fields):
         log_every=4,
         num_updates=40,
         actor_dropout=0.0,
-        actor_lr_decay=False,
+        actor_lr_decay="none",
     )
     if hasattr(script.Config, "v_min"):
         small |= dict(v_min=-10.0, v_max=10.0, n_classes=21)

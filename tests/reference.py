@@ -177,12 +177,17 @@ def softmax(logits):
 
 
 def hl_gauss(config, values):
-    """Return the mass (B, n) of a Gaussian around each value in each bin, cut off at the ends."""
+    """Return the mass (B, n) of a Gaussian around each value in each bin, cut off at the ends.
+
+    Values outside are moved to the end, or as in the paper's code have almost no mass.
+    """
     edges, _ = bins(config)
     sigma = config.sigma_frac * (edges[1] - edges[0])
-    values = np.clip(values, edges[0], edges[-1])
+    if config.clip_targets:
+        values = np.clip(values, edges[0], edges[-1])
     cdf = stats.norm.cdf(edges[None], values[:, None], sigma)
-    return np.diff(cdf, axis=-1) / (cdf[:, -1:] - cdf[:, :1])
+    total = cdf[:, -1:] - cdf[:, :1]
+    return np.diff(cdf, axis=-1) / (total if config.clip_targets else total + 1e-6)
 
 
 def critic_values(config, outputs):
@@ -220,7 +225,8 @@ def rebrac_target(config, state, batch, noise):
 def rebrac_critic_loss(config, outputs, target):
     """Return the mean over the batch of a critic's loss, and its gradient by the outputs (B, n).
 
-    The cross-entropy -sum_i p*_i log p_i has the gradient p - p*, and (Q - y)^2 has 2 (Q - y).
+    The cross-entropy -sum_i p*_i log p_i has the gradient p sum_i p*_i - p*, and (Q - y)^2 has
+    2 (Q - y).
     """
     if config.critic_loss == "mse":
         error = outputs - target[:, None]
@@ -228,7 +234,7 @@ def rebrac_critic_loss(config, outputs, target):
     wanted = hl_gauss(config, target)
     p = softmax(outputs)
     loss = -(wanted * np.log(p)).sum(-1).mean()
-    return loss, (p - wanted) / len(p)
+    return loss, (p * wanted.sum(-1, keepdims=True) - wanted) / len(p)
 
 
 def rebrac_update_critics(config, state, batch, noise):

@@ -41,7 +41,7 @@ EVERYTHING = dict(  # the other program that these tests compile
     actor_input_noise=0.1,
     actor_bc_noise=0.1,
     actor_grad_noise=0.1,
-    actor_lr_decay=True,
+    actor_lr_decay="cosine",
     critic_bn=True,
     normalize_states=True,
 )

@@ -68,14 +68,15 @@ BAD = {
     "--config_path nowhere.yaml": "config_path 'nowhere.yaml': can't be read ([Errno 2] No such",
     "--config_path=": "config_path '': can't be read ([Errno 2] No such file",
     "--regularisers DO+XN": "unknown regulariser 'XN'; known: none, or DO, LN, FN, GN, BN, SN, L2,",
+    "--preset as-ran": "unknown preset 'as-ran'; known: none, as-run, as-run-L",
+    "--actor_lr_decay true": "actor_lr_decay and critic_lr_decay must be none, cosine, linear or",
+    "--dataset_name pen-human-v1 --preset as-run --actor_dropout 0": "preset as-run has actor_",
     "--regularisers DO+none": "unknown regulariser 'none'",
-    "--regularisers L2+EN": "regularisers L2+EN has actor_",
+    "--regularisers L2+EN": "regularisers L2+EN contradict each other about actor_wd",
     "--regularisers DO --actor_dropout 0.2": (
         "regularisers DO has actor_dropout 0.1, but another value is asked for"
     ),
-    "--regularisers DO --actor_dropout 0": (
-        "regularisers DO has actor_dropout 0.1, but "
-    ),
+    "--regularisers DO --actor_dropout 0": ("regularisers DO has actor_dropout 0.1, but "),
     "--dataset_name hopper-medium-v3": (
         "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2"
     ),
@@ -366,6 +367,43 @@ def test_a_forks_whole_number_names_the_same_run(script):
     flags = with_regularisers(script.Config(regularisers="DO"), {"DO": dict(actor_wd=1)})
     assert flags == script.Config(actor_wd=1.0)
     assert type(flags.actor_wd) is float
+
+
+COMBINATIONS = {  # the paper's strengths in combinations where they are others than alone
+    "rebrac": {
+        "DO+LN+GrN": dict(actor_grad_noise=0.003),
+        "DO+LN+InN": dict(actor_input_noise=0.01),
+        "DO+LN+BCN": dict(actor_bc_noise=0.01),
+        "DO+LN+L2": dict(actor_wd=1e-4),
+        "DO+LN+L1": dict(actor_wd=1e-5),
+        "DO+LN+EN": dict(actor_wd=1e-5),
+        "EN+DO+GrN": dict(actor_wd=1e-4, actor_grad_noise=0.01),
+        "EN+DO+BCN": dict(actor_wd=1e-4, actor_bc_noise=0.1),
+        "DO+LN+GrN+L2": dict(actor_grad_noise=0.003, actor_wd=1e-4),
+        "DO+LN+GrN+L1": dict(actor_grad_noise=0.003, actor_wd=1e-5),
+        "DO+LN+GrN+EN": dict(actor_grad_noise=0.003, actor_wd=1e-5),
+        "DO+LN+BCN+L2": dict(actor_bc_noise=0.01, actor_wd=1e-5),
+        "LN+GrN": dict(actor_grad_noise=0.01),
+    },
+    "iql": {
+        "DO+LN+GrN": dict(actor_grad_noise=0.1),
+        "DO+LN+L2": dict(actor_wd=0.1),
+        "DO+LN+L1": dict(actor_wd=0.01),
+        "DO+LN+EN": dict(actor_wd=0.01),
+        "LN+GrN": dict(actor_grad_noise=0.01),
+    },
+}
+
+
+@both_scripts
+def test_combinations_have_the_strengths_that_the_paper_chose_for_them(script):
+    for names, strengths in COMBINATIONS[script.__name__].items():
+        for order in (names, "+".join(reversed(names.split("+")))):
+            config = script.tuned(script.Config(regularisers=order))
+            for key, value in strengths.items():
+                assert getattr(config, key) == value, (order, key)
+            if "DO" in names:
+                assert config.actor_dropout == 0.1
 
 
 @both_scripts

@@ -178,7 +178,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 
 def test_seeds_trained_together_are_those_trained_alone():
-    config = replace(SMALL, **REGULARISED)
+    """Without BatchNorm: a bias before it has no gradient but rounding, which Adam makes large."""
+    config = replace(SMALL, **{**REGULARISED, "actor_bn": False, "critic_bn": False})
     together = run_epochs(iql, replace(config, num_seeds=2))
     for seed in range(2):
         alone = run_epochs(iql, replace(config, seed=seed))
@@ -187,8 +188,8 @@ def test_seeds_trained_together_are_those_trained_alone():
 
 
 def test_the_actors_learning_rate_decays_over_the_run():
-    assert iql.Config().actor_lr_decay
-    config = replace(SMALL, actor_lr_decay=True, num_updates=4)
+    assert iql.Config().actor_lr_decay == "cosine"
+    config = replace(SMALL, actor_lr_decay="cosine", num_updates=4)
     states = run_epochs(iql, config, epochs=1)
     end = of_seed(states, 0)._replace(key=jax.random.key(0))
     after, _ = update(config, end, BATCH)
@@ -233,3 +234,10 @@ def test_the_best_regularisers_of_each_dataset_are_the_papers(name):
         plain = iql.Config(dataset_name=dataset)
         expected = iql.tuned(replace(plain, actor_l1_ratio=l1_ratio, **flags))
         assert iql.tuned(replace(plain, regularisers=name)) == expected
+        if name == "best" and dataset != "antmaze-large-diverse-v2":
+            l1_ratio = (
+                0.0  # the published configurations have no ratio, and the code's default is 0
+            )
+        published = iql.tuned(replace(plain, actor_l1_ratio=l1_ratio, **flags))
+        assert iql.tuned(replace(plain, preset=name.replace("best", "as-run"))) == published
+        l1_ratio = BEST_FILES[name][1]

@@ -25,6 +25,7 @@ from wandb_server import Server
 import iql
 import rebrac
 from harness.directory import read_fields, run_directory, saved_fields
+from harness.environments import registered_names
 from harness.errors import UserError
 from harness.tables import Tables
 from harness.wandb_log import WandB
@@ -38,7 +39,7 @@ WALKER = "walker2d-medium-v2"
 MAZE = "antmaze-umaze-v2"
 PEN = "pen-human-v1"
 COLUMNS = ["score", "score/action_noise=0.2", "train/dead_neurons"]
-COLUMNS += ["plasticity/before", "plasticity/after"]
+COLUMNS += ["train/action_error", "validation/action_error", "plasticity/loss_left"]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def make_run(tmp_path):
         for i in range(len(scores[0])):
             rows = []
             for seed, own in enumerate(scores, config.seed):
-                values = dict(zip(COLUMNS, [own[i], own[i] - 1, 0.1, 0.5, 0.1]))
+                values = dict(zip(COLUMNS, [own[i], own[i] - 1, 0.1, 0.5, 0.6, 0.2], strict=True))
                 rows.append({"seed": seed, "update": 1000 * (i + 1), **values})
             tables.append("evaluations.csv", rows)
         tables.files["evaluations.csv"].close()
@@ -132,8 +133,44 @@ def make_rows(scores):
         ("rebrac", dict(actor_wd=1.0, actor_l1_ratio=1.0), (), ("L1(1)",)),
         ("rebrac", dict(actor_wd=2, actor_l1_ratio=0.3), (), ("actor_wd actor_l1_ratio=0.3(2)",)),
         ("rebrac", dict(actor_wd=0.01), (), ("L2(0.01)", "best-L2")),
-        ("rebrac", dict(regularisers="best"), (), ("DO(0.2)+LN+GrN", "best")),
-        ("rebrac", dict(regularisers="LN", actor_lr_decay=True), (), ("LN+actor_lr_decay=True",)),
+        ("rebrac", dict(regularisers="DO+LN+GrN"), (), ("DO+LN+GrN",)),
+        (
+            "rebrac",
+            dict(actor_dropout=0.1, actor_ln=True, actor_grad_noise=0.01),
+            (),
+            ("DO+LN+GrN(0.01)",),
+        ),
+        (
+            "rebrac",
+            dict(preset="as-run"),
+            (("clip_targets", "False"),),
+            ("DO(0.2)+LN+GrN(0.01)", "best", "as-run"),
+        ),
+        ("rebrac", dict(preset="as-run-none"), (("clip_targets", "False"),), ("baseline",)),
+        (
+            "rebrac",
+            dict(preset="as-run", dataset_name=PEN),
+            (("clip_targets", "False"),),
+            ("as-run",),
+        ),
+        (
+            "rebrac",
+            dict(preset="batch-1024", dataset_name=PEN),
+            (
+                ("actor_learning_rate", "0.001"),
+                ("batch_size", "1024"),
+                ("critic_learning_rate", "0.001"),
+            ),
+            ("baseline",),
+        ),
+        ("iql", dict(preset="as-run"), (), ("DO(0.2)+L2(0.01)", "as-run")),
+        ("rebrac", dict(regularisers="best"), (), ("DO(0.2)+LN+GrN(0.01)", "best")),
+        (
+            "rebrac",
+            dict(regularisers="LN", actor_lr_decay="cosine"),
+            (),
+            ("LN+actor_lr_decay=cosine",),
+        ),
         ("rebrac", dict(critic_ln=False), (), ("critic_ln=False",)),
         ("rebrac", dict(batch_size=32, seed=3, actor_gn=True), (("batch_size", "32"),), ("GN",)),
         ("rebrac", dict(critic_loss="mse"), (("critic_loss", "mse"),), ("baseline",)),
@@ -141,7 +178,7 @@ def make_rows(scores):
             "iql",
             dict(actor_wd=0.01, actor_l1_ratio=1.0, temperature=2.0),
             (("temperature", "2.0"),),
-            ("L1", "best-L1"),
+            ("L1", "best-L1", "as-run-L1"),
         ),
         ("iql", dict(dataset_name="mine-v2"), (), ("baseline",)),  # which isn't the paper's
         ("iql", dict(dataset_name=PEN), (), ("baseline", "DO")),
@@ -389,7 +426,7 @@ def test_a_row_whose_runs_are_all_in_another_is_left_out(make_run, make_report):
     assert list(found["IQL, Adroit: scores"].index) == ["baseline", "LN", "DO+LN+EN"]
     assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["LN", "best"]
     found = make_report("single")
-    assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["DO(0.2)+LN+GrN"]
+    assert list(found["ReBRAC, Gym-MuJoCo: scores"].index) == ["DO(0.2)+LN+GrN(0.01)"]
 
 
 def test_what_an_algorithm_does_not_watch_is_not_in_its_table(make_run, make_report):
@@ -403,7 +440,46 @@ def test_what_an_algorithm_does_not_watch_is_not_in_its_table(make_run, make_rep
     found = make_report("results")
     assert list(found["ReBRAC: inside the actor"])[0] == "dead neurons (share, training data)"
     assert list(found["IQL: inside the actor"])[0] == "PCA rank (training data)"
-    assert len(found["IQL: inside the actor"].columns) == 4
+    assert len(found["IQL: inside the actor"].columns) == 8
+
+
+def test_the_papers_ratios_stand_beside_what_they_are_made_of(make_run, make_report):
+    for seed, score in enumerate((50, 20)):
+        make_run([[1, score]], seed=seed)
+    cells = make_report("results")["ReBRAC: inside the actor"].loc["baseline"]
+    assert cells["action error: held-out / training"] == "1.200 ± 0.000"  # 0.6 / 0.5
+    assert cells["plasticity (share of the loss that is left)"] == "0.200 ± 0.000"
+    shares = np.array([49 / 50, 19 / 20])
+    text = f"{shares.mean():.2f} ± {shares.std():.2f}"
+    assert cells["action noise=0.2: share of the score"] == text
+
+
+def test_other_peoples_scores_stand_in_a_section_of_their_own(make_run, make_report, tmp_path):
+    make_run([[1, 50]])
+    path = str(tmp_path / "published.csv")
+    rows = [("CORL", "IQL", HOPPER, 67.53, 3.78), ("CORL", "IQL", PEN, 78.49, 8.21)]
+    columns = ["source", "algorithm", "dataset_name", "mean", "std"]
+    pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+    cells = make_report("results", beside=path)["Gym-MuJoCo"]
+    assert cells.to_dict() == {HOPPER: {"CORL: IQL": "67.5 ± 3.8"}}
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert text.index("## Other people's scores") < text.index("67.5 ± 3.8")
+    assert "Not trained here." in text
+    for wrong, message in (("nowhere.csv", "can't read"), ("a.csv", "needs the columns")):
+        (tmp_path / "a.csv").write_text("source,mean\nCORL,1\n")
+        with pytest.raises(UserError, match=message):
+            make_report("results", beside=str(tmp_path / wrong))
+
+
+def test_the_published_scores_are_corls_and_of_known_datasets():
+    published = pd.read_csv(os.path.join(ROOT, "data", "paper.csv"))
+    names = published["dataset_name"].unique()
+    assert set(published["source"]) == {"CORL"}
+    assert set(names) <= set(registered_names())
+    assert len(published) == 4 * len(names) == 4 * 30
+    score = published.set_index(["algorithm", "dataset_name"])["mean"]
+    assert score["IQL", "antmaze-umaze-v2"] == 77.0
+    assert score["ReBRAC", HOPPER] == 102.29
 
 
 def test_nothing_to_report_is_one_clear_line(tmp_path):
@@ -480,11 +556,11 @@ def test_aggregates_by_hand():
     np.testing.assert_allclose(found, [45, 50, 50, 100 * (1 - 3.8 / 8)])
 
 
-def test_expected_online_performance_is_that_of_all_subsets():
+def test_expected_online_performance_is_that_of_all_draws_with_replacement():
     scores = np.array([3.0, 1.0, 7.0, 7.0, 2.0])
     expected = []
     for n in range(1, 6):
-        expected.append(np.mean([max(some) for some in itertools.combinations(scores, n)]))
+        expected.append(np.mean([max(some) for some in itertools.product(scores, repeat=n)]))
     np.testing.assert_allclose(report_tables.expected_online_performance(scores), expected)
 
 

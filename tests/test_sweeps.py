@@ -19,6 +19,7 @@ import pytest
 import sweeps
 import yaml
 from conftest import ROOT, random_columns
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import Server
 
 import harness.scripts
@@ -65,6 +66,7 @@ GRIDS = {
     "objective_noise": dict(actor_bc_noise=NOISE, **HELD_OUT),
     "gradient_noise": dict(actor_grad_noise=NOISE, **HELD_OUT),
     "robustness": dict(regularisers=ALL | {"none"}, seed=FIVE),
+    "batch": dict(preset={"none", "batch-1024"}, regularisers={"none", "best"}, seed=FIVE),
     "critic": dict(
         critic_ln={False, True}, critic_dropout={0, 0.1}, critic_wd={0, 0.001}, **HELD_OUT
     ),
@@ -76,6 +78,12 @@ GRIDS_OF = {
         "data_scaling": dict(
             regularisers={"none", "best-L2", "best"}, validation_frac=SCALING, seed=FIVE
         ),
+        "as_run": dict(preset={"as-run-none", "as-run-L2", "as-run"}, seed=set(range(10))),
+        "lr_decay": dict(
+            actor_lr_decay={"cosine", "linear", "exponential"},
+            regularisers={"DO", "DO+LN"},
+            **HELD_OUT,
+        ),
     },
     "iql": {
         "tuning": dict(
@@ -84,6 +92,12 @@ GRIDS_OF = {
         "final": dict(regularisers={"none", "best-L1", "best"}, seed=set(range(10))),
         "data_scaling": dict(
             regularisers={"none", "best-L1", "best"}, validation_frac=SCALING, seed=FIVE
+        ),
+        "as_run": dict(preset={"as-run-none", "as-run-L1", "as-run"}, seed=set(range(10))),
+        "lr_decay": dict(
+            actor_lr_decay={"none", "linear", "exponential"},
+            regularisers={"DO", "DO+LN"},
+            **HELD_OUT,
         ),
     },
 }
@@ -106,9 +120,9 @@ def stated_runs(path):
 
 
 def tuned_config(command):
-    """Return the config of a run by its command line: an interpreter, a program and flags."""
-    script = SCRIPTS[command[1]]
-    return script.tuned(parse(script.Config, command[2:]))
+    """Return the config of a run by its command line: env, an interpreter, a program and flags."""
+    script = SCRIPTS[command[2]]
+    return script.tuned(parse(script.Config, command[3:]))
 
 
 def generate(monkeypatch, directory, *words):
@@ -120,10 +134,10 @@ def generate(monkeypatch, directory, *words):
 
 def test_the_files_are_what_the_generator_writes(tmp_path):
     command = [sys.executable, "sweeps/generate.py", "--directory", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     written = sorted(glob.glob("**/*.yaml", root_dir=tmp_path, recursive=True))
     assert written == sorted(FILES + STUDIES)
-    assert len(FILES) == 2 * 3 * 14
+    assert len(FILES) == 2 * 3 * 17 + 1  # ReBRAC's batch.yaml is of Adroit alone
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:
             assert (tmp_path / path).read_text() == file.read()
@@ -138,8 +152,8 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
     assert len(runs) == len(commands) == stated_runs(path)
     for run, command in zip(runs, commands):
         flags = {f"--{key}={value['value']}" for key, value in run.config.items()}
-        assert set(command[2:]) == flags
-        assert command[:2] == [sys.executable, config["program"]]
+        assert set(command[3:]) == flags
+        assert command[:3] == ["/usr/bin/env", sys.executable, config["program"]]
 
     script = SCRIPTS[config["program"]]
     tuned = {}  # runs that differ in the seed alone are parsed once
@@ -152,7 +166,7 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
             assert tuned[plain].num_updates == (20_000 if path in STUDIES else 1_000_000)
     for key, values in config["parameters"].items():  # each value reaches its field
         given = values.get("values", [values.get("value")])
-        if key not in ("seed", "regularisers", "eval_noise"):
+        if key not in ("seed", "preset", "regularisers", "eval_noise"):
             assert {getattr(one, key) for one in tuned.values()} == set(given), key
 
 
@@ -163,6 +177,17 @@ def grid_of(path):
         if key != "eval_noise":
             grid[key] = set(values.get("values", [values.get("value")]))
     return grid
+
+
+WEIGHT_DECAYS = ("L2", "L1", "EN")
+COMPARED = {frozenset(("DO", "LN"))}  # combinations, in the paper
+for name in WEIGHT_DECAYS:
+    COMPARED |= {frozenset(("DO", name)), frozenset(("LN", name)), frozenset(("DO", "LN", name))}
+    COMPARED |= {frozenset(("DO", "LN", "GrN", name))}
+for name in ("GrN", "InN", "BCN"):
+    COMPARED |= {frozenset(("DO", "LN", name))}
+COMPARED |= {frozenset(("EN", "DO", "GrN")), frozenset(("EN", "DO", "BCN"))}
+COMPARED |= {frozenset(("DO", "LN", "BCN", "L2"))}
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -178,6 +203,10 @@ def test_each_grid_is_the_papers(path):
         words = [frozenset(name.split("+")) for name in grid.pop("regularisers")]
         assert all(len(word) == size and word <= ALL for word in words)
         assert len(set(words)) == len(words) == number
+        assert grid == HELD_OUT
+    elif experiment == "combinations":
+        names = grid.pop("regularisers")
+        assert {frozenset(name.split("+")) for name in names} == COMPARED
         assert grid == HELD_OUT
     else:
         assert grid == {**GRIDS, **GRIDS_OF[algorithm]}[experiment]
@@ -199,7 +228,7 @@ def test_seeds_in_one_run_are_the_same_seeds(path, tmp_path, monkeypatch):
         for command in sweep.expand(file):
             config = tuned_config(command)
             plain = replace(config, seed=0, num_seeds=1)
-            directory = run_directory("any", plain, SCRIPTS[command[1]].tuned)
+            directory = run_directory("any", plain, SCRIPTS[command[2]].tuned)
             for i in range(config.num_seeds):
                 found.append((directory, config.seed + i))
         return found
@@ -218,11 +247,15 @@ def test_the_readmes_table_counts_the_runs():
         rows = re.findall(r"^\| `(\w+)\.yaml` \|(.*)\|$", file.read(), re.MULTILINE)
     assert {f"{name}.yaml" for name, _ in rows} == {os.path.basename(path) for path in FILES}
     for name, cells in rows:
-        _, *numbers, updates = [cell.strip().replace(",", "") for cell in cells.split("|")]
+        _, _, *numbers, updates = [cell.strip().replace(",", "") for cell in cells.split("|")]
         for algorithm in ("rebrac", "iql"):
-            runs = [stated_runs(f"{algorithm}/{domain}/{name}.yaml") for domain in DATASETS]
-            assert [int(number) for number in numbers] == runs
-            assert updates == f"{sum(runs) / 1000:.2f}"  # 10^9
+            runs = []
+            for domain in DATASETS:
+                file = f"{algorithm}/{domain}/{name}.yaml"
+                runs.append(stated_runs(file) if file in FILES else 0)
+            if sum(runs):
+                assert [int(number) for number in numbers] == runs
+                assert updates == f"{sum(runs) / 1000:.2f}"  # 10^9
 
 
 SHAPES = {
@@ -256,8 +289,8 @@ def test_a_sampled_run_trains(path, tmp_path, monkeypatch, write_dataset):
     file = write_dataset(**random_columns(0, size=400, states=states, actions=actions))
     flags = [f"--{key}={value}" for key, value in SMALL.items()]
     flags += [f"--dataset_path={file}", f"--results={tmp_path}"]
-    script = SCRIPTS[command[1]]
-    monkeypatch.setattr(sys, "argv", [*command[1:], *flags])
+    script = SCRIPTS[command[2]]
+    monkeypatch.setattr(sys, "argv", [*command[2:], *flags])
     monkeypatch.setenv("EPISODE_STEPS", "15")
     script.main()
     (finished,) = tmp_path.glob(f"{script.__name__}/{name}/*/finished.json")
@@ -302,7 +335,16 @@ def test_a_dataset_that_is_not_there_ends_a_sweep_before_its_first_run(write_swe
         sweep.read_jobs([path], [])
 
 
+GRID = "method: grid\nprogram: iql.py"
 SEED = "parameters: {seed: {values: [1]}}"
+REFUSED = [  # W&B's agent has these words, too
+    "${args_no_boolean_flags}",
+    "${args_no_hyphens}",
+    "${args_no_equals}",
+    "${args_json}",
+    "${args_json_file}",
+    "--seed=${envvar:lower}",
+]
 
 
 @pytest.mark.parametrize(
@@ -320,6 +362,13 @@ SEED = "parameters: {seed: {values: [1]}}"
         (f"method: grid\n{SEED}", "its program, None, is no script"),
         (f"method: grid\nprogram: a/iql.py\n{SEED}", "its program, a/iql.py, is no script"),
         (f"method: grid\nprogram: iql.py\ncommand: [a]\n{SEED}", "command has no ${program}"),
+        (f"{GRID}\ncommand: ['${{program}}', --seed=1]\n{SEED}", "command has no ${args}"),
+        *[(f"{GRID}\ncommand: ['${{program}}', '{word}']\n{SEED}", word) for word in REFUSED],
+        (f"{GRID}\nparameters: {{seed: {{values: [null, 1]}}}}", "seed can't be None"),
+        (
+            f"{GRID}\ncommand: ['${{program}}', '${{args}}', '${{envvar:NOWHERE}}']\n{SEED}",
+            "its command needs the environment variable NOWHERE, which isn't set",
+        ),
     ],
 )
 def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
@@ -337,17 +386,62 @@ def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
 def test_a_sweep_without_a_command_has_wandbs(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"method: grid\nprogram: iql.py\n{SEED}")
-    assert sweep.expand(str(path)) == [[sys.executable, "iql.py", "--seed=1"]]
+    assert sweep.expand(str(path)) == [["/usr/bin/env", sys.executable, "iql.py", "--seed=1"]]
 
 
 def test_a_command_keeps_its_own_words(tmp_path, write_dataset):
     path = tmp_path / "a.yaml"
     command = 'command: ["${env}", nice, "${interpreter}", -O, "${program}", "${args}", --tau=0.1]'
     path.write_text(f"method: grid\nprogram: iql.py\n{command}\n{SEED}")
-    words = ["nice", sys.executable, "-O", "iql.py", "--seed=1", "--tau=0.1"]
+    words = ["/usr/bin/env", "nice", sys.executable, "-O", "iql.py", "--seed=1", "--tau=0.1"]
     assert sweep.expand(str(path)) == [words]
     config = sweep.Job([*words, f"--dataset_path={write_dataset(**random_columns(0))}"]).config
     assert (config.seed, config.tau) == (1, 0.1)
+
+
+def test_a_command_is_filled_in_as_wandbs_agent_does(tmp_path, monkeypatch):
+    command = ["${env}", "A=${envvar:OUT}", "${interpreter}", "${program}", "${args}"]
+    command += ["--results=${envvar:OUT}/${envvar:OUT}", 1]
+    values = {"seed": 1, "actor_ln": True, "actor_wd": 1e-05, "eval_noise": [[0.2, 0]]}
+    parameters = {key: {"value": value} for key, value in values.items()}
+    config = dict(method="grid", program="iql.py", command=command, parameters=parameters)
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("OUT", "some where")
+
+    words = create_sweep_command(list(map(str, command)))
+    macros = create_sweep_command_args({"args": parameters})
+    macros |= dict(env=["/usr/bin/env"], interpreter=[sys.executable], program=["iql.py"])
+    expected = []
+    for word in words:
+        expected += macros.get(word[2:-1], [word]) if word.startswith("${") else [word]
+    (found,) = sweep.expand(str(path))
+    assert sorted(found) == sorted(expected)  # the engine sorts the flags
+    assert found[:4] == ["/usr/bin/env", "A=some where", sys.executable, "iql.py"]
+    assert found[-2:] == ["--results=some where/some where", "1"]
+
+
+def test_null_in_a_grid_is_none(write_sweep):
+    path = write_sweep(validation_seed=[None, 0], validation_frac=0.5)
+    jobs = sweep.read_jobs([path], [])
+    assert [job.config.validation_seed for job in jobs] == [None, 0]
+    assert not any("None" in word for job in jobs for word in job.command)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_from_any_folder(write_sweep, tmp_path):
+    path = write_sweep(seed=0)
+    command = [sys.executable, os.path.join(ROOT, "tools", "sweep.py"), os.path.basename(path)]
+    run = subprocess.run(
+        [*command, "--results", "here"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
+    assert "1 done, 0 failed, 0 to go" in run.stdout
+    assert len(list(tmp_path.glob("here/iql/*/*/finished.json"))) == 1
 
 
 def test_an_algorithm_of_your_own_needs_no_list(tmp_path, monkeypatch, write_sweep):
@@ -416,6 +510,33 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
     with pytest.raises(UserError, match="^there is no flag --nonsense"):
         sweep.main()
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("FILE --evaluate RUN", "a sweep only trains; give --evaluate and --video to a script"),
+        ("FILE --video a.mp4", "a sweep only trains; give --evaluate and --video to a script"),
+        ("--seed 1 FILE", "name the files first, then --seed and other flags of the scripts"),
+        ("--processes 2 --seed 1 FILE", "name the files first, then --seed and other flags"),
+        ("FILE --process 2", "there is no flag --process"),
+    ],
+)
+def test_flags_that_a_sweep_can_not_take_are_an_error(words, message, write_sweep, monkeypatch):
+    path = write_sweep(seed=[0])
+    monkeypatch.setattr(sys, "argv", ["sweep", *words.replace("FILE", path).split()])
+    monkeypatch.setattr(sweep.Pool, "run", lambda pool: pytest.fail("a run began"))
+    with pytest.raises(UserError, match=f"^{message}"):
+        sweep.main()
+
+
+@pytest.mark.parametrize("words", ["--seed=1 FILE", "--processes 2 FILE --seed 1"])
+def test_flags_may_come_first_where_they_are_clear(words, write_sweep, monkeypatch):
+    pools = []
+    monkeypatch.setattr(sys, "argv", ["sweep", *words.replace("FILE", write_sweep()).split()])
+    monkeypatch.setattr(sweep.Pool, "run", lambda pool: pools.append(pool))
+    sweep.main()
+    assert [job.config.seed for job in pools[0].waiting] == [1]
 
 
 def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkeypatch):
@@ -537,9 +658,11 @@ def found(tmp_path, name):
 
 def wait_for_rows(tmp_path, process):
     """Wait until the first row of a run's train.csv is there, or the process has ended."""
+    end = time.monotonic() + 120
     while process.poll() is None:
         if any(path.stat().st_size for path in found(tmp_path, "train.csv")):
             return
+        assert time.monotonic() < end
         time.sleep(0.1)
 
 
@@ -622,8 +745,16 @@ def agent_environment(server, tmp_path):
 def start_sweep(environment, path):
     """Start a sweep by W&B's command; return its name."""
     command = [sys.executable, "-m", "wandb", "sweep", path]
-    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
+    made = subprocess.run(command, timeout=120, **options)
     return re.search(r"wandb agent (\S+)", made.stderr)[1]
+
+
+def run_agent(environment, name):
+    """Run an agent until its sweep has no more runs."""
+    command = [sys.executable, "-m", "wandb", "agent", name]
+    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, timeout=300, **options)
 
 
 @pytest.mark.slow
@@ -633,8 +764,7 @@ def test_wandbs_agent_runs_a_sweep_to_its_end(tmp_path, write_sweep):
         environment = agent_environment(server, tmp_path)
         name = start_sweep(environment, path)
         assert name == "team/regularised-actors/sweep0"
-        command = [sys.executable, "-m", "wandb", "agent", name]
-        agent = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        agent = run_agent(environment, name)
         assert agent.returncode == 0, agent.stderr
         assert [run["exit"] for run in server.runs.values()] == [0, 0]
         local = rows_by_seed(tmp_path)
@@ -650,6 +780,33 @@ def test_wandbs_agent_runs_a_sweep_to_its_end(tmp_path, write_sweep):
             for row, sent in zip(rows, history, strict=True):
                 assert sent["actor_loss"] == pytest.approx(float(row["actor_loss"]))
                 assert "score" in sent
+
+
+class StoppingServer(Server):
+    """A server where somebody stops each run after its first rows."""
+
+    def Heartbeat(self, id, runState, **options):
+        for name in json.loads(runState):
+            if self.runs[name]["history"]:
+                commands = json.dumps([dict(type="stop", run_id=name)])
+                return {"agentHeartbeat": dict(agent=dict(id=id), commands=commands)}
+        return super().Heartbeat(id, runState, **options)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_wandbs_pages_does_not_come_back(tmp_path, write_sweep):
+    path = write_sweep(seed=0, num_updates=10**6, log_every=1000, eval_every=10**6)
+    with StoppingServer() as server:
+        environment = agent_environment(server, tmp_path)
+        environment["WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL"] = "1"  # seconds
+        agent = run_agent(environment, start_sweep(environment, path))
+        assert agent.returncode == 0, agent.stderr
+        orders = re.findall("Agent received command: (.*)", agent.stderr)
+        assert (orders[0], set(orders[1:-1]), orders[-1]) == ("run", {"stop"}, "exit")
+        (run,) = server.runs.values()
+        assert run["state"] != "preempting"
+        assert run["exit"] == 1
+    assert "stopped at update" in agent.stdout
 
 
 # --- SLURM ---
@@ -694,6 +851,41 @@ def test_slurms_job_resumes_after_it_was_stopped(tmp_path, write_sweep, slurm):
     text = (tmp_path / "output.txt").read_text()
     assert "resuming from update" in text
     assert "W&B: off" not in text
+
+
+@pytest.mark.parametrize(
+    "task, name",
+    [
+        (dict(SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1"), "7_1"),
+        (dict(SLURM_JOB_ID="8"), "8"),
+    ],
+    ids=["array", "one job"],
+)
+def test_slurm_queues_its_own_job_again(tmp_path, slurm, monkeypatch, task, name):
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH\n")
+    agent = tmp_path / "wandb"
+    agent.write_text("#!/bin/sh\necho started\nexec sleep 60\n")
+    agent.chmod(0o755)
+    for key in slurm:
+        monkeypatch.delenv(key, raising=False)
+    job = subprocess.Popen(
+        ["bash", os.path.join(FOLDER, "slurm.sh"), "team/project/id"],
+        env={**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path), **task},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout.readline() == "started\n"
+    job.send_signal(signal.SIGTERM)
+    job.wait(30)
+    job.stdout.close()
+    assert (tmp_path / "scontrol.txt").read_text() == f"requeue {name}\n"
+
+
+def test_slurm_says_that_it_needs_the_sweeps_name():
+    command = ["bash", os.path.join(FOLDER, "slurm.sh")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert run.returncode != 0
+    assert "1: name the sweep: sbatch --array" in run.stderr
 
 
 def test_slurm_takes_the_jobs_options():

@@ -27,6 +27,7 @@ from runs_helpers import (
     stopped,
     table,
 )
+from wandb.sdk.lib.run_stopping import RunStopChecker
 from wandb_server import Server
 
 import rebrac
@@ -47,6 +48,11 @@ def wandb_server():
             wandb.teardown()
 
 
+def wandb_command(*words):
+    """Run a command of wandb."""
+    subprocess.run([sys.executable, "-m", "wandb", *words], check=True, timeout=60)
+
+
 def log_in(monkeypatch, server):
     """Let runs have an account at a stand-in for W&B's server."""
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -61,7 +67,7 @@ def wait_until(condition, process, seconds=60):
     """Wait for what must come while a process runs."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate(timeout=60)[0]
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -150,9 +156,13 @@ def test_it_is_online_with_an_account_or_an_agent_else_off(quick, monkeypatch, t
     assert wandb_mode()[0] == "disabled"
     netrc.write_text("machine other.example login user password secret\n")
     assert wandb_mode()[0] == "disabled"
-    netrc.write_text("machine api.wandb.ai login user password secret\n")
-    assert wandb_mode() == ("online", "an account at api.wandb.ai")
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    netrc.write_text(f"machine api.wandb.ai login user password {40 * '0'}\n")
+    assert wandb_mode()[0] == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
+    assert wandb_mode()[0] == "disabled"
+    netrc.write_text(f"machine wandb.example:8080 login user password {40 * '0'}\n")
+    assert wandb_mode() == ("online", "an account at wandb.example:8080")
+    netrc.unlink()
     assert wandb_mode()[0] == "disabled"
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
     assert wandb_mode() == ("online", "a run of a sweep")
@@ -165,6 +175,24 @@ def test_it_is_online_with_an_account_or_an_agent_else_off(quick, monkeypatch, t
         assert wandb_mode() == (expected, f"WANDB_MODE={mode}")
 
 
+def test_what_wandbs_commands_set_is_heeded(quick, wandb_server, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    account = f"an account at {wandb_server.url.removeprefix('http://')}"
+    wandb_command("login", "--host", wandb_server.url, 40 * "0")
+    assert wandb_mode() == ("online", account)
+    wandb_command("offline")
+    assert wandb_mode() == ("offline", "as `wandb offline` has set it")
+    wandb_command("online")
+    assert wandb_mode() == ("online", account)
+    wandb_command("disabled")
+    assert wandb_mode() == ("disabled", "as `wandb disabled` has set it")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert wandb_mode()[0] == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_mode() == ("online", "WANDB_MODE=online")
+
+
 def test_without_a_login_a_terminal_is_not_asked_for_one(quick, monkeypatch, tmp_path):
     try:
         terminal, other_end = pty.openpty()
@@ -173,9 +201,10 @@ def test_without_a_login_a_terminal_is_not_asked_for_one(quick, monkeypatch, tmp
     monkeypatch.setenv("WANDB_MODE", "online")
     words = command_line({**quick, "results": tmp_path, "num_updates": 20})
     command = [sys.executable, "-c", IMPATIENT, *words]
-    run = subprocess.Popen(command, cwd=ROOT, stdin=other_end, stdout=other_end, stderr=other_end)
+    streams = dict(stdin=other_end, stdout=other_end, stderr=other_end)
+    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
     os.close(other_end)
-    patience = threading.Timer(60, run.kill)
+    patience = threading.Timer(60, os.killpg, (run.pid, signal.SIGKILL))  # and wandb's process
     patience.start()
     output = b""
     with contextlib.suppress(OSError):  # when the process has ended
@@ -183,7 +212,7 @@ def test_without_a_login_a_terminal_is_not_asked_for_one(quick, monkeypatch, tmp
             output += os.read(terminal, 1000)
     os.close(terminal)
     patience.cancel()
-    assert run.wait() == 0, output
+    assert run.wait(60) == 0, output
     assert b"W&B: offline after all (No API key configured." in output
     assert b"Enter your choice" not in output
 
@@ -199,7 +228,7 @@ def test_an_unreachable_server_neither_stops_nor_slows_a_run(start, monkeypatch,
     assert differences(plain, contents(directory)) == []
     output = capsys.readouterr().out
     (line,) = re.findall("W&B: offline after all .*", output)
-    assert f"later, `wandb sync {directory}/wandb/*run*` sends it" in line
+    assert f"later, `wandb sync {directory}/wandb` sends it" in line
     assert glob.glob(f"{directory}/wandb/offline-run-*/run-*.wandb")
 
 
@@ -223,9 +252,16 @@ def test_a_server_that_stops_answering_costs_one_time_limit(
     before_epochs(monkeypatch, rebrac, lambda number: wandb_server.silent.set())
     directory = quick_despite_wandb(start, monkeypatch)
     assert differences(plain, contents(directory)) == []
-    line = f"W&B has not taken everything in 3 s; later, `wandb sync {directory}/wandb/*run*`"
+    line = "W&B has not taken everything in 3 s; the same command sends the rest\n"
     assert line in capsys.readouterr().out
-    assert glob.glob(f"{directory}/wandb/run-*/run-*.wandb")
+    wandb.teardown()  # as if the process had ended
+    wandb_server.silent.clear()
+    assert start() == directory
+    (name,) = wandb_server.runs
+    assert steps(wandb_server.history(name)) == [10, 20, 30, 40, 50, 60]
+    assert "W&B: online" in capsys.readouterr().out
+    start()
+    assert "W&B" not in capsys.readouterr().out
 
 
 def quick_despite_wandb(start, monkeypatch):
@@ -244,17 +280,44 @@ def quick_despite_wandb(start, monkeypatch):
     return directory
 
 
-def test_what_was_kept_offline_can_be_sent_later(start, wandb_server, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    directory = start()
-    monkeypatch.delenv("WANDB_MODE")
+@pytest.mark.parametrize(
+    "first, synced, then",
+    [
+        ("offline", False, "offline"),
+        ("offline", True, "offline"),
+        ("online", False, "offline"),
+        ("offline", False, "online"),
+    ],
+)
+def test_the_printed_command_sends_each_row_once(
+    start, wandb_server, monkeypatch, capsys, tmp_path, first, synced, then
+):
+    monkeypatch.chdir(tmp_path)  # where `wandb sync` leaves its own logs
     log_in(monkeypatch, wandb_server)
-    paths = glob.glob(f"{directory}/wandb/*run*")  # as the message says
-    program = os.path.join(os.path.dirname(sys.executable), "wandb")
-    subprocess.run([program, "sync", *paths], cwd=directory, check=True)
-    with open(os.path.join(directory, "wandb_id")) as file:
-        history = wandb_server.history(file.read())
+    monkeypatch.setenv("WANDB_MODE", first)
+    stopped(start, monkeypatch, results="a user's results")
+    output = capsys.readouterr().out
+    if synced:
+        sync_as_printed(output)
+    monkeypatch.setenv("WANDB_MODE", then)
+    directory = start(results="a user's results")
+    output += capsys.readouterr().out
+    sync_as_printed(output)
+    sync_as_printed(output)  # again, which does nothing
+    (name,) = wandb_server.runs
+    history = wandb_server.history(name)
     assert steps(history) == [10, 20, 30, 40, 50, 60]
+    losses = [float(row["actor_loss"]) for row in table(directory, "train.csv")]
+    assert [row["actor_loss"] for row in history] == pytest.approx(losses)
+    assert wandb_server.runs[name]["exit"] == 0
+
+
+def sync_as_printed(output):
+    """Run the command by which a run says that W&B gets it later."""
+    (command,) = set(re.findall("later, `(wandb sync .*)` sends it", output))
+    environment = {key: text for key, text in os.environ.items() if key != "WANDB_MODE"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    subprocess.run(command, shell=True, check=True, env=environment, timeout=60)
 
 
 # --- Errors of wandb ---
@@ -301,11 +364,19 @@ def children(parent):
     return found
 
 
-def test_a_run_that_can_not_be_marked_as_preempted_still_ends(start, monkeypatch, capsys):
+def test_settings_that_wandb_refuses_never_end_training(start, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    assert os.path.exists(f"{start()}/finished.json")
+    assert "W&B: off (1 validation error for Settings mode" in capsys.readouterr().out
+
+
+def test_a_run_that_can_not_be_marked_as_preempted_still_ends(
+    start, wandb_server, monkeypatch, capsys
+):
     def fail(run):
         raise RuntimeError("a fault")
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    log_in(monkeypatch, wandb_server)
     monkeypatch.setattr(wandb.Run, "mark_preempting", fail)
     stopped(start, monkeypatch)
     output = capsys.readouterr().out
@@ -325,12 +396,58 @@ def test_signals_still_reach_the_run(spawn, quick, wandb_server, monkeypatch, tm
     run = spawn("rebrac.py", *command_line(flags), "--log_every", "100")
     wait_until(lambda: any(known["history"] for known in wandb_server.runs.values()), run)
     os.killpg(run.pid, signum)
-    output = run.stdout.read()
-    assert run.wait() == 128 + signum, output
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 128 + signum, output
     assert "; the same command resumes there" in output
     (known,) = wandb_server.runs.values()
     assert known["state"] == "preempting"
     assert known["exit"] == 1
+
+
+@pytest.mark.parametrize("by_agent", [False, True])
+def test_a_run_that_is_stopped_there_is_not_preempted(
+    start, wandb_server, monkeypatch, capsys, by_agent
+):
+    """wandb sends SIGINT when W&B says so, and an agent sends SIGTERM: one signal, not two."""
+    log_in(monkeypatch, wandb_server)
+    if by_agent:
+        monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")  # seconds
+    monkeypatch.setitem(RunStopChecker.__init__.__kwdefaults__, "poll_interval", 0.1)
+
+    def stop(number):
+        (run,) = wandb_server.runs.values()
+        run["stopped"] = True
+        time.sleep(0.3)
+        if by_agent and number == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        before_epochs(patch, rebrac, stop)
+        number = signal.SIGTERM if by_agent else signal.SIGINT
+        exits(128 + number, start, num_updates=1000, eval_every=1000)
+    assert "; the same command resumes there" in capsys.readouterr().out
+    (run,) = wandb_server.runs.values()
+    assert run["state"] != "preempting"
+    assert run["exit"] == 1
+
+
+def test_a_preempted_run_ends_although_nobody_answers(start, wandb_server, monkeypatch, capsys):
+    log_in(monkeypatch, wandb_server)
+    monkeypatch.setattr(wandb_log, "TIME_LIMIT", 3)
+    monkeypatch.setattr(wandb_log, "ANSWER_LIMIT", 1)
+    times = []
+
+    def interrupt(number):
+        if number == 3:
+            wandb_server.silent.set()
+            times.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before_epochs(monkeypatch, rebrac, interrupt)
+    exits(128 + signal.SIGTERM, start)
+    assert time.monotonic() - times[0] < 20
+    assert "W&B has not taken everything in 3 s" in capsys.readouterr().out
 
 
 def test_a_signal_while_wandb_begins_ends_the_run(
@@ -342,7 +459,7 @@ def test_a_signal_while_wandb_begins_ends_the_run(
     wait_until(lambda: glob.glob(f"{tmp_path}/*/*/*/wandb/run-*"), run)
     began = time.monotonic()
     run.terminate()
-    output, _ = run.communicate()
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGTERM, output
     assert time.monotonic() - began < 20
     assert " updates  score " not in output
@@ -360,7 +477,7 @@ def test_a_process_with_a_dead_server_exits(
     run = spawn("-c", IMPATIENT, *command_line({**quick, "results": tmp_path}))
     wait_until(lambda: glob.glob(f"{tmp_path}/*/*/*/finished.json"), run)
     began = time.monotonic()
-    output, _ = run.communicate()
+    output, _ = run.communicate(timeout=120)
     assert run.returncode == 0, output
     assert time.monotonic() - began < 15
     assert "Traceback" not in output

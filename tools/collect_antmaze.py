@@ -17,19 +17,26 @@ import contextlib
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import List
 
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import h5py
 import numpy as np
-from d4rl.locomotion import ant, maze_env, wrappers
 from tqdm import tqdm
 
 from harness.config import parse
-from harness.environments import gym
+from harness.environments import d4rl, gym
 from harness.errors import UserError, one_line_errors
+
+ant = d4rl.locomotion.ant
+maze_env = d4rl.locomotion.maze_env
+wrappers = d4rl.locomotion.wrappers
 
 KINDS = {  # of datasets: the maze, whether trajectories start anywhere, and whether goals are any
     "umaze": (maze_env.U_MAZE, False, False),
@@ -123,9 +130,7 @@ def train_walker(config):
         from sbx import SAC
         from stable_baselines3.common.vec_env import DummyVecEnv
     except ImportError as error:
-        raise UserError(
-            f"{error}; first pip install -r tools/requirements-collect.txt"
-        ) from error
+        raise UserError(f"{error}; first pip install -r tools/requirements-collect.txt") from error
     task = make_walking_task()
     envs = DummyVecEnv([lambda number=number: task(config.seed + number) for number in range(8)])
     model = SAC("MlpPolicy", envs, gradient_steps=2, learning_starts=10_000, seed=config.seed)
@@ -169,20 +174,17 @@ def make_maze(kind):
 
 def walk_trajectories(job):
     """Return the arrays of some trajectories, each (n, STEPS, ...)."""
-    kind, walker, seeds = job
+    kind, path, seeds = job
+    walk = read_walker(path)
     trajectories = []
     with contextlib.redirect_stdout(None):  # D4RL's navigation prints four lines a step
         env = make_maze(kind)
-        navigate = env.create_navigation_policy(read_walker_for_maze(walker))
+        navigate = env.create_navigation_policy(
+            lambda state, way: walk(state[2:29], np.asarray(way))  # without x, y and the goal
+        )
         for seed in seeds:
             trajectories.append(walk_trajectory(env, navigate, seed))
     return {key: np.stack([one[key] for one in trajectories]) for key in trajectories[0]}
-
-
-def read_walker_for_maze(path):
-    """Return the walker as D4RL's navigation calls it: with a maze's state and the way to go."""
-    walk = read_walker(path)
-    return lambda state, way: walk(state[2:29], np.asarray(way))
 
 
 def walk_trajectory(env, navigate, seed):
@@ -198,9 +200,9 @@ def walk_trajectory(env, navigate, seed):
         action = np.clip(noisy, -1, 1).astype(np.float32)
         columns["observations"].append(state[:29])  # the rest is the way to the goal
         columns["actions"].append(action)
-        columns["qpos"].append(env.sim.data.qpos.copy())
-        columns["qvel"].append(env.sim.data.qvel.copy())
         state, _, _, _ = env.step(action)
+        columns["qpos"].append(env.sim.data.qpos.copy())  # after the step, as in D4RL's files
+        columns["qvel"].append(env.sim.data.qvel.copy())
     arrays = {key: np.array(column, np.float32) for key, column in columns.items()}
     goal = np.asarray(env.target_goal, np.float32)
     return {**arrays, "goal": np.tile(goal, (STEPS, 1)), "end": state[None, :29].astype(np.float32)}

@@ -10,6 +10,7 @@ import argparse
 import glob
 import os
 import re
+import runpy
 import signal
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
@@ -82,31 +83,34 @@ def titles():
 
 
 def experiments():
-    """Return what the sweeps' first lines say: {file name: (what varies, {domain: runs})}."""
+    """Return each experiment's runs of ReBRAC by domain, as the files' first lines say."""
+    names = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     found = {}
-    for path in sorted(glob.glob(path_of("sweeps", "rebrac", "gym", "*.yaml"))):
-        file = os.path.basename(path)
-        runs = {}
+    for name in names:
+        found[name] = dict.fromkeys(DOMAINS, 0)
         for key in DOMAINS:
-            with open(path_of("sweeps", "rebrac", key, file)) as lines:
-                match = re.match(r"# .*?: (.*)\. ([\d,]+) runs of 1,000,000 updates", next(lines))
-            runs[key] = int(match[2].replace(",", ""))
-        found[file] = (match[1], runs)
+            path = path_of("sweeps", "rebrac", key, f"{name}.yaml")
+            if os.path.exists(path):
+                with open(path) as lines:
+                    number = re.search(r"([\d,]+) runs of 1,000,000 updates", next(lines))[1]
+                found[name][key] = int(number.replace(",", ""))
     return found
 
 
 def sweep_files():
-    """The paper's experiments: what varies, runs by domain, and updates."""
+    """The experiments: what varies, whether the paper has it, runs by domain, and updates."""
+    about = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     rows = []
-    for file, (about, runs) in experiments().items():
+    for name, runs in experiments().items():
         counts = [f"{number:,}" for number in runs.values()]
-        rows.append([f"`{file}`", about, *counts, f"{sum(runs.values()) / 1000:.2f}"])
-    rows.append(["all", "", "", "", "", f"{number_of_runs() / 1000:.2f}"])
-    return markdown(["file", "what varies", *DOMAINS, "10⁹ updates"], rows)
+        updates = f"{sum(runs.values()) / 1000:.2f}"
+        rows.append([f"`{name}.yaml`", *about[name], *counts, updates])
+    rows.append(["all", "", "", "", "", "", f"{number_of_runs() / 1000:.2f}"])
+    return markdown(["file", "what varies", "in the paper", *DOMAINS, "10⁹ updates"], rows)
 
 
 def number_of_runs():
-    return sum(sum(runs.values()) for _, runs in experiments().values())
+    return sum(sum(runs.values()) for runs in experiments().values())
 
 
 # --- From data/benchmark.md ---
@@ -269,6 +273,10 @@ def trials():
     return markdown(["critic, `actor_bc_coef`", *STUDIED.values()], rows)
 
 
+# The study's combinations. ReBRAC's GrN has the strength that the paper chose for it alone.
+COMBINATIONS = {"rebrac": "DO+LN+GrN(0.01)", "iql": "DO+LN+EN"}
+
+
 def study():
     """Return the study's seeds, a row for each label."""
     seeds, _ = read_results([path_of("data", "study.csv")])
@@ -283,9 +291,9 @@ def by_dataset(column, digits):
     cells = []
     for label in labels:
         line = [label]
-        for algorithm, script in SCRIPTS.items():
+        for algorithm in SCRIPTS:
             own = rows[algorithm]
-            name = script.BEST["best"] if label == "combination" else label
+            name = COMBINATIONS[algorithm] if label == "combination" else label
             for dataset in STUDIED:
                 values = own[(own["label"] == name) & (own["dataset"] == dataset)][column]
                 line.append(f"{values.mean():.{digits}f}")
@@ -330,7 +338,7 @@ def findings():
     """What the study found: the mean of the three datasets, in a line for each algorithm."""
     tables = report_tables()
     rows = []
-    for script in SCRIPTS.values():
+    for algorithm, script in SCRIPTS.items():
         changes = tables[f"{script.NAME}, all domains: aggregates"]
         column = changes[0].index("change of the mean")
         cells = {line[0].split(" (")[0]: line[column] for line in changes[2:]}
@@ -338,7 +346,7 @@ def findings():
         single = [name for name in WHERE if name in cells]
         best = max(single, key=lambda name: float(cells[name].split(" %")[0]))
         worst = min(single, key=lambda name: float(cells[name].split(" %")[0]))
-        combination = script.BEST["best"]
+        combination = COMBINATIONS[algorithm]
         rows.append([
             script.NAME,
             baseline,
@@ -366,7 +374,6 @@ BLOCKS = {
     "pca-rank": lambda: by_dataset("train/pca_rank", 1),
     "training-error": lambda: by_dataset("train/action_error", 3),
     "held-out-error": lambda: by_dataset("validation/action_error", 3),
-    "plasticity": lambda: by_dataset("plasticity", 2),
     "action-noise": lambda: by_dataset("score/action_noise=0.2", 1),
     "state-noise": lambda: by_dataset("score/state_noise=0.05", 1),
 }

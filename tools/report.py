@@ -29,7 +29,7 @@ from markdown_it import MarkdownIt
 
 from harness.config import parse
 from harness.datasets import DOMAINS
-from harness.errors import UserError, one_line_errors
+from harness.errors import UserError, one_line, one_line_errors
 from tools import report_figures as figures
 from tools import report_tables as tables
 from tools.report_runs import BASELINE, SCRIPTS, by_label, by_settings, read_results, read_wandb
@@ -49,6 +49,7 @@ class Config:
     final: str = "last"  # a run's score: the last evaluation's, or mean: of the last 10 (AntMaze 5)
     reps: int = 2000  # bootstrap resamples
     variants: int = 8  # in a figure of lines, at most
+    beside: Optional[str] = None  # table of other people's scores to show, too: data/paper.csv
 
 
 CSS = """<style>
@@ -226,9 +227,36 @@ def add_runs(report, config, script, rows, datasets):
     report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets))
 
 
+def read_published(path):
+    """Return a table of other people's scores."""
+    columns = {"source", "algorithm", "dataset_name", "mean", "std"}
+    try:
+        published = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"beside: can't read {path} ({one_line(error)})") from error
+    if not columns <= set(published):
+        raise UserError(f"beside: {path} needs the columns {', '.join(sorted(columns))}")
+    return published
+
+
+def add_published(report, published, seeds):
+    """Add other people's scores on the datasets that are in the report."""
+    report.begin_section("Other people's scores")
+    used = {seed["config"]["dataset_name"] for seed in seeds}
+    for domain, title in DOMAINS.items():
+        names = {seed["config"]["dataset_name"] for seed in seeds if seed["domain"] == domain}
+        names &= set(published["dataset_name"])
+        if names:
+            own = published[published["dataset_name"].isin(names)]
+            report.add_table(tables.published_table(title, own, sorted(names)))
+    if not used & set(published["dataset_name"]):
+        report.add_text("None are known for these datasets.\n")
+
+
 def main(config):
     if config.final not in ("last", "mean") or config.reps < 1 or config.variants < 1:
         raise UserError("final must be last or mean, reps and variants 1 or more")
+    published = None if config.beside is None else read_published(config.beside)
     report = Report(config.output)  # an error before any work if it can't be written
     if config.wandb:
         source = config.wandb
@@ -260,6 +288,8 @@ def main(config):
         words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
         report.begin_section(f"Settings: {', '.join(words)}")
         add_settings(report, config, own)
+    if published is not None:
+        add_published(report, published, seeds)
     if left_out:
         lines = [f"- `{run}`: {reason}" for run, reason in left_out]
         report.add_text("\n".join(["## Left out\n", *lines, ""]))

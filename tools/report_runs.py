@@ -74,12 +74,36 @@ def abbreviation(script, strength, modes):
 
 
 def label(script, found):
-    """Return {"DO": 0.3, "LN": True} as "DO(0.3)+LN". The paper's strengths are left out."""
+    """Return {"DO": 0.3, "LN": True} as "DO(0.3)+LN". The paper's strengths are left out.
+
+    They are those that it chose for the combination, if it did.
+    """
+    flags = {}
+    for combination, others in getattr(script, "COMBINED", {}).items():
+        if set(combination.split("+")) == set(found):
+            flags = others
     words = []
     for name, value in found.items():
-        paper, *_ = script.CHOSEN.get(name, {"": None}).values()
-        words.append(name if value == paper else f"{name}({value:g})")
+        chosen = {**script.CHOSEN.get(name, {"": None})}
+        strength, *_ = chosen
+        is_papers = value == flags.get(strength, chosen[strength])
+        words.append(name if is_papers else f"{name}({value:g})")
     return "+".join(words) or BASELINE
+
+
+def published_name(script, config, default, presets):
+    """Return the preset of a run, and the settings that come with it: ("as-run", ["batch_size"]).
+
+    Both are empty if a run has none of `presets`, or one without regularisers.
+    """
+    regularisers = named_fields(script)
+    usual = changed_fields(presets.get("as-run-none", default), default)
+    for name, variant in presets.items():
+        changed = changed_fields(variant, default)
+        is_same = all(config[key] == variant[key] for key in changed)
+        if is_same and strengths(script, config) == strengths(script, variant) != {}:
+            return name, [key for key in changed if key not in regularisers and key not in usual]
+    return "", []
 
 
 def run_labels(script, config, default, tuned):
@@ -126,17 +150,22 @@ def run_settings(script, config, default):
 
 @functools.cache
 def paper(script, dataset, **loss):
-    """Return the paper's fields for a dataset, and {"best": {"DO": 0.2, ...}, ...} tuned for it.
+    """Return the paper's fields for a dataset, what it tuned, and what it published.
 
-    Each loss has tuned values of its own, but only the default one is the paper's.
+    That is {"best": {"DO": 0.2, ...}, ...} and {"as-run": all fields, ...}. Each loss has tuned
+    values of its own, but only the default one is the paper's.
     """
     plain = script.Config(dataset_name=dataset, **loss)
     tuned = {}
     for name in script.BEST:
         variant = script.tuned(replace(plain, regularisers=name))
         tuned[name] = strengths(script, vars(variant))
+    presets = {}
+    for name in getattr(script, "PRESETS", {}):
+        presets[name] = saved_fields(vars(script.tuned(replace(plain, preset=name))))
     default = saved_fields(vars(script.tuned(plain)))
-    return {**default, **{key: getattr(script.Config, key) for key in loss}}, tuned
+    default |= {key: getattr(script.Config, key) for key in loss}
+    return default, tuned, presets
 
 
 def describe(algorithm, config):
@@ -144,15 +173,23 @@ def describe(algorithm, config):
     script = SCRIPTS[algorithm]
     dataset = config["dataset_name"]
     loss = {key: config[key] for key in ("critic_loss",) if key in config}
-    default, tuned = paper(script, dataset, **loss)
+    default, tuned, presets = paper(script, dataset, **loss)
+    settings = run_settings(script, config, default)
+    labels = run_labels(script, config, default, tuned)
+    name, own_settings = published_name(script, config, default, presets)
+    if own_settings:  # then the combination alone is not all that it differs in
+        labels = ()
+        settings = tuple(pair for pair in settings if pair[0] not in own_settings)
+    if name:
+        labels = (*labels, name)
     file = os.path.basename(config.get("dataset_path") or "")
     is_own = file.replace("_", "-") not in ("", f"{dataset}.hdf5")
     return {
         "algorithm": algorithm,
         "dataset": f"{dataset} ({file})" if is_own else dataset,
         "domain": domain(dataset),
-        "settings": run_settings(script, config, default),
-        "labels": run_labels(script, config, default, tuned),
+        "settings": settings,
+        "labels": labels,
         "config": config,
     }
 
@@ -176,8 +213,6 @@ def split_seeds(algorithm, config, rows, state):
         seed["scores"] = [row["score"] for row in own]
         if state == "finished":
             check_evaluations(seed)
-        if last.get("plasticity/before"):
-            seed["plasticity"] = last["plasticity/after"] / last["plasticity/before"]
         seeds.append(seed)
     return seeds
 

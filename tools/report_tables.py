@@ -4,7 +4,6 @@
 the final score, NaN if the run isn't finished.
 """
 
-import math
 import re
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ INSIDE = {
     "train/action_error": ("action error (training data)", 3),
     "validation/action_error": ("action error (held-out data)", 3),
     "gap/action_error": ("gap of the action error", 3),
-    "plasticity": ("plasticity (loss left / loss before)", 3),
+    "ratio/action_error": ("action error: held-out / training", 3),
+    "plasticity/loss_left": ("plasticity (share of the loss that is left)", 3),
 }
 AGGREGATES = ["IQM", "median", "mean", "optimality gap"]
 PROBABILITY = "P(better than the baseline)"
@@ -191,14 +191,14 @@ def estimate(arrays, reps):
 def expected_online_performance(scores):
     """Return the best score to expect of n of the K configurations, for n = 1 ... K.
 
-    They are drawn without replacement. Of the comb(K, n) draws, comb(i, n - 1) have the score that
-    is above i others as their best.
+    They are drawn with replacement, as in the paper (arXiv 2110.04156). The best of n is among the
+    i lowest scores with probability (i / K)^n.
     """
     size = len(scores)
     expected = []
     for n in range(1, size + 1):
-        draws = [math.comb(i, n - 1) / math.comb(size, n) for i in range(size)]
-        expected.append(np.sort(scores) @ draws)
+        among_lowest = (np.arange(size + 1) / size) ** n
+        expected.append(np.sort(scores) @ np.diff(among_lowest))
     return np.array(expected)
 
 
@@ -305,11 +305,25 @@ def spread_text(mean, std, digits):
     return "incomplete" if np.isnan(mean) else f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
+def with_ratios(rows):
+    """Add the ratios that the paper tabulates: of action errors, and of scores under noise."""
+    rows = rows.copy()
+    if "validation/action_error" in rows:
+        rows["ratio/action_error"] = rows["validation/action_error"] / rows["train/action_error"]
+    for column in score_columns(rows):
+        if column != "score":
+            rows[f"ratio/{column}"] = (rows[column] / rows["score"]).where(rows["score"] > 0)
+    return rows
+
+
 def inside_table(title, rows, datasets):
     """Return the table of what is inside the actor, and of scores under noise."""
+    rows = with_ratios(rows)
     measured = {key: about for key, about in INSIDE.items() if key in rows}
     for key in score_columns(rows):
         measured[key] = (column_title(key), 1)
+        if f"ratio/{key}" in rows:
+            measured[f"ratio/{key}"] = (f"{column_title(key)}: share of the score", 2)
     cells = pd.DataFrame(index=rows["label"].cat.categories)
     for key, (name, digits) in measured.items():
         values = by_seed(rows, key, datasets)
@@ -319,4 +333,16 @@ def inside_table(title, rows, datasets):
     cells = cells.fillna("incomplete")
     cells = cells[(cells != "incomplete").any(axis=1)]
     note = "Mean over the datasets ± standard deviation over the seeds."
+    return Table(title, cells, note)
+
+
+def published_table(title, published, datasets):
+    """Return a table of other people's scores, a DataFrame of data/paper.csv's columns."""
+    names = published["source"] + ": " + published["algorithm"]
+    mean = published["mean"].map("{:.1f}".format)
+    std = published["std"].map("{:.1f}".format)
+    texts = published.assign(label=names, text=mean + " ± " + std)
+    cells = texts.pivot(index="label", columns="dataset_name", values="text")
+    cells = cells.reindex(index=names.unique(), columns=datasets).fillna("")
+    note = "Mean ± standard deviation over seeds, as they were published. Not trained here."
     return Table(title, cells, note)

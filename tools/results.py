@@ -60,7 +60,7 @@ def row_of(seed):
     if seed["state"] == "finished":
         row["mean_score"] = mean_of_last(seed["scores"], seed["domain"])
         row["best_score"] = max(seed["scores"])
-    skipped = ("update", "updates", "scores", "plasticity", "final")
+    skipped = ("update", "updates", "scores", "final")
     for name, value in seed.items():
         if name not in skipped and isinstance(value, (int, float)):
             row[name] = value
