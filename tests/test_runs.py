@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -633,6 +635,35 @@ def test_a_second_process_on_the_same_run_says_so_and_stops(quick, tmp_path, cap
         assert capsys.readouterr().err == f"error: another process is training {run.directory}\n"
         assert status(run.directory).busy
     Run("rebrac.py", config, rebrac.tuned)
+
+
+def test_a_disk_without_locks_is_warned_about_and_trained_on(start, monkeypatch, capsys):
+    def fail(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    directory = start()
+    assert "warning: no locks on this disk (No locks available)" in capsys.readouterr().out
+    assert status(directory) == Status("finished", "", 60, False)
+
+
+def test_another_users_lock_is_taken_by_reading_it(start, monkeypatch):
+    """It keeps a second process out as one's own does."""
+
+    def open_others(path, mode="r", **options):
+        if str(path).endswith("/lock") and mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(path, mode, **options)
+
+    directory = stopped(start, monkeypatch)
+    monkeypatch.setattr(harness.run, "open", open_others, raising=False)
+    with open(os.path.join(directory, "lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as error, one_line_errors():
+            start()
+    assert error.value.code == os.EX_TEMPFAIL
+    assert start() == directory
+    assert status(directory).state == "finished"
 
 
 def test_the_same_data_is_the_same_run_whatever_its_path(

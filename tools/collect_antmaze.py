@@ -276,12 +276,15 @@ def write(config, kind, data):
             file.create_dataset(key, data=column, compression="gzip", shuffle=True)
         file.attrs["made_by"] = f"python -m tools.collect_antmaze {shlex.join(sys.argv[1:])}"
         file.attrs["evaluation_goal"] = evaluation_goal(kind)
+        file.attrs["episodes"] = len(is_near)
+        file.attrs["transitions"] = is_near.size
+        file.attrs["mean_score"] = 100 * is_near.any(1).mean()
+        file.attrs["best_score"] = 100.0 * is_near.any()
     os.replace(f"{path}.partial", path)
-    share = is_near.any(1).mean()
-    first = np.median(is_near.argmax(1)[is_near.any(1)]) if share else np.nan
+    first = is_near.argmax(1)[is_near.any(1)]
     print(
-        f"{path}: {len(is_near)} trajectories, {is_near.size:,} steps; {share:.0%} reach the "
-        f"evaluation's goal, the median one after {first:.0f} steps",
+        f"{path}: {len(is_near)} trajectories, {is_near.size:,} steps; {len(first)} reach the "
+        f"evaluation's goal, first after {np.median(first):.0f} steps in the median",
         flush=True,
     )
 

@@ -7,7 +7,6 @@ A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is a 
 """
 
 import argparse
-import glob
 import os
 import re
 import runpy
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from harness.datasets import DOMAINS
+from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT, load_script
 from tools.report_runs import BASELINE, by_label, read_results
@@ -215,15 +215,12 @@ def datasets():
         "halfcheetah-medium-replay-v2": "replay buffer of 80,000 steps of SAC",
         "hopper-medium-v2": "rollouts of the policy after 120,000 steps",
         "pen-expert-v1": "rollouts of the policy after 240,000 steps",
+        "antmaze-umaze-v2": "an ant of SAC's, led through the maze",
     }
     rows = []
     for name, text in about.items():
-        (path,) = [
-            path
-            for path in glob.glob(path_of("data", "*.hdf5"))
-            if os.path.basename(path).replace("_", "-") == f"{name}.hdf5"
-        ]
-        with h5py.File(path) as file:
+        file_name = os.path.basename(d4rl.infos.DATASET_URLS[name])
+        with h5py.File(path_of("data", file_name)) as file:
             numbers = dict(file.attrs)
         rows.append([
             name,
