@@ -30,7 +30,6 @@ from harness.config import (
     given_values,
     parse,
     read_table,
-    with_preset,
     with_regularisers,
 )
 from harness.datasets import (
@@ -84,7 +83,7 @@ class Config:
     critic_layers: int = 2  # hidden layers of V and of each Q
     # Regularisers of the actor; 0 or false is exactly off
     regularisers: str = "none"  # names joined by +, such as DO+LN; best, best-L1: tuned
-    actor_dropout: Optional[float] = None  # DO: dropout rate in its loss; default: 0 (Adroit 0.1)
+    actor_dropout: Optional[float] = None  # DO: rate in the actor's loss; default: 0 (Adroit 0.1)
     actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
     actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
     actor_wd_kernels_only: bool = False  # spare biases and normalisation from actor_wd
@@ -891,7 +890,7 @@ BEST = {"best": "DO+LN+EN", "best-L1": "L1"}
 PRESETS = {
     "as-run": "the published configuration of best: mostly L2 where its name says elastic net",
     "as-run-L1": "the published configuration of best-L1",
-    "as-run-none": "the published configuration of the baseline, which is the baseline here",
+    "as-run-none": "the published configuration of the baseline",
 }
 
 # The grid in which `best` was tuned
@@ -957,13 +956,20 @@ def tuned(config):
         actor_wd=row["wd"],
         actor_l1_ratio=0.5,
     )
-    is_en = config.dataset_name == "antmaze-large-diverse-v2"  # the ratio is missing elsewhere
-    as_run = dict(best, actor_l1_ratio=0.5 if is_en else 0.0)
-    presets = {"as-run": as_run, "as-run-L1": best_l1, "as-run-none": {}}
-    config = with_preset(config, presets)
-    config = with_regularisers(config, {**CHOSEN, "best-L1": best_l1, "best": best}, COMBINED)
-
     is_antmaze = domain(config.dataset_name) == "antmaze"
+    # All published configurations but one lack the ratio, so they are L2. The paper's code scales
+    # the rewards of AntMaze alone.
+    is_en = config.dataset_name == "antmaze-large-diverse-v2"
+    as_run_none = dict(normalize_reward=is_antmaze)
+    as_run = {**as_run_none, **best, "actor_l1_ratio": 0.5 if is_en else 0.0}
+    presets = {
+        "as-run": as_run,
+        "as-run-L1": {**as_run_none, **best_l1},
+        "as-run-none": as_run_none,
+    }
+    names = {**CHOSEN, "best-L1": best_l1, "best": best}
+    config = with_regularisers(config, names, COMBINED, presets)
+
     is_adroit = domain(config.dataset_name) == "adroit"
     values = dict(
         normalize_reward=row["rewards"],

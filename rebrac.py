@@ -30,7 +30,6 @@ from harness.config import (
     given_values,
     parse,
     read_table,
-    with_preset,
     with_regularisers,
 )
 from harness.datasets import (
@@ -71,7 +70,7 @@ class Config:
     tau: float = 0.005  # step size of the targets' Polyak average
     batch_size: Optional[int] = None  # transitions per update; default: 1024 or 256 (Adroit, ...)
     actor_learning_rate: Optional[float] = None  # of the actor's Adam; default: 1e-3 or 3e-4
-    critic_learning_rate: Optional[float] = None  # default: as the actor's (AntMaze with mse 5e-5)
+    critic_learning_rate: Optional[float] = None  # default: 1e-3 or 3e-4 (AntMaze with mse 5e-5)
     actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss; tuned
     critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2 in the critics' target
     actor_q_coef: float = 1.0  # weight of Q / mean |Q| in the actor's loss; 0: cloning only
@@ -83,7 +82,7 @@ class Config:
     v_max: Optional[float] = None  # hl_gauss: highest value; default: the data's (AntMaze: 100)
     v_expand: Optional[float] = None  # hl_gauss: fraction by which [v_min, v_max] is widened; tuned
     sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target's Gaussian, in bin widths
-    clip_targets: bool = True  # hl_gauss: move targets outside to the end; false: no loss (paper)
+    clip_targets: bool = True  # hl_gauss: move targets outside to the end; false: as the paper
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 3  # hidden layers of the actor
@@ -505,7 +504,7 @@ def hl_gauss(config, values):
     cdf = jax.scipy.special.erf((edges - values[..., None]) / (math.sqrt(2) * sigma))
     total = cdf[..., -1:] - cdf[..., :1]
     if not config.clip_targets:
-        total = total + 2e-6
+        total = total + 1e-6
     return jnp.diff(cdf) / total
 
 
@@ -1035,8 +1034,8 @@ def tuned(config):
     row = tuned_values(TUNED, config.dataset_name)
     best_l2 = dict(actor_wd=row["l2_wd"], actor_l1_ratio=0.0)
     best = dict(actor_ln=row["ln"], actor_dropout=row["dropout"], actor_grad_noise=row["noise"])
-    config = with_preset(config, presets(config, best, best_l2))
-    config = with_regularisers(config, {**CHOSEN, "best-L2": best_l2, "best": best}, COMBINED)
+    names = {**CHOSEN, "best-L2": best_l2, "best": best}
+    config = with_regularisers(config, names, COMBINED, presets(config, best, best_l2))
 
     is_mse = config.critic_loss == "mse"
     is_antmaze = domain(config.dataset_name) == "antmaze"
@@ -1070,9 +1069,9 @@ def presets(config, best, best_l2):
     """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`."""
     large_batch = dict(batch_size=1024, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
     baseline = dict(clip_targets=False)
-    both = baseline
+    not_tuned = baseline
     if domain(config.dataset_name) == "adroit":
-        both = {**baseline, **large_batch}
+        not_tuned = {**baseline, **large_batch}
     if config.dataset_name in AS_RUN_ANTMAZE:
         row = AS_RUN_ANTMAZE[config.dataset_name]
         best = dict(
@@ -1083,8 +1082,8 @@ def presets(config, best, best_l2):
             actor_grad_noise=row["noise"],
         )
     return {
-        "as-run": {**both, **best},
-        "as-run-L2": {**both, **best_l2},
+        "as-run": {**not_tuned, **best},
+        "as-run-L2": {**not_tuned, **best_l2},
         "as-run-none": baseline,
         "batch-1024": large_batch,
     }

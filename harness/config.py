@@ -78,7 +78,7 @@ class Parser(pyrallis.argparsing.ArgumentParser):
 
 @functools.cache  # since a sweep reads thousands of configs
 def parser(config_class, for_help):
-    """Return a parser. One that has read words shows no defaults any more: another shows help."""
+    """Return a parser. Reading words spoils the defaults that --help shows: it has its own."""
     return Parser(config_class)
 
 
@@ -86,7 +86,7 @@ def parser(config_class, for_help):
 
 
 def parse(config_class, arguments=None):
-    """Return the config that the command line gives, or a list of words.
+    """Return the config of the command line, or of the words in `arguments`.
 
     Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
     """
@@ -149,7 +149,7 @@ def decode(config_class, fields):
             values[name] = read_value(types[name], value)
         except (ValueError, TypeError, SyntaxError, OverflowError) as error:
             kind = type_in_words(types[name])
-            raise UserError(f"{name} can't be {value!r}; it is {kind}") from error
+            raise UserError(f"{name} can't be {value!r}; it must be {kind}") from error
     return values
 
 
@@ -239,17 +239,36 @@ def run_constraints(config):
 # --- Names for fields ---
 
 
-def with_regularisers(config, known, combined=None):
-    """Set the flags that the config's `regularisers` stand for, and set that to none.
+def with_regularisers(config, known, combined=None, presets=None):
+    """Set the fields that the config's `regularisers` and `preset` stand for, and these to none.
 
     `regularisers` is none, or names of `known` joined by +. `combined` has the flags that are
-    others in a combination: {"DO+LN+L2": {"actor_wd": 1e-4}}. Raises UserError if a name is
-    unknown, or if two of them, or one and a flag, contradict each other.
+    others in a combination: {"DO+LN+L2": {"actor_wd": 1e-4}}. `preset` is none, or a name of
+    `presets`. Raises UserError if a name is unknown, or if names or fields contradict each other.
     """
-    if config.regularisers == "none":
-        return config
+    flags = regulariser_flags(config.regularisers, known, combined or {})
+    preset = getattr(config, "preset", "none")
+    presets = {"none": {}, **(presets or {})}
+    if preset not in presets:
+        raise UserError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
+    given = {name: getattr(config, name, "none") for name in NAMES}
+    names = " and ".join(f"{name} {value}" for name, value in given.items() if value != "none")
+    for key, value in flags.items():
+        if presets[preset].get(key, value) != value:
+            raise UserError(f"{names} contradict each other about {key}")
+    values = decode(type(config), {**presets[preset], **flags})
+    for key, value in values.items():
+        default = getattr(type(config), key)
+        if getattr(config, key) not in (default, value):
+            raise UserError(f"{names} has {key} {value}, but another value is asked for, too")
+    unnamed = {name: "none" for name in NAMES if hasattr(config, name)}
+    return dataclasses.replace(config, **unnamed, **values)
+
+
+def regulariser_flags(regularisers, known, combined):
+    """Return the flags of names joined by +."""
     flags = {}
-    names = config.regularisers.split("+")
+    names = [name for name in regularisers.split("+") if regularisers != "none"]
     for name in names:
         if name not in known:
             raise UserError(
@@ -258,39 +277,12 @@ def with_regularisers(config, known, combined=None):
             )
         for key, value in known[name].items():
             if flags.get(key, value) != value:
-                raise UserError(
-                    f"regularisers {config.regularisers} contradict each other about {key}"
-                )
+                raise UserError(f"regularisers {regularisers} contradict each other about {key}")
             flags[key] = value
-    for combination, others in (combined or {}).items():
+    for combination, others in combined.items():
         if set(combination.split("+")) == set(names):
             flags |= others
-    return with_named(config, "regularisers", flags)
-
-
-def with_preset(config, known):
-    """Set the fields that the config's `preset` stands for, and set that to none.
-
-    Raises UserError if it isn't in `known`, or contradicts another field.
-    """
-    if config.preset == "none":
-        return config
-    if config.preset not in known:
-        raise UserError(f"unknown preset {config.preset!r}; known: none, {', '.join(known)}")
-    return with_named(config, "preset", known[config.preset])
-
-
-def with_named(config, field, values):
-    """Set the values that a field's name stands for, and that field to none."""
-    values = decode(type(config), values)
-    for key, value in values.items():
-        default = getattr(type(config), key)
-        if getattr(config, key) not in (default, value):
-            raise UserError(
-                f"{field} {getattr(config, field)} has {key} {value}, "
-                "but another value is asked for, too"
-            )
-    return dataclasses.replace(config, **{field: "none"}, **values)
+    return flags
 
 
 def read_table(text):

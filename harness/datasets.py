@@ -54,7 +54,7 @@ def with_checksum(config):
 
 @functools.cache  # a sweep has many runs of a file
 def checksum(path, size, time):
-    """Return the SHA-256 of a file of this size and time."""
+    """Return a file's SHA-256. `size` and `time` make the cache notice a changed file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -162,7 +162,7 @@ def episode_ends(name, raw):
 
 
 def episode_returns(name, raw):
-    """Return the undiscounted returns of the whole episodes in a dataset, up to a terminal."""
+    """Return each whole episode's undiscounted return, up to its first terminal (AntMaze)."""
     ends = episode_ends(name, raw)
     episode = np.cumsum(ends) - ends  # of each step
     starts = np.append(0, np.flatnonzero(ends) + 1)

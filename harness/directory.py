@@ -11,7 +11,8 @@ from typing import NamedTuple
 from harness.config import decode, read_yaml
 from harness.errors import UserError
 
-# Fields that change no result: where a run is written, what is shown, and names for other fields
+# Fields that change no result, but for the last bits on a GPU: where a run is written, what is
+# shown, and names for other fields
 NOT_SAVED = ("results", "evaluate", "video", "preset", "regularisers", "deterministic")
 
 
@@ -38,7 +39,7 @@ def run_directory(algorithm, config, tuned):
     words = [f"seed={config.seed}"]
     for key in changed:
         if key not in ("seed", "dataset_name", "dataset_sha256"):
-            words.append(f"{key}={os.path.basename(str(own[key])).lower()}")
+            words.append(f"{key}={str(own[key]).lower()}")
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words))
     if len(name) > 150:
         name = name[:150].rpartition(",")[0]
@@ -96,8 +97,8 @@ def is_busy(directory):
     """Return whether a process holds a run's lock."""
     path = os.path.join(directory, "lock")
     try:
-        with open(path, "r+" if os.access(path, os.W_OK) else "r") as lock:  # to write, for NFS
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # there is no lock, or its disk has no locks
@@ -115,15 +116,15 @@ def read_fields(directory):
 
 
 def check_same_config(directory, config):
-    """Raise UserError if a run was begun with another config, when a default was another one."""
+    """Raise UserError if a run was begun under another default, which its name doesn't show."""
     if not os.path.exists(os.path.join(directory, "config.yaml")):
         return
     before = read_fields(directory)
     for key, value in saved_fields(vars(config)).items():
         if key != "dataset_path" and before.get(key, value) != value:
             raise UserError(
-                f"{directory} was begun with {key} {before[key]}, and now it is {value}; "
-                f"give --{key} {before[key]} to go on, or --results for another folder"
+                f"{directory} was begun when {key} was {before[key]} by default, and now it is "
+                f"{value}; resume it with that version, or use another folder for --results"
             )
 
 

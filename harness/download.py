@@ -99,18 +99,17 @@ def sources(url):
 
 @contextlib.contextmanager
 def locked_part(path):
-    """Yield the path of a file's part and its lock, in which is the version that it's a part of.
+    """Yield the path of a file's part, and its lock file, which holds the part's version.
 
     Both stay if the part isn't renamed meanwhile. On a disk without locks they are temporary.
     """
     part = f"{path}.part"
-    with contextlib.ExitStack() as stack:
-        lock = open_locked(f"{part}.lock")
-        if lock is None:
-            folder = tempfile.TemporaryDirectory(dir=os.path.dirname(path))
-            yield os.path.join(stack.enter_context(folder), "part"), io.StringIO()
-            return
-        stack.enter_context(lock)
+    lock = open_locked(f"{part}.lock")
+    if lock is None:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            yield os.path.join(folder, "part"), io.StringIO()
+        return
+    with lock:
         try:
             yield part, lock
         finally:
@@ -177,7 +176,11 @@ def receive(source, part, lock):
     headers = {}
     if received and version:
         headers = {"Range": f"bytes={received}-", "If-Range": version}
-    with open_url(source, headers) as response:
+    response = open_url(source, headers, received)
+    if response is None:
+        check_is_whole(part)
+        return
+    with response:
         is_rest = response.status == 206
         if is_rest and not continues(response.headers, received, version):
             raise Changed("the file there has changed")
@@ -204,15 +207,17 @@ def receive(source, part, lock):
     check_is_whole(part)
 
 
-def open_url(source, headers):
-    """Ask a server for a file."""
+def open_url(source, headers, received):
+    """Ask a server for a file. Return None if what was received is all of it."""
     try:
         request = urllib.request.Request(source, headers=headers)
         return urllib.request.urlopen(request, timeout=TIMEOUT)
     except (ValueError, http.client.InvalidURL) as error:
         raise Refused(one_line(error)) from error
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is longer
+        if error.code == 416:  # nothing follows what was received
+            if error.headers.get("Content-Range") == f"bytes */{received}":
+                return None
             raise Changed("the file there has changed") from error
         kind = Broken if error.code in (408, 429) or error.code >= 500 else Refused
         raise kind(f"HTTP {error.code} {error.reason}") from error
@@ -254,7 +259,7 @@ def with_progress(blocks, received, total):
 
 
 def version_of(headers):
-    """Return by what a server tells a file's versions apart, or an empty string."""
+    """Return what identifies this version of the file: its ETag, its date, or nothing."""
     tag = headers.get("ETag", "")
     if tag.startswith('"'):  # a weak one, W/"...", doesn't tell bytes apart
         return tag
@@ -264,7 +269,7 @@ def version_of(headers):
 def continues(headers, received, version):
     """Return whether a server's answer is the rest of the version of which a part is here."""
     is_next = headers.get("Content-Range", "").startswith(f"bytes {received}-")
-    return is_next and version_of(headers) == version
+    return is_next and version_of(headers) in ("", version)
 
 
 def check_is_whole(part):
@@ -280,9 +285,11 @@ def warn_if_unknown(part, name):
     """Warn if a file isn't the one that D4RL's server had when its checksum was taken."""
     with open(SUMS, newline="", encoding="utf-8") as file:
         known = {row["file"]: row for row in csv.DictReader(file)}
+    if name not in known:
+        return
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if name in known and found != known[name]["sha256"]:
+    if found != known[name]["sha256"]:
         print(
             f"warning: {name} has {size(part)} bytes and the SHA-256 {found}, but D4RL's had "
             f"{known[name]['bytes']} bytes and {known[name]['sha256']}",

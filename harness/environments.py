@@ -50,13 +50,11 @@ def import_d4rl():
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError:  # no matter unless something is downloaded
-        os.environ["D4RL_DATASET_DIR"] = os.sep
-        import d4rl
-
-        os.environ["D4RL_DATASET_DIR"] = folder
-        d4rl.offline_env.DATASET_PATH = folder
+        os.environ["D4RL_DATASET_DIR"] = os.sep  # a folder that is there
     import d4rl
 
+    os.environ["D4RL_DATASET_DIR"] = folder
+    d4rl.offline_env.DATASET_PATH = folder
     return d4rl
 
 

@@ -23,7 +23,7 @@ class BusyError(UserError):
 def one_line_errors():
     """End the program with one line where a UserError is raised, without a traceback.
 
-    Ctrl-C ends it without a word. It doesn't end where nobody reads its output any more.
+    Ctrl-C ends it without a word. A closed output, as after `| head`, doesn't end it.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = Output(sys.stdout)
@@ -53,16 +53,15 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
         with self.survives_its_reader():
-            try:
-                self.stream.write(text)
-            except UnicodeEncodeError:
-                self.stream.write(text.encode("ascii", "backslashreplace").decode())
+            self.stream.write(text)
 
     def flush(self):
         with self.survives_its_reader():

@@ -37,7 +37,7 @@ def check_readable(path):
 
 
 def read_columns(path, keys):
-    """Read those of a file's arrays that `keys` names; only timeouts may be missing.
+    """Return the arrays that `keys` names; timeouts may be missing.
 
     Raises UserError if they can't be read, or if the file's layout is not D4RL's.
     """
@@ -78,7 +78,7 @@ def problem(path, error):
 
 
 def content(beginning):
-    """Return in words what a file is that begins with some bytes and isn't HDF5."""
+    """Say what a file that isn't HDF5 is, by its first bytes."""
     for signature, name in OTHER_SIGNATURES.items():
         if beginning.startswith(signature):
             return f"{name}, not an HDF5 file"
@@ -87,14 +87,15 @@ def content(beginning):
 
 def check_layout(path, file, keys):
     """Raise UserError if a file has another layout than D4RL's."""
+    missing = [key for key in keys if key not in file and key != "timeouts"]
+    if not missing:
+        return
     layout = f"D4RL's layout is {', '.join(keys)}: an array of all steps for each"
     for group, name in OTHER_LAYOUTS.items():
         if group in file:
             raise UserError(f"{path} is {name} (it has {group}); {layout}")
-    for key in keys:
-        if key not in file and key != "timeouts":
-            found = ", ".join(array_names(file)) or "no array"
-            raise UserError(f"{path} has no {key!r} (it has {found}); {layout}")
+    found = ", ".join(array_names(file)) or "no array"
+    raise UserError(f"{path} has no {missing[0]!r} (it has {found}); {layout}")
 
 
 def array_names(group, most=8):

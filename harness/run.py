@@ -36,7 +36,7 @@ SHOWN = ("train/action_error", "validation/action_error", "evaluation/dead_neuro
 class Run:
     """A run's directory, which belongs to one process at a time:
 
-    config.yaml      the whole config
+    config.yaml      the fields on which its results depend
     train.csv        a row for each epoch and seed: the losses' means over the epoch
     evaluations.csv  a row for each evaluation and seed: the scores, what is inside the actor
     episodes.csv     a row for each episode of an evaluation
@@ -164,7 +164,7 @@ class Run:
         """End the run on a signal.
 
         While it trains it stops at its next checkpoint. While it starts or evaluates it stops at
-        once, since a checkpoint was made just before. A second signal always stops it at once.
+        once: then nothing is lost. A second signal always stops it at once.
         """
         is_second = self.stopping
         self.stopping = number

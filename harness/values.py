@@ -70,7 +70,10 @@ def split_list(value):
         return list(value)
     if not (value.startswith("[") and value.endswith("]")):
         return [value]
-    (items,) = csv.reader([value[1:-1].replace("'", '"')], skipinitialspace=True)
+    try:
+        (items,) = csv.reader([value[1:-1].replace("'", '"')], skipinitialspace=True)
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
     return [item.strip() for item in items if item.strip()]
 
 

@@ -1,8 +1,8 @@
-"""ReBRAC and IQL in NumPy, with every gradient by hand.
+"""ReBRAC, IQL and CQL in NumPy, with every gradient by hand.
 
 The tests hold the scripts' updates against these, in double precision. Nothing here is shared
 with the scripts: the formulas are those of the papers (ReBRAC: arXiv 2305.09836, HL-Gauss: arXiv
-2403.03950, IQL: arXiv 2110.06169).
+2403.03950, IQL: arXiv 2110.06169, CQL: arXiv 2006.04779).
 
 A network's parameters are nested dictionaries with Flax's names. Each `f(params, x)` has an
 `f_back(params, x, grad)`, which takes the gradient dL/dy (B, Y) by the outputs y = f(x) and
@@ -187,7 +187,8 @@ def hl_gauss(config, values):
         values = np.clip(values, edges[0], edges[-1])
     cdf = stats.norm.cdf(edges[None], values[:, None], sigma)
     total = cdf[:, -1:] - cdf[:, :1]
-    return np.diff(cdf, axis=-1) / (total if config.clip_targets else total + 1e-6)
+    # The paper's code has twice this distribution, and adds 1e-6 to twice the total.
+    return np.diff(cdf, axis=-1) / (total if config.clip_targets else total + 0.5e-6)
 
 
 def critic_values(config, outputs):
@@ -404,3 +405,340 @@ def numpy_state(state):
             networks[name] = tree_map(np.asarray, value["params"])
     optimisers = {f"{name}_opt": init_adam(params) for name, params in networks.items()}
     return {**networks, **optimisers}
+
+
+# --- BCQ ---
+
+# A state of BCQ has its networks apart: encoder, decoder, perturbation and critic. In the actor
+# the decoder and the perturbation network have the numbers 0 and 1, in either order.
+
+
+def bcq_state(state, decoder):
+    """Return the networks of bcq.py's TrainState, where the decoder is number `decoder`."""
+    found = numpy_state(state)
+    actor = found.pop("actor")
+    del found["actor_opt"]
+    for name, k in (("decoder", decoder), ("perturbation", 1 - decoder)):
+        found[name] = {f"Hidden_{k}": actor[f"Hidden_{k}"], f"Dense_{k}": actor[f"Dense_{k}"]}
+        found[f"{name}_opt"] = init_adam(found[name])
+    found["target_perturbation"] = found.pop("target_actor")
+    return found
+
+
+def bcq_number(params):
+    """Return the number of the decoder or the perturbation network in its layers' names."""
+    return 0 if "Hidden_0" in params else 1
+
+
+def bcq_decode(params, observations, latents):
+    """Return the decoder's actions tanh(network(s, z)), (B, A)."""
+    return np.tanh(network(params, bcq_number(params), pairs(observations, latents)))
+
+
+def bcq_perturb(config, params, observations, actions):
+    """Return a + phi tanh(network(s, a)), at most 1 in absolute value, (B, A)."""
+    changes = np.tanh(network(params, bcq_number(params), pairs(observations, actions)))
+    return np.clip(actions + config.phi * changes, -1, 1)
+
+
+def bcq_encode(config, params, observations, actions):
+    """Return the means and log standard deviations of latents, and the latter unclipped."""
+    features = hidden(params["Hidden_0"], pairs(observations, actions))
+    raw = dense(params["Dense_1"], features)
+    log_stds = np.clip(raw, config.log_std_min, config.log_std_max)
+    return dense(params["Dense_0"], features), log_stds, raw
+
+
+def bcq_vae_loss(config, state, batch, noise):
+    """Return the mean of (D(s, z) - a)^2 plus kl_coef times that of KL, with z = mu + sigma noise.
+
+    KL(N(mu, sigma) || N(0, 1)) = (mu^2 + sigma^2 - 1) / 2 - log sigma.
+    """
+    means, log_stds, _ = bcq_encode(config, state["encoder"], batch.observations, batch.actions)
+    latents = means + np.exp(log_stds) * noise
+    actions = bcq_decode(state["decoder"], batch.observations, latents)
+    kl = (means**2 + np.exp(2 * log_stds) - 1) / 2 - log_stds
+    return ((actions - batch.actions) ** 2).mean() + config.kl_coef * kl.mean()
+
+
+def bcq_update_vae(config, state, batch, noise):
+    """Update the encoder and the decoder. `noise` (B, 2 A) is drawn from a standard Gaussian.
+
+    By z the decoder's error has a gradient g. By mu that of the loss is g + kl_coef mu / n, and by
+    log sigma g sigma noise + kl_coef (sigma^2 - 1) / n where that isn't clipped, where n are the
+    latents' entries.
+    """
+    loss = bcq_vae_loss(config, state, batch, noise)
+    params = state["encoder"]
+    means, log_stds, raw = bcq_encode(config, params, batch.observations, batch.actions)
+    stds = np.exp(log_stds)
+    latents = means + stds * noise
+
+    decoder = state["decoder"]
+    actions = bcq_decode(decoder, batch.observations, latents)
+    by_outputs = 2 * (actions - batch.actions) / actions.size * (1 - actions**2)
+    x = pairs(batch.observations, latents)
+    decoder_grads, by_inputs = network_back(decoder, bcq_number(decoder), x, by_outputs)
+    g = by_inputs[:, batch.observations.shape[1] :]
+
+    by_mean = g + config.kl_coef * means / means.size
+    is_inside = (raw > config.log_std_min) & (raw < config.log_std_max)
+    by_log_std = (g * stds * noise + config.kl_coef * (stds**2 - 1) / means.size) * is_inside
+    x = pairs(batch.observations, batch.actions)
+    features = hidden(params["Hidden_0"], x)
+    mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
+    std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
+    layers, _ = hidden_back(params["Hidden_0"], x, by_features + more)
+    encoder_grads = {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+
+    state = take_step(state, "encoder", encoder_grads, config.actor_learning_rate)
+    state = take_step(state, "decoder", decoder_grads, config.actor_learning_rate)
+    return state, {"vae_loss": loss}
+
+
+def bcq_target(config, state, batch, noise):
+    """Return r + gamma (1 - d) max_i [w min_k Q'_k(s', a_i) + (1 - w) max_k Q'_k(s', a_i)], (B,).
+
+    `noise` (B, n, 2 A) is drawn from a standard Gaussian: the latents before they are clipped.
+    """
+    latents = np.clip(noise, -config.latent_clip, config.latent_clip)
+    values = []
+    for i in range(latents.shape[1]):
+        actions = bcq_decode(state["decoder"], batch.next_observations, latents[:, i])
+        actions = bcq_perturb(
+            config, state["target_perturbation"], batch.next_observations, actions
+        )
+        x = pairs(batch.next_observations, actions)
+        both = [values_of(state["target_critic"], k, x) for k in range(2)]
+        w = config.min_weight
+        values.append(w * np.minimum(*both) + (1 - w) * np.maximum(*both))
+    next_values = np.max(values, 0)
+    return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
+
+
+def bcq_update_critics(config, state, batch, noise):
+    """Update both critics by (Q(s, a) - target)^2."""
+    target = bcq_target(config, state, batch, noise)
+    x = pairs(batch.observations, batch.actions)
+    grads = {}
+    losses = []
+    for k in range(2):
+        error = values_of(state["critic"], k, x) - target
+        own, _ = network_back(state["critic"], k, x, 2 * error[:, None] / len(error))
+        grads.update(own)
+        losses.append((error**2).mean())
+    state = take_step(state, "critic", grads, config.critic_learning_rate)
+    return state, {"critic_loss": np.mean(losses)}
+
+
+def bcq_update_perturbation(config, state, batch, noise):
+    """Update the perturbation network by -Q_1(s, a + xi(s, a)), where a is the decoder's action.
+
+    The gradient by the network's outputs is -dQ/da phi (1 - tanh^2) / B, and 0 where the action
+    is clipped.
+    """
+    latents = np.clip(noise, -config.latent_clip, config.latent_clip)
+    decoded = bcq_decode(state["decoder"], batch.observations, latents)
+    params = state["perturbation"]
+    actions = bcq_perturb(config, params, batch.observations, decoded)
+    x = pairs(batch.observations, actions)
+    ones = np.ones((len(x), 1))
+    _, by_inputs = network_back(state["critic"], 0, x, ones)
+    slope = by_inputs[:, batch.observations.shape[1] :]
+
+    x = pairs(batch.observations, decoded)
+    changes = np.tanh(network(params, bcq_number(params), x))
+    by_outputs = -slope * config.phi * (1 - changes**2) * (np.abs(actions) < 1) / len(x)
+    grads, _ = network_back(params, bcq_number(params), x, by_outputs)
+    loss = -values_of(state["critic"], 0, pairs(batch.observations, actions)).mean()
+    state = take_step(state, "perturbation", grads, config.actor_learning_rate)
+    return state, {"actor_loss": loss}
+
+
+def bcq_update(config, state, batch, noises):
+    """Update the VAE, the critics, the perturbation network by these, then the targets."""
+    state, vae_info = bcq_update_vae(config, state, batch, noises["vae"])
+    state, critic_info = bcq_update_critics(config, state, batch, noises["target"])
+    state, actor_info = bcq_update_perturbation(config, state, batch, noises["actor"])
+    state = move_target(state, "perturbation", config.tau)
+    state = move_target(state, "critic", config.tau)
+    return state, {**vae_info, **critic_info, **actor_info}
+
+
+# --- CQL ---
+
+
+def cql_policy(config, params, observations):
+    """Return means and log standard deviations (B, A), and the latter before the clipping."""
+    features = hidden(params["Hidden_0"], observations)
+    means = dense(params["Dense_0"], features)
+    raw = dense(params["Dense_1"], features) - 1
+    return means, np.clip(raw, config.log_std_min, config.log_std_max), raw
+
+
+def cql_policy_back(config, params, observations, by_mean, by_log_std):
+    """Return the gradients by the parameters. A clipped log standard deviation has none."""
+    _, _, raw = cql_policy(config, params, observations)
+    by_log_std = by_log_std * ((raw > config.log_std_min) & (raw < config.log_std_max))
+    features = hidden(params["Hidden_0"], observations)
+    mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
+    std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
+    layers, _ = hidden_back(params["Hidden_0"], observations, by_features + more)
+    return {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+
+
+def cql_log_density(u, means, log_stds):
+    """Return log pi of tanh(u), where log(1 - tanh(u)^2) is -2 log cosh(u)."""
+    gaussian = stats.norm.logpdf(u, means, np.exp(log_stds))
+    return (gaussian + 2 * np.log(np.cosh(u))).sum(-1)
+
+
+def cql_draw(config, params, observations, noise):
+    """Return actions and log pi for standard noise (n, B, A)."""
+    means, log_stds, _ = cql_policy(config, params, observations)
+    u = means + np.exp(log_stds) * noise
+    return np.tanh(u), cql_log_density(u, means, log_stds)
+
+
+def cql_samples(config, state, batch, draws):
+    """Return the actions (3 n, B, A) and log-densities (3 n, B): uniform, pi(.|s), pi(.|s')."""
+    actions = [draws["uniform"]]
+    log_densities = [np.full(draws["uniform"].shape[:2], np.log(0.5) * batch.actions.shape[1])]
+    for name, observations in (("now", batch.observations), ("next", batch.next_observations)):
+        drawn, log_probs = cql_draw(config, state["actor"], observations, draws[name])
+        actions.append(drawn)
+        log_densities.append(log_probs)
+    return np.concatenate(actions), np.concatenate(log_densities)
+
+
+def cql_target(config, state, batch, next_actions):
+    """Return scale r + shift + gamma (1 - d) Q', (B,), where Q' is min_k Q'_k(s', a').
+
+    a' is the first of next_actions (n, B, A), or with max_backup the one with the largest Q'.
+    """
+    values = []
+    for actions in next_actions if config.max_backup else next_actions[:1]:
+        x = pairs(batch.next_observations, actions)
+        both = [values_of(state["target_critic"], k, x) for k in range(2)]
+        values.append(np.minimum(*both))
+    rewards = config.reward_scale * batch.rewards + config.reward_shift
+    return rewards + config.gamma * (1 - batch.terminals) * np.max(values, 0)
+
+
+def cql_update_critics(config, state, batch, actions, log_densities):
+    """Return the state after an update of both critics, and their losses.
+
+    The loss is the mean of (Q - y)^2 + w (log sum_j exp(Q_j - log mu_j) - Q). With p the softmax
+    of Q_j - log mu_j, its gradient is w p_j by Q_j, and 2 (Q - y) - w by Q. The gap has none
+    where it is clipped.
+    """
+    num = config.n_actions
+    size = len(batch.actions)
+    target = cql_target(config, state, batch, actions[2 * num :])
+    x = np.concatenate([pairs(batch.observations, a) for a in [batch.actions, *actions]])
+    weight = config.cql_weight
+    if config.lagrange_gap:
+        weight = weight * min(np.exp(state["multiplier"]["log_alpha"]), 1e6)
+    grads = {}
+    losses = []
+    gaps = []
+    for k in range(2):
+        values = values_of(state["critic"], k, x).reshape(-1, size)
+        q = values[0]
+        logits = values[1:] - log_densities
+        gap = np.log(np.exp(logits).sum(0)) - q
+        is_inside = np.ones(size)
+        if config.gap_clip:
+            is_inside = gap > -config.gap_clip
+            gap = np.maximum(gap, -config.gap_clip)
+        by_q = 2 * (q - target) - weight * is_inside
+        by_samples = weight * is_inside * softmax(logits.T).T
+        grad = np.concatenate([by_q[None], by_samples]) / size
+        own, _ = network_back(state["critic"], k, x, grad.reshape(-1, 1))
+        grads.update(own)
+        losses.append(((q - target) ** 2 + weight * gap).mean())
+        gaps.append(gap.mean())
+    state = take_step(state, "critic", grads, config.critic_learning_rate)
+    return state, {"critic_loss": np.mean(losses), "gap": np.mean(gaps)}
+
+
+def cql_update_multiplier(config, state, gap):
+    """Return the state after a step of log alpha' on -alpha' w (gap - tau)."""
+    alpha = np.exp(state["multiplier"]["log_alpha"])
+    grad = -alpha * config.cql_weight * (gap - config.lagrange_gap) * (alpha < 1e6)
+    return take_step(state, "multiplier", {"log_alpha": grad}, config.critic_learning_rate)
+
+
+def cql_actor_loss(config, state, batch, noise):
+    """Return the mean of alpha log pi(a|s) - min_k Q_k(s, a), of a drawn by the noise (B, A).
+
+    Also returns its gradients by a's u, a = tanh(u), and by log std with u held fixed. log pi has
+    2 a and -1 there, since (u - mean) / std is the noise.
+    """
+    alpha = np.exp(state["temperature"]["log_alpha"])
+    drawn, log_probs = cql_draw(config, state["actor"], batch.observations, noise[None])
+    actions = drawn[0]
+    x = pairs(batch.observations, actions)
+    values = []
+    slopes = []
+    for k in range(2):
+        values.append(values_of(state["critic"], k, x))
+        _, by_inputs = network_back(state["critic"], k, x, np.ones((len(x), 1)))
+        slopes.append(by_inputs[:, batch.observations.shape[1] :])
+    slope = np.where((values[0] < values[1])[:, None], *slopes)
+    loss = (alpha * log_probs[0] - np.minimum(*values)).mean()
+    by_u = (alpha * 2 * actions - slope * (1 - actions**2)) / len(x)
+    return loss, by_u, -alpha * np.ones_like(actions) / len(x)
+
+
+def cql_cloning_loss(config, state, batch, noise):
+    """Return the mean of alpha log pi(a|s) - log pi(a_data|s), and its gradients as above.
+
+    The data's have theirs by the mean and log std: z / std, and z^2 - 1.
+    """
+    alpha = np.exp(state["temperature"]["log_alpha"])
+    means, log_stds, _ = cql_policy(config, state["actor"], batch.observations)
+    drawn, log_probs = cql_draw(config, state["actor"], batch.observations, noise[None])
+    u = np.arctanh(np.clip(batch.actions, -1 + 1e-5, 1 - 1e-5))
+    z = (u - means) / np.exp(log_stds)
+    loss = (alpha * log_probs[0] - cql_log_density(u, means, log_stds)).mean()
+    by_mean = -z / np.exp(log_stds) / len(z)
+    by_log_std = -(z**2 - 1) / len(z)
+    return loss, alpha * 2 * drawn[0] / len(z), -alpha / len(z) + by_log_std, by_mean
+
+
+def cql_update_actor(config, state, batch, noise):
+    """Return the state after an update of the actor, and its loss. u = mean + std noise."""
+    by_mean = 0
+    if state["actor_opt"][2] < config.bc_steps:
+        loss, by_u, by_log_std, by_mean = cql_cloning_loss(config, state, batch, noise)
+    else:
+        loss, by_u, by_log_std = cql_actor_loss(config, state, batch, noise)
+    _, log_stds, _ = cql_policy(config, state["actor"], batch.observations)
+    by_log_std = by_log_std + by_u * np.exp(log_stds) * noise
+    grads = cql_policy_back(config, state["actor"], batch.observations, by_u + by_mean, by_log_std)
+    state = take_step(state, "actor", grads, config.actor_learning_rate)
+    return state, {"actor_loss": loss}
+
+
+def cql_update_temperature(config, state, log_probs):
+    """Return the state after a step of log alpha on -log alpha (log pi - |A|)."""
+    dimensions = state["actor"]["Dense_0"]["bias"].size
+    grad = dimensions - log_probs.mean()
+    return take_step(state, "temperature", {"log_alpha": grad}, config.actor_learning_rate)
+
+
+def cql_update(config, state, batch, draws):
+    """Update the critics, alpha', the actor by the new critics, alpha, and the critics' target.
+
+    `draws` are random numbers by their names, (n, B, A), and of "actor" (B, A).
+    """
+    num = config.n_actions
+    actions, log_densities = cql_samples(config, state, batch, draws)
+    state, critic_info = cql_update_critics(config, state, batch, actions, log_densities)
+    if config.lagrange_gap:
+        state = cql_update_multiplier(config, state, critic_info["gap"])
+    state, actor_info = cql_update_actor(config, state, batch, draws["actor"])
+    state = cql_update_temperature(config, state, log_densities[num : 2 * num])
+    state = move_target(state, "critic", config.tau)
+    return state, {**critic_info, **actor_info}

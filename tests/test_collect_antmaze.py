@@ -144,6 +144,8 @@ def test_more_processes_make_the_same_file(tmp_path):
     "flags, message",
     [
         (dict(kinds=["umaz"]), "unknown umaz; there are umaze, umaze-diverse"),
+        (dict(seed=-1), "seed and walker_steps must be 0 or more"),
+        (dict(walker="mine", walker_steps=5), "walker must end in .npz"),
         (dict(trajectories=0), "trajectories and processes must be 1 or more"),
         (dict(walker="nowhere.npz"), "there is no file nowhere.npz; make it by --walker_steps"),
     ],

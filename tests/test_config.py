@@ -17,20 +17,22 @@ from harness.directory import run_directory, saved_fields
 from harness.errors import BusyError, UserError, one_line_errors
 from harness.values import read_value
 
+papers_scripts = pytest.mark.parametrize("script", [rebrac, iql], ids=["rebrac", "iql"])
+
 # --- Wrong words ---
 
 BAD = {
-    "--actor_dropout abc": "actor_dropout can't be 'abc'; it is a number",
-    "--gamma x": "gamma can't be 'x'; it is a number",
-    "--gamma null --tau null": "gamma can't be 'null'; it is a number",
-    "--actor_wd None": "actor_wd can't be 'None'; it is a number",
-    "--seed true": "seed can't be 'true'; it is a whole number",
-    "--gamma [1": "gamma can't be '[1'; it is a number",
-    "--actor_ln maybe": "actor_ln can't be 'maybe'; it is true or false",
-    "--actor_ln 2": "actor_ln can't be '2'; it is true or false",
-    "--normalize_reward perhaps": "normalize_reward can't be 'perhaps'; it is true or false",
-    "--batch_size 2.5": "batch_size can't be '2.5'; it is a whole number",
-    "--batch_size inf": "batch_size can't be 'inf'; it is a whole number",
+    "--actor_dropout abc": "actor_dropout can't be 'abc'; it must be a number",
+    "--gamma x": "gamma can't be 'x'; it must be a number",
+    "--gamma null --tau null": "gamma can't be 'null'; it must be a number",
+    "--actor_wd None": "actor_wd can't be 'None'; it must be a number",
+    "--seed true": "seed can't be 'true'; it must be a whole number",
+    "--gamma [1": "gamma can't be '[1'; it must be a number",
+    "--actor_ln maybe": "actor_ln can't be 'maybe'; it must be true or false",
+    "--actor_ln 2": "actor_ln can't be '2'; it must be true or false",
+    "--normalize_reward perhaps": "normalize_reward can't be 'perhaps'; it must be true or false",
+    "--batch_size 2.5": "batch_size can't be '2.5'; it must be a whole number",
+    "--batch_size inf": "batch_size can't be 'inf'; it must be a whole number",
     "--batch_size 0": "batch_size must be 1 or more",
     "--num_seeds 0": "num_seeds must be 1 or more",
     "--seed -1": "seed must be 0 or more",
@@ -41,7 +43,7 @@ BAD = {
     "--critic_dropout -0.1": "critic_dropout must be at least 0 and below 1",
     "--validation_frac 1.0": "validation_frac must be at least 0 and below 1",
     "--actor_wd -0.001": "actor_wd must be 0 or more",
-    "--actor_wd nan": "actor_wd can't be 'nan'; it is a number",
+    "--actor_wd nan": "actor_wd can't be 'nan'; it must be a number",
     "--actor_wd=-1e-3": "actor_wd must be 0 or more",
     "--actor_wd -1e-3": "actor_wd must be 0 or more",
     "--actor_l1_ratio 1.5": "actor_l1_ratio must be between 0 and 1",
@@ -50,17 +52,17 @@ BAD = {
     "--critic_gn true --hidden_dim 32": "actor_gn and critic_gn need a hidden_dim of 64, 96, ...",
     "--num_updates 1500": "num_updates must be a multiple of log_every, 1000",
     "--eval_every 1500": "eval_every must be a multiple of log_every, 1000",
-    "--eval_noise [[0.2]]": "eval_noise can't be '[[0.2]]'; it is a list of pairs such as",
-    "--eval_noise [[1,2,3]]": "eval_noise can't be '[[1,2,3]]'; it is a list of pairs such as",
-    "--eval_noise 0.2": "eval_noise can't be '0.2'; it is a list of pairs such as [[0.2, 0], [0,",
+    "--eval_noise [[0.2]]": "eval_noise can't be '[[0.2]]'; it must be a list of pairs such as",
+    "--eval_noise [[1,2,3]]": "eval_noise can't be '[[1,2,3]]'; it must be a list of pairs such as",
+    "--eval_noise 0.2": "eval_noise can't be '0.2'; it must be a list of pairs such as [[0.2,",
     "--eval_noise [[0.2,-1]]": "eval_noise must be pairs of 0 or more",
     "--eval_noise [[0,0]]": "eval_noise must be pairs of 0 or more, not both 0",
     "--video a.mp4": "video needs --evaluate RUN",
     "--video a.avi": "video must end in .mp4 or .gif",
     "--video nowhere/a.mp4": "video: there is no directory nowhere",
     "--evaluate nowhere": "nowhere/config.yaml is not the config of a run (can't be read",
-    "--evaluate=": "evaluate can't be ''; it is a text that isn't empty",
-    "--results=": "results can't be ''; it is a text that isn't empty",
+    "--evaluate=": "evaluate can't be ''; it must be a text that isn't empty",
+    "--results=": "results can't be ''; it must be a text that isn't empty",
     "--evaluate nowhere --seed 0": "--evaluate takes no --seed: the run's own config.yaml says it",
     "--dataset_nam x": "there is no flag --dataset_nam; the nearest are --dataset_name,",
     "--xyzzy 3": "there is no flag --xyzzy; --help lists them",
@@ -71,6 +73,9 @@ BAD = {
     "--preset as-ran": "unknown preset 'as-ran'; known: none, as-run, as-run-L",
     "--actor_lr_decay true": "actor_lr_decay and critic_lr_decay must be none, cosine, linear or",
     "--dataset_name pen-human-v1 --preset as-run --actor_dropout 0": "preset as-run has actor_",
+    "--dataset_name antmaze-medium-diverse-v2 --preset as-run --regularisers best": (
+        "preset as-run and regularisers best contradict each other about actor_"
+    ),
     "--regularisers DO+none": "unknown regulariser 'none'",
     "--regularisers L2+EN": "regularisers L2+EN contradict each other about actor_wd",
     "--regularisers DO --actor_dropout 0.2": (
@@ -219,11 +224,11 @@ def test_a_word_is_never_read_as_yaml():
         (b"", "it holds no fields"),
         (b"- a\n", "it holds no fields"),
         (b"1: 2\n", "there is no field '1'"),
-        (b"seed: one\n", "seed can't be 'one'; it is a whole number"),
-        (b"seed: true\n", "seed can't be 'true'; it is a whole number"),
-        (b"seed: 1:30\n", "seed can't be '1:30'; it is a whole number"),
-        (b"actor_ln: yes\n", "actor_ln can't be 'yes'; it is true or false"),
-        (b"seed: null\n", "seed can't be None; it is a whole number"),
+        (b"seed: one\n", "seed can't be 'one'; it must be a whole number"),
+        (b"seed: true\n", "seed can't be 'true'; it must be a whole number"),
+        (b"seed: 1:30\n", "seed can't be '1:30'; it must be a whole number"),
+        (b"actor_ln: yes\n", "actor_ln can't be 'yes'; it must be true or false"),
+        (b"seed: null\n", "seed can't be None; it must be a whole number"),
         (b"tau: 1" + b"0" * 400 + b"\n", "tau can't be '1000"),
         (b"seed: [1\n", "can't be read"),
         ("seed: 1\n".encode("utf-16"), "can't be read"),
@@ -275,6 +280,8 @@ def test_a_list_may_hold_commas_in_quotes_and_one_item_needs_no_brackets():
         "b,c=1": ["b,c=1"],
     }.items():
         assert read_value(List[str], word) == items
+    with pytest.raises(ValueError):
+        read_value(List[str], "[a\nb]")
 
 
 def test_a_table_in_a_string_has_a_dictionary_for_each_row():
@@ -351,7 +358,7 @@ STRENGTHS = {
 }
 
 
-@both_scripts
+@papers_scripts
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_a_regularisers_name_stands_for_the_papers_strength(script, name):
     assert list(script.CHOSEN) == list(STRENGTHS)
@@ -395,7 +402,7 @@ COMBINATIONS = {  # the paper's strengths in combinations where they are others 
 }
 
 
-@both_scripts
+@papers_scripts
 def test_combinations_have_the_strengths_that_the_paper_chose_for_them(script):
     for names, strengths in COMBINATIONS[script.__name__].items():
         for order in (names, "+".join(reversed(names.split("+")))):
@@ -430,6 +437,7 @@ def test_every_dataset_gets_a_valid_config(script):
 UNBOUNDED = {
     "rebrac": {"v_min", "v_max", "v_expand"},
     "iql": {"reward_shift", "log_std_min", "log_std_max"},
+    "cql": {"reward_shift", "log_std_min", "log_std_max"},
 }
 
 

@@ -44,6 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     short       the first half, as if that was all
     close       nothing
     stall       the first half, and nothing for a minute
+    416 whole   that nothing follows the whole file
     page        a web page
     moved       a redirection to the file
     404, 503    an error of that number
@@ -71,7 +72,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))
         first = int(found[1])
         server.asked.append((self.path, first))
-        if word.isdigit():
+        if word == "416 whole":
+            total = len(server.content)
+            self.answer(416, b"", {"Content-Range": f"bytes */{total}", "Content-Length": 0})
+        elif word.isdigit():
             self.send_error(int(word))
         elif word == "page":
             self.answer(200, PAGE, {"Content-Length": len(PAGE)})
@@ -191,6 +195,14 @@ def test_a_file_that_has_changed_is_not_glued_to_the_old_part(server, get, part,
 def test_a_part_that_is_longer_than_the_file_is_not_kept(server, get, part, content):
     server.plan = ["416", "whole"]
     assert get() == content
+
+
+def test_a_part_that_is_whole_already_is_not_asked_for_again(server, get, part, content):
+    """A process may be killed between its last byte and the file's checksum."""
+    part.write_bytes(content)
+    server.plan = ["416 whole"]
+    assert get() == content
+    assert server.asked == [(f"/adroit/{NAME}", len(content))]
 
 
 def test_another_part_than_the_one_asked_for_is_not_taken(server, get, part, content):

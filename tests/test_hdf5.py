@@ -195,6 +195,11 @@ def test_another_layout_is_named(read_fails, template, message):
     read_fails(message, in_groups(template))
 
 
+def test_an_extra_array_makes_no_other_layout(cheetah, path):
+    write(path, {**COLUMNS, "steps": 3, "episode_0": 0})
+    assert len(read_dataset(path, cheetah)["rewards"]) == len(COLUMNS["rewards"])
+
+
 def test_many_other_arrays_are_not_all_named(read_fails):
     line = read_fails("has no 'observations'", {f"array_{i}": 0 for i in range(100)})
     assert line.count("array_") == 8

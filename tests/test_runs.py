@@ -221,7 +221,7 @@ def test_a_run_that_was_begun_under_other_defaults_is_not_mixed_with_this_one(st
     fields = read_fields(directory)
     with open(path, "w") as file:
         yaml.safe_dump({**fields, "gamma": 0.5}, file)
-    fails("was begun with gamma 0.5, and now it is 0.99; give --gamma 0.5 to go on", start)
+    fails("was begun when gamma was 0.5 by default, and now it is 0.99; resume it with", start)
     with open(path, "w") as file:
         yaml.safe_dump(fields, file)
     assert start() == directory

@@ -38,7 +38,7 @@ ant = d4rl.locomotion.ant
 maze_env = d4rl.locomotion.maze_env
 wrappers = d4rl.locomotion.wrappers
 
-KINDS = {  # of datasets: the maze, whether trajectories start anywhere, and whether goals are any
+KINDS = {  # the maze; whether starts, and whether goals, may be any free cell
     "umaze": (maze_env.U_MAZE, False, False),
     "umaze-diverse": (maze_env.U_MAZE, True, True),
     "medium-play": (maze_env.BIG_MAZE, True, False),
@@ -70,6 +70,10 @@ def check(config):
         raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(KINDS)}")
     if min(config.trajectories, config.processes) < 1:
         raise UserError("trajectories and processes must be 1 or more")
+    if min(config.seed, config.walker_steps) < 0:
+        raise UserError("seed and walker_steps must be 0 or more")
+    if not config.walker.endswith(".npz"):
+        raise UserError("walker must end in .npz")
     if config.walker_steps == 0 and not os.path.isfile(config.walker):
         raise UserError(f"there is no file {config.walker}; make it by --walker_steps 300000")
 
@@ -81,9 +85,9 @@ def make_walking_task():
     """Return an environment in which SAC learns to walk, under gymnasium's interface.
 
     The ant's state has 27 numbers, D4RL's own without x and y. After them come the 2 of a direction
-    of length 1, which turns to a random one after 80 to 300 steps. The reward is the speed in this
-    direction, a little for standing upright, and less for large actions. An episode ends when the
-    ant lies on its back, or after 600 steps.
+    of length 1, which turns to a random one after 80 to 300 steps. The reward is twice the speed in
+    this direction, a little for standing upright, and less for large actions. An episode ends when
+    the ant lies on its back, or after 600 steps.
     """
     import gymnasium
 
@@ -114,7 +118,8 @@ def make_walking_task():
             moved = self.env.get_xy() - before
             _, x, y, _ = state[1:5]  # the torso's orientation, a quaternion
             upright = 1 - 2 * (x**2 + y**2)  # 1: upright, -1: on its back
-            reward = moved @ self.direction / 0.05 + 0.3 * upright - 0.01 * np.square(action).sum()
+            speed = moved @ self.direction / self.env.dt
+            reward = 2 * speed + 0.3 * upright - 0.01 * np.square(action).sum()
             self.steps += 1
             self.steps_to_turn -= 1
             if self.steps_to_turn == 0:
@@ -140,6 +145,7 @@ def train_walker(config):
     for i in range(3):  # two hidden layers and the mean
         arrays[f"kernel{i}"] = np.asarray(layers[f"Dense_{i}"]["kernel"])
         arrays[f"bias{i}"] = np.asarray(layers[f"Dense_{i}"]["bias"])
+    os.makedirs(os.path.dirname(config.walker) or ".", exist_ok=True)
     np.savez(config.walker, **arrays)
 
 
@@ -173,7 +179,7 @@ def make_maze(kind):
 
 
 def walk_trajectories(job):
-    """Return the arrays of some trajectories, each (n, STEPS, ...)."""
+    """Return the arrays of n trajectories, (n, STEPS, ...), and their last states `end`."""
     kind, path, seeds = job
     walk = read_walker(path)
     trajectories = []

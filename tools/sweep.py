@@ -56,7 +56,6 @@ def expand(path):
         return [command_line(config, run.config) for run in runs if run is not None]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a sweep: {one_line(error)}") from error
-    return [command_line(config, run.config) for run in runs if run is not None]
 
 
 def check_sweep(config):
@@ -181,7 +180,7 @@ def on_cores(slot, slots):
 
 
 def read_jobs(paths, flags):
-    """Return the runs of some sweeps, each with the flags, too. Equal runs are one."""
+    """Return the sweeps' runs, with `flags` added to each. A run in several sweeps comes once."""
     commands = []
     for path in paths:
         commands += [command + flags for command in expand(path)]
@@ -193,7 +192,7 @@ def read_jobs(paths, flags):
 
 
 class Pool:
-    """Runs the jobs that aren't finished, several at once: all with the first seed come first."""
+    """Runs the jobs that aren't finished, several at once, in the order of their seeds."""
 
     def __init__(self, jobs, slots):
         self.slots = slots
@@ -212,7 +211,7 @@ class Pool:
         self.waiting.sort(key=lambda job: job.config.seed)
 
     def run(self):
-        """Run until no job is left, or after a signal none runs any more."""
+        """Run all jobs. After a signal start none, and wait for those that run."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.receive)
         self.bar = tqdm(
