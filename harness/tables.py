@@ -31,7 +31,8 @@ class Tables:
         """Append rows, which are dictionaries with the same keys."""
         if name not in self.files:
             self.files[name] = open(self.path(name), "a+", newline="")
-            self.check_header(self.files[name], list(rows[0]))
+            if self.files[name].tell() > 0:
+                self.check_header(self.files[name], list(rows[0]))
         file = self.files[name]
         writer = csv.DictWriter(file, rows[0])
         if file.tell() == 0:
@@ -44,7 +45,7 @@ class Tables:
         file.seek(0)
         header = next(csv.reader([file.readline()]))
         file.seek(0, os.SEEK_END)
-        if header and header != columns:
+        if header != columns:
             raise UserError(
                 f"{file.name} has other columns, of another version of the script; resume with "
                 f"that version, or remove {self.directory} to start anew"

@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "critic": ("regularised critics, the actor as in the baseline", "no: its open question"),
 }
 NUM_SEEDS = {"final": 10, "as_run": 10}  # else 5
+PAPERS_DATASETS = list(scripts()["rebrac"].TUNED)
 
 NORMALISATIONS = ["LN", "FN", "GN", "BN", "SN"]
 DROPOUTS = [0.1, 0.2, 0.3, 0.5, 0.75, 0.9]
@@ -75,9 +76,13 @@ STUDY_OF = {"rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1])}
 
 
 def grids(script, domain):
-    """Return the grid of each experiment in a domain: flags by lists of their values."""
+    """Return the grid of each experiment in a domain: flags by lists of their values.
+
+    An algorithm that the paper doesn't have lacks those of what it tuned and published.
+    """
     best = ["none", *reversed(script.BEST)]  # a single regulariser, then the combination
-    published = [name for name in script.PRESETS if name.startswith("as-run")]
+    presets = getattr(script, "PRESETS", {})
+    published = [name for name in presets if name.startswith("as-run")]
     decays = [name for name in [*DECAYS, "none"] if name != script.Config.actor_lr_decay]
     held_out = {  # with 5 % of the episodes held out, as where the paper chose
         "baseline": {},
@@ -91,16 +96,18 @@ def grids(script, domain):
         "lr_decay": dict(regularisers=["DO", "DO+LN"], actor_lr_decay=decays),
         "pairs": dict(regularisers=pairs(script.CHOSEN)),
         "triples": dict(regularisers=triples(script.CHOSEN)),
-        "tuning": script.TUNING_GRID,
         "critic": dict(critic_ln=[False, True], critic_dropout=[0, 0.1], critic_wd=[0, 0.001]),
     }
     found = {
-        "as_run": dict(preset=published),
-        "final": dict(regularisers=best),
         "robustness": dict(regularisers=["none", *script.CHOSEN], eval_noise=[ROBUSTNESS]),
         "data_scaling": dict(regularisers=best, validation_frac=[0.1, 0.25, 0.5, 0.75, 0.9]),
     }
-    if domain == "adroit" and "batch-1024" in script.PRESETS:
+    if published:
+        found["as_run"] = dict(preset=published)
+    if script.BEST:
+        found["final"] = dict(regularisers=best)
+        held_out["tuning"] = script.TUNING_GRID
+    if domain == "adroit" and "batch-1024" in presets:
         found["batch"] = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     for name, grid in held_out.items():
         found[name] = dict(grid, validation_frac=[0.05])
@@ -125,7 +132,7 @@ def triples(chosen):
 def study(algorithm, script):
     """Return the grid of the README's study, which two cores can train."""
     others = [name for name in script.CHOSEN if name not in NORMALISATIONS]
-    regularisers = ["none", *NORMALISATIONS, *others, script.BEST["best"]]
+    regularisers = ["none", *NORMALISATIONS, *others, script.BEST.get("best", "DO+LN")]
     return {**STUDY_OF.get(algorithm, {}), "regularisers": regularisers, **STUDY}
 
 
@@ -164,7 +171,7 @@ def write_sweeps(directory, algorithm, script, seeds_in_a_run):
         write_sweep(file, name, f"{algorithm}.py", f"{script.NAME}{about}", grid)
 
     for key, words in DOMAINS.items():
-        datasets = [name for name in script.TUNED if domain(name) == key]
+        datasets = [name for name in PAPERS_DATASETS if domain(name) == key]
         for name, grid in grids(script, key).items():
             about = f" on {words}: {EXPERIMENTS[name][0]}"
             write(f"{key}/{name}", about, grid, NUM_SEEDS.get(name, 5), datasets)
@@ -178,8 +185,7 @@ def main():
     parser.add_argument("--directory", default=here)
     given = parser.parse_args()
     for algorithm, script in scripts().items():
-        if script.BEST:  # else it has no tuned values, since the paper doesn't have it
-            write_sweeps(given.directory, algorithm, script, given.num_seeds)
+        write_sweeps(given.directory, algorithm, script, given.num_seeds)
 
 
 if __name__ == "__main__":

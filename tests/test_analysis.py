@@ -22,6 +22,7 @@ from conftest import (
     widen,
 )
 
+import cql
 import iql
 import rebrac
 
@@ -151,6 +152,11 @@ def numpy_errors(script, config, state, batch):
     if script is rebrac:
         actions = reference.policy(state["actor"], batch.observations)
         loss, _ = reference.rebrac_actor_loss(config, state, batch)
+    elif script is cql:
+        means, _, _ = reference.cql_policy(config, state["actor"], batch.observations)
+        actions = np.tanh(means)
+        noise = jax.random.normal(jax.random.key(0), (1, *actions.shape))[0]
+        loss, _, _ = reference.cql_actor_loss(config, state, batch, np.asarray(noise))
     else:
         actions, _, _ = reference.gaussian_policy(config, state["actor"], batch.observations)
         target = reference.iql_target(state, batch)
@@ -206,7 +212,8 @@ def test_plasticity_is_100_steps_of_adam_on_the_held_out_batch():
 @both_scripts
 def test_plasticitys_steps_move_the_actor_at_a_runs_end_too(script):
     """There its learning rate has decayed to 0. The run's own state stays as it is."""
-    config = replace(small_config(script), actor_lr_decay="cosine", num_updates=4)
+    flags = dict(actor_lr_decay="cosine", actor_learning_rate=1e-3, num_updates=4)
+    config = replace(small_config(script), **flags)
     data = split_data()
     states = init_states(script, config, data)
     for _ in range(2):

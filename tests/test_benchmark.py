@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, both_scripts
 
+import cql
 import iql
 import rebrac
 from harness.environments import make_env
@@ -26,14 +27,15 @@ from tools import benchmark
 def test_every_variant_is_a_config_of_its_own(script):
     names = ["none", *benchmark.regularisers(script)]
     configs = [script.tuned(script.Config(regularisers=name)) for name in names]
-    assert len(set(configs)) == len(configs) == 14
+    assert len(set(configs)) == len(configs) == (14 if script.BEST else 13)
     programs = {split_config(config)[0] for config in configs}
     assert len(programs) >= len(configs) - 1  # L1 and EN differ by a number
 
 
 def test_all_algorithms_and_parts_are_timed():
     config = benchmark.Config()
-    assert config.scripts == list(scripts()) == ["rebrac", "iql"]
+    assert config.scripts == list(scripts())
+    assert {"rebrac", "iql", "cql"} <= set(config.scripts)
     assert len(config.parts) == 7
     benchmark.check_config(config)
 
@@ -41,7 +43,7 @@ def test_all_algorithms_and_parts_are_timed():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(scripts=["sac"]), "unknown sac; there are rebrac, iql"),
+        (dict(scripts=["sac"]), "unknown sac; there are rebrac, "),
         (dict(parts=["lod"]), "unknown lod; there are load, start, "),
         (dict(variants=["DP"]), "unknown regulariser 'DP'; "),
         (dict(rounds=0), "rounds must be 1 or more"),
@@ -106,6 +108,14 @@ def expected_products(script):
         of_critics = 2 * (3 * critic.sum() - critic[0])
         of_actor = 3 * actor.sum() - actor[0] + 2 * 2 * critic.sum()
         return target + of_critics + of_actor / 2
+    if script is cql:
+        critic = layer_products(14, 16, 16, 16, 1)
+        actor = layer_products(11, 16, 16, 16, 3)
+        samples = 2 * (actor.sum() + 16 * 3)  # at s and s'
+        target = 2 * critic.sum()
+        of_critics = 31 * 2 * (3 * critic.sum() - critic[0])  # of the data's action and 30 more
+        of_actor = 3 * (actor.sum() + 16 * 3) - actor[0] + 2 * 2 * critic.sum()
+        return samples + target + of_critics + of_actor
     critic = layer_products(14, 16, 16, 1)
     actor = layer_products(11, 16, 16, 3)
     value = layer_products(11, 16, 16, 1)

@@ -437,6 +437,7 @@ def test_every_dataset_gets_a_valid_config(script):
 UNBOUNDED = {
     "rebrac": {"v_min", "v_max", "v_expand"},
     "iql": {"reward_shift", "log_std_min", "log_std_max"},
+    "bcq": {"log_std_min", "log_std_max"},
     "cql": {"reward_shift", "log_std_min", "log_std_max"},
 }
 

@@ -23,17 +23,15 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb_server import Server
 
 import harness.scripts
-import iql
-import rebrac
 from harness.config import check, parse
 from harness.directory import Status, run_directory
 from harness.errors import UserError
 from tools import sweep
 
-SCRIPTS = {"rebrac.py": rebrac, "iql.py": iql}
+SCRIPTS = {f"{name}.py": script for name, script in harness.scripts.scripts().items()}
 FOLDER = os.path.join(ROOT, "sweeps")
 FILES = sorted(glob.glob("*/*/*.yaml", root_dir=FOLDER))
-STUDIES = ["rebrac/study.yaml", "iql/study.yaml"]
+STUDIES = [f"{name}/study.yaml" for name in harness.scripts.scripts()]
 
 # --- What the paper did, listed here by hand ---
 
@@ -101,6 +99,10 @@ GRIDS_OF = {
         ),
     },
 }
+NOT_OF_THE_PAPER = {  # the grids of algorithms for which it has tuned and published nothing
+    "data_scaling": dict(regularisers={"none"}, validation_frac=SCALING, seed=FIVE),
+    "lr_decay": GRIDS_OF["rebrac"]["lr_decay"],
+}
 
 
 # --- The files ---
@@ -137,7 +139,9 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     written = sorted(glob.glob("**/*.yaml", root_dir=tmp_path, recursive=True))
     assert written == sorted(FILES + STUDIES)
-    assert len(FILES) == 2 * 3 * 17 + 1  # ReBRAC's batch.yaml is of Adroit alone
+    number = 2 * 3 * 17 + 1  # ReBRAC's batch.yaml is of Adroit alone
+    number += 3 * 14 * (len(SCRIPTS) - 2)  # the others have no tuning, as_run and final
+    assert len(FILES) == number
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:
             assert (tmp_path / path).read_text() == file.read()
@@ -209,10 +213,10 @@ def test_each_grid_is_the_papers(path):
         assert {frozenset(name.split("+")) for name in names} == COMPARED
         assert grid == HELD_OUT
     else:
-        assert grid == {**GRIDS, **GRIDS_OF[algorithm]}[experiment]
+        assert grid == {**GRIDS, **GRIDS_OF.get(algorithm, NOT_OF_THE_PAPER)}[experiment]
 
 
-@pytest.mark.parametrize("algorithm", ["rebrac", "iql"])
+@pytest.mark.parametrize("algorithm", harness.scripts.scripts())
 def test_the_papers_combinations_are_among_the_files(algorithm):
     assert {"DO+LN", "DO+L2", "LN+L2"} <= grid_of(f"{algorithm}/gym/pairs.yaml")["regularisers"]
     triples = grid_of(f"{algorithm}/gym/triples.yaml")["regularisers"]
@@ -453,7 +457,8 @@ def test_an_algorithm_of_your_own_needs_no_list(tmp_path, monkeypatch, write_swe
     monkeypatch.setattr(harness.scripts, "ROOT", str(tmp_path))
     monkeypatch.setitem(sys.modules, "own", None)  # which takes it out again in the end
     del sys.modules["own"]
-    assert list(harness.scripts.scripts()) == ["rebrac", "iql", "own"]
+    names = [name.removesuffix(".py") for name in SCRIPTS]
+    assert list(harness.scripts.scripts()) == sorted([*names, "own"], key=lambda n: n != "rebrac")
     (job,) = sweep.read_jobs([write_sweep(program="own.py")], [])
     assert job.directory.startswith(str(tmp_path / "results" / "own" / "halfcheetah"))
     generate(monkeypatch, tmp_path / "sweeps")

@@ -94,14 +94,15 @@ def label(script, found):
 def published_name(script, config, default, presets):
     """Return the preset of a run, and the settings that come with it: ("as-run", ["batch_size"]).
 
-    Both are empty if a run has none of `presets`, or one without regularisers.
+    Both are empty if a run has none of `presets`, or one that is the baseline.
     """
     regularisers = named_fields(script)
     usual = changed_fields(presets.get("as-run-none", default), default)
     for name, variant in presets.items():
         changed = changed_fields(variant, default)
         is_same = all(config[key] == variant[key] for key in changed)
-        if is_same and strengths(script, config) == strengths(script, variant) != {}:
+        is_baseline = strengths(script, variant) == strengths(script, default)
+        if is_same and not is_baseline and strengths(script, config) == strengths(script, variant):
             return name, [key for key in changed if key not in regularisers and key not in usual]
     return "", []
 
