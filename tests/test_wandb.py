@@ -44,6 +44,7 @@ def wandb_server():
     wandb.teardown()  # what another file's tests have left
     with Server() as server:
         yield server
+        server.speak()  # or teardown might wait until it has sent everything
         with contextlib.suppress(ConnectionError):  # where the test has killed wandb's process
             wandb.teardown()
 

@@ -42,6 +42,11 @@ class Server:
         self.server.shutdown()
         self.server.server_close()
 
+    def speak(self):
+        """Answer again, after being silent."""
+        self.silent.clear()
+        self.closed.set()
+
     def history(self, run):
         return [json.loads(line) for line in self.runs[run]["history"]]
 
