@@ -808,6 +808,13 @@ def test_a_table_of_results_gives_the_report_of_their_directories(make_run, make
         assert len(whole) > 3
         for title in whole:
             pd.testing.assert_frame_equal(whole[title], again[title])
+    curves = []
+    for source in ("results", "results.csv"):
+        seeds, _ = report_runs.read_results([str(tmp_path / source)])
+        finished = [seed for seed in seeds if seed["state"] == "finished"]
+        curves.append(sorted((seed["updates"], seed["scores"]) for seed in finished))
+    assert curves[0] == curves[1]
+    assert ([1000, 2000], [20.0, 40.0]) in curves[0]
 
 
 def test_a_table_has_last_mean_and_best_scores_and_times(make_run, make_report, tmp_path):
@@ -821,6 +828,7 @@ def test_a_table_has_last_mean_and_best_scores_and_times(make_run, make_report, 
     assert (row["algorithm"], row["seed"], row["actor_wd"]) == ("rebrac", 4, 1e-5)
     assert row["seconds/train"] == 2.5
     assert "actor_dropout" not in row  # it has its default
+    assert row["curve"].startswith("1000:10 2000:50 3000:20 ")
 
 
 def test_what_is_no_table_of_results_is_an_error(make_run, make_report, tmp_path):

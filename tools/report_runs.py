@@ -255,10 +255,10 @@ def read_times(path):
 
 def read_row(row):
     """Return the seed of a table's row, and why it has no final score, if so."""
-    algorithm, config, evaluation, state = parse_row(row)
+    algorithm, config, evaluations, state = parse_row(row)
     if state != "finished":
         return split_seeds(algorithm, config, [], state), f"{state}: so says the table"
-    return split_seeds(algorithm, config, [evaluation], state), None
+    return split_seeds(algorithm, config, evaluations, state), None
 
 
 def read_wandb_run(run):

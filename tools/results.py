@@ -5,6 +5,7 @@ fields of the config           where they differ from the defaults for the datas
 config/...                     fields that this checkout's script doesn't have
 seed, state
 score, mean_score, best_score  the last, the mean of the last 10 (AntMaze 5), the best
+curve                          the scores of all evaluations, if several: 1000:2.5 2000:17.1
 seconds/train, ...             of a finished run
 ...                            what else the last evaluation has measured
 """
@@ -21,7 +22,7 @@ from harness.errors import UserError, one_line
 from harness.scripts import scripts
 
 FIRST = ["algorithm", "dataset_name", "run"]
-SCORES = ["seed", "state", "score", "mean_score", "best_score"]
+SCORES = ["seed", "state", "score", "mean_score", "best_score", "curve"]
 UNKNOWN = "config/"  # before the name of a field that only a fork's script has
 
 
@@ -41,7 +42,8 @@ def write_results(path, seeds):
         rows.append({**row_of(seed), **differences})
     table = pd.DataFrame(rows)
     others = [name for name in table if name not in (*FIRST, *fields, *SCORES)]
-    order = [*FIRST, *fields, *SCORES, *others]
+    scores = [name for name in SCORES if name != "curve" or any(table.get(name, ""))]
+    order = [*FIRST, *fields, *scores, *others]
     try:
         table.reindex(columns=order).to_csv(path, index=False, float_format="%.9g")
     except OSError as error:
@@ -60,11 +62,18 @@ def row_of(seed):
     if seed["state"] == "finished":
         row["mean_score"] = mean_of_last(seed["scores"], seed["domain"])
         row["best_score"] = max(seed["scores"])
+        row["curve"] = curve_text(seed["updates"], seed["scores"])
     skipped = ("update", "updates", "scores", "final")
     for name, value in seed.items():
         if name not in skipped and isinstance(value, (int, float)):
             row[name] = value
     return row
+
+
+def curve_text(updates, scores):
+    """Return "1000:2.5 2000:17.1", or nothing for a single evaluation."""
+    pairs = [f"{update}:{score:.9g}" for update, score in zip(updates, scores)]
+    return " ".join(pairs) if len(pairs) > 1 else ""
 
 
 def config_differences(algorithm, config):
@@ -99,7 +108,10 @@ def read_table(path):
 
 
 def parse_row(row):
-    """Return a row's algorithm, config, evaluation and state."""
+    """Return a row's algorithm, config, evaluations and state.
+
+    Of the evaluations but the last one only the score is known.
+    """
     algorithm = row["algorithm"]
     if algorithm not in scripts():
         raise UserError(f"{algorithm} is no algorithm of this project")
@@ -109,7 +121,7 @@ def parse_row(row):
     unknown = {}
     evaluation = {}
     for name, text in row.items():
-        if text == "" or name in ("algorithm", "run", "state"):
+        if text == "" or name in ("algorithm", "run", "state", "curve"):
             continue
         if name.startswith(UNKNOWN):
             unknown[name.removeprefix(UNKNOWN)] = json.loads(text)
@@ -120,4 +132,8 @@ def parse_row(row):
     config = {**saved_fields(vars(script.tuned(parse(script.Config, words)))), **unknown}
     evaluation["seed"] = config["seed"]
     evaluation["update"] = config["num_updates"]
-    return algorithm, config, evaluation, row["state"]
+    evaluations = []
+    for pair in row.get("curve", "").split()[:-1]:
+        update, score = pair.split(":")
+        evaluations.append(dict(seed=config["seed"], update=int(update), score=float(score)))
+    return algorithm, config, [*evaluations, evaluation], row["state"]
