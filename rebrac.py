@@ -960,7 +960,21 @@ PRESETS = {
     "as-run-L2": "the published configuration of best-L2",
     "as-run-none": "the published configuration of the baseline",
     "batch-1024": "the batch size and learning rates that as-run has on Adroit, and no more",
+    "td3-bc": "TD3+BC (arXiv 2106.06860), see `presets`",
 }
+
+# Entries of an action, by task: TD3+BC's coefficient depends on them
+ACTION_DIMS = dict(
+    halfcheetah=6,
+    hopper=3,
+    walker2d=6,
+    ant=8,
+    antmaze=8,
+    pen=24,
+    door=28,
+    hammer=26,
+    relocate=30,
+)
 
 # The grid in which `best` was tuned
 TUNING_GRID = dict(
@@ -1066,7 +1080,13 @@ def tuned(config):
 
 
 def presets(config, best, best_l2):
-    """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`."""
+    """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`.
+
+    TD3+BC minimises the mean over an action's entries of (pi(s) - a)^2, minus 2.5 Q / mean |Q|.
+    Here that is divided by 2.5, which Adam does not see. These differences are left: Q is the
+    smaller critic's, not the first one's; networks start as ReBRAC's do; on AntMaze rewards are
+    multiplied by 100, not lowered by 1, and states are as they are.
+    """
     large_batch = dict(batch_size=1024, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
     baseline = dict(clip_targets=False)
     not_tuned = baseline
@@ -1081,11 +1101,32 @@ def presets(config, best, best_l2):
             actor_dropout=row["dropout"],
             actor_grad_noise=row["noise"],
         )
+    td3_bc = dict(
+        critic_loss="mse",
+        critic_bc_coef=0.0,
+        critic_ln=False,
+        actor_layers=2,
+        critic_layers=2,
+        normalize_states=domain(config.dataset_name) != "antmaze",
+        gamma=0.99,
+        batch_size=256,
+        actor_learning_rate=3e-4,
+        critic_learning_rate=3e-4,
+    )
+    task = config.dataset_name.split("-")[0]
+    if task in ACTION_DIMS:
+        td3_bc["actor_bc_coef"] = 1 / (2.5 * ACTION_DIMS[task])
+    elif config.preset == "td3-bc" and config.actor_bc_coef is None:
+        raise UserError(
+            f"td3-bc on {config.dataset_name} needs --actor_bc_coef: "
+            "1 / (2.5 times the entries of an action)"
+        )
     return {
         "as-run": {**not_tuned, **best},
         "as-run-L2": {**not_tuned, **best_l2},
         "as-run-none": baseline,
         "batch-1024": large_batch,
+        "td3-bc": td3_bc,
     }
 
 

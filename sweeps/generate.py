@@ -42,6 +42,8 @@ EXPERIMENTS = {
     "triples": ("dropout, a normalisation, and one more", "no"),
     "robustness": ("scores under noise, for each regulariser", "no"),
     "critic": ("regularised critics, the actor as in the baseline", "no: its open question"),
+    "td3_bc": ("TD3+BC on all data", "no"),
+    "networks": ("each regulariser on the decoder, the perturbation network, both", "no"),
 }
 NUM_SEEDS = {"final": 10, "as_run": 10}  # else 5
 PAPERS_DATASETS = list(scripts()["rebrac"].TUNED)
@@ -109,6 +111,11 @@ def grids(script, domain):
         held_out["tuning"] = script.TUNING_GRID
     if domain == "adroit" and "batch-1024" in presets:
         found["batch"] = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
+    if "td3-bc" in presets:
+        found["td3_bc"] = dict(preset=["td3-bc"])
+    if hasattr(script.Config, "regularise"):
+        networks = ["decoder", "perturbation", "both"]
+        held_out["networks"] = dict(regularise=networks, regularisers=["none", *script.CHOSEN])
     for name, grid in held_out.items():
         found[name] = dict(grid, validation_frac=[0.05])
     return found

@@ -27,17 +27,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jax
 import jax.numpy as jnp
 
-import iql
 import rebrac
 from harness import seeds
 from harness.environments import make_env
+from harness.scripts import scripts
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUNDLED = os.path.join(ROOT, "data", "halfcheetah_medium_replay-v2.hdf5")
 
 pytest_plugins = ["runs_helpers"]
 
-both_scripts = pytest.mark.parametrize("script", [rebrac, iql], ids=["rebrac", "iql"])
+both_scripts = pytest.mark.parametrize("script", scripts().values(), ids=scripts())
 
 # --- Environments and files ---
 
@@ -146,7 +146,7 @@ REGULARISED = dict(
 def small_config(script, **fields):
     """Return a config of two hidden layers of 16 units, without any regulariser of the actor."""
     small = dict(
-        hidden_dim=16,
+        hidden_dim=fields.get("hidden_dim", 16),  # before `tuned`: BCQ's other widths follow
         actor_layers=2,
         critic_layers=2,
         batch_size=8,

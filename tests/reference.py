@@ -413,13 +413,18 @@ def numpy_state(state):
 # the decoder and the perturbation network have the numbers 0 and 1, in either order.
 
 
+def bcq_network(actor, k):
+    """Return the parameters of the network number k in the actor."""
+    return {f"Hidden_{k}": actor[f"Hidden_{k}"], f"Dense_{k}": actor[f"Dense_{k}"]}
+
+
 def bcq_state(state, decoder):
     """Return the networks of bcq.py's TrainState, where the decoder is number `decoder`."""
     found = numpy_state(state)
     actor = found.pop("actor")
     del found["actor_opt"]
     for name, k in (("decoder", decoder), ("perturbation", 1 - decoder)):
-        found[name] = {f"Hidden_{k}": actor[f"Hidden_{k}"], f"Dense_{k}": actor[f"Dense_{k}"]}
+        found[name] = bcq_network(actor, k)
         found[f"{name}_opt"] = init_adam(found[name])
     found["target_perturbation"] = found.pop("target_actor")
     return found

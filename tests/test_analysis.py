@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import (
+    ACTION_DIM,
     ACTOR_FLAGS,
     STATE_DIM,
     assert_close,
@@ -22,6 +23,7 @@ from conftest import (
     widen,
 )
 
+import bcq
 import cql
 import iql
 import rebrac
@@ -114,6 +116,12 @@ def numpy_preactivations(layers, x, feature_norm):
     return reference.dense(layers["Dense_1"], x)
 
 
+def bcq_decoded(actor, observations):
+    """Return the actions of BCQ's decoder at the latent 0, which its perturbation network sees."""
+    latents = np.zeros((len(observations), 2 * ACTION_DIM))
+    return reference.bcq_decode(reference.bcq_network(actor, 1), observations, latents)
+
+
 @both_scripts
 @pytest.mark.parametrize("feature_norm", [False, True])
 def test_each_batch_is_measured_as_numpy_does(script, feature_norm):
@@ -129,6 +137,8 @@ def test_each_batch_is_measured_as_numpy_does(script, feature_norm):
             "random": samples["random"],
         }
         for part, x in batches.items():
+            if script is bcq:
+                x = reference.pairs(x, bcq_decoded(params, x))
             values = numpy_preactivations(params["Hidden_0"], x, feature_norm)
             squares = np.linalg.svd(values, compute_uv=False) ** 2
             expected = dict(
@@ -152,6 +162,12 @@ def numpy_errors(script, config, state, batch):
     if script is rebrac:
         actions = reference.policy(state["actor"], batch.observations)
         loss, _ = reference.rebrac_actor_loss(config, state, batch)
+    elif script is bcq:
+        actions = bcq_decoded(state["actor"], batch.observations)
+        perturbation = reference.bcq_network(state["actor"], 0)
+        actions = reference.bcq_perturb(config, perturbation, batch.observations, actions)
+        x = reference.pairs(batch.observations, actions)
+        loss = -reference.values_of(state["critic"], 0, x).mean()
     elif script is cql:
         means, _, _ = reference.cql_policy(config, state["actor"], batch.observations)
         actions = np.tanh(means)
@@ -268,7 +284,7 @@ def test_plasticity_does_not_depend_on_the_losss_unit_or_the_past(script, monkey
 
 @both_scripts
 def test_every_regulariser_at_once_can_be_measured(script):
-    config = replace(small_config(script), hidden_dim=64, **ACTOR_FLAGS)
+    config = small_config(script, hidden_dim=64, **ACTOR_FLAGS)
     data = split_data()
     states = init_states(script, config, data)
     info = script.analyse(config, states, data, script.make_samples(data), VISITED[:1])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, both_scripts
 
+import bcq
 import cql
 import iql
 import rebrac
@@ -108,6 +109,16 @@ def expected_products(script):
         of_critics = 2 * (3 * critic.sum() - critic[0])
         of_actor = 3 * actor.sum() - actor[0] + 2 * 2 * critic.sum()
         return target + of_critics + of_actor / 2
+    if script is bcq:
+        critic = layer_products(14, 16, 16, 1)
+        perturbation = layer_products(14, 16, 16, 3)
+        encoder = np.array([14 * 16, 16 * 16, 2 * 16 * 6])  # with two last layers
+        decoder = layer_products(17, 16, 16, 3)
+        of_vae = 3 * encoder.sum() - encoder[0] + 3 * decoder.sum()
+        target = 10 * (decoder.sum() + perturbation.sum() + 2 * critic.sum())
+        of_critics = 2 * (3 * critic.sum() - critic[0])
+        of_actor = decoder.sum() + 3 * perturbation.sum() - perturbation[0] + 2 * critic.sum()
+        return of_vae + target + of_critics + of_actor
     if script is cql:
         critic = layer_products(14, 16, 16, 16, 1)
         actor = layer_products(11, 16, 16, 16, 3)
@@ -207,6 +218,8 @@ def test_load_start_and_evaluation_print_their_tables():
     names = ["2,000 transitions", "iql, empty cache", "iql, full cache"]
     for task in ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"):
         names += [task, f"{task}, in one process", f"{task}, bare"]
+        if task == "halfcheetah-medium-v2":
+            names.append("halfcheetah-medium-v2, BCQ")
     assert [row[0] for row in rows] == names
     assert all(float(row[1]) > 0 for row in rows[1:])
 

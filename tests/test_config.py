@@ -10,6 +10,7 @@ from typing import List
 import pytest
 from conftest import ROOT, both_scripts, paper_rows
 
+import cql
 import iql
 import rebrac
 from harness.config import HOLDS, check, parse, read_table, with_regularisers
@@ -101,10 +102,18 @@ BAD_IQL = {
     "--expectile 2.0": "expectile must be between 0 and 1",
     "--log_std_min 3": "log_std_min must be below",
 }
+BAD_CQL = {
+    "--n_actions 0": "n_actions must be 1 or more",
+    "--bc_steps -1": "bc_steps must be 0 or more",
+    "--lagrange_gap -1": "lagrange_gap must be 0 or more",
+    "--gap_clip -200": "gap_clip must be 0 or more",
+    "--log_std_min 3": "log_std_min must be below",
+}
 BAD_CASES = (
     [(script, *case) for script in (rebrac, iql) for case in BAD.items()]
     + [(rebrac, *case) for case in BAD_REBRAC.items()]
     + [(iql, *case) for case in BAD_IQL.items()]
+    + [(cql, *case) for case in BAD_CQL.items()]
 )
 
 

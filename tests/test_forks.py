@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, lowered_epoch, random_columns
 
-import iql
-import rebrac
+from harness.scripts import scripts
 
 SMALL = {
     "num_updates": 4,
@@ -107,7 +106,7 @@ def run(checkout, write_dataset):
 # --- RMSNorm ---
 
 
-@pytest.mark.parametrize("original", [rebrac, iql])
+@pytest.mark.parametrize("original", scripts().values(), ids=scripts())
 def test_rms_norm_is_exactly_off_or_divides_by_the_root_mean_square(original, tmp_path):
     path = tmp_path / "forked.py"
     path.write_text(with_rms_norm(read(os.path.basename(original.__file__))))
@@ -116,7 +115,7 @@ def test_rms_norm_is_exactly_off_or_divides_by_the_root_mean_square(original, tm
     assert off == lowered_epoch(original)
     assert off != lowered_epoch(forked, actor_rms=True)
 
-    config = forked.Config(hidden_dim=16, actor_layers=1, actor_dropout=0.0)
+    config = forked.tuned(forked.Config(hidden_dim=16, actor_layers=1, actor_dropout=0.0))
     x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     plain = forked.ActorHidden(config)
     rms = forked.ActorHidden(replace(config, actor_rms=True))

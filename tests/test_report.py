@@ -189,10 +189,19 @@ def make_rows(scores):
         ("iql", dict(dataset_name=PEN), (), ("baseline", "DO")),
         ("iql", dict(dataset_name=PEN, actor_ln=True), (), ("LN", "DO+LN")),
         ("iql", dict(dataset_name=PEN, actor_ln=True, actor_dropout=0.0), (), ("LN (no DO)",)),
+        ("rebrac", dict(preset="td3-bc"), (("critic_loss", "mse"),), ("td3-bc",)),
+        ("bcq", dict(regularisers="GN"), (), ("GN",)),
+        ("bcq", dict(vae_hidden_dim=8), (("vae_hidden_dim", "8"),), ("baseline",)),
+        (
+            "bcq",
+            dict(regularise="decoder", regularisers="DO"),
+            (("regularise", "decoder"),),
+            ("DO",),
+        ),
     ],
 )
 def test_runs_are_named_after_their_regularisers(algorithm, flags, settings, labels):
-    script = SCRIPTS[algorithm]
+    script = report_runs.SCRIPTS[algorithm]
     config = script.tuned(script.Config(**{"dataset_name": HOPPER, **flags}))
     about = report_runs.describe(algorithm, saved_fields(vars(config)))
     assert about["dataset"] == flags.get("dataset_name", HOPPER)

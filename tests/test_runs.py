@@ -455,7 +455,7 @@ def test_measuring_leaves_training_as_it_is_bit_for_bit(start):
     assert measured["evaluations.csv"] != plain["evaluations.csv"]
 
 
-@both_scripts
+@pytest.mark.parametrize("script", [rebrac, iql], ids=["rebrac", "iql"])  # with such a run
 def test_a_run_of_an_earlier_version_resumes(
     start, script, monkeypatch, tmp_path, small_file, capsys
 ):

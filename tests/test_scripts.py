@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 
+import pytest
 from conftest import both_scripts
 
 import iql
@@ -24,8 +25,9 @@ def sections(script):
 
 SHARED = ["Data", "Regularised layers", "Optimiser", "Appendix: inside the actor", "Main"]
 
-# In the section "Training" these lines are ReBRAC's (-) or IQL's (+) alone
-TRAINING = '''
+# In the section "Training" these lines are ReBRAC's (-) or another algorithm's (+) alone
+TRAINING = {
+    "iql": '''
 - index = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
 + index = jax.random.choice(batch_key, data["train"], (config.batch_size,))
 - return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
@@ -36,35 +38,69 @@ TRAINING = '''
 + means, _ = forward(nets.actor, actor, observations)
 + return means
 - config = with_value_range(config, data)
-'''
+''',
+    "cql": '''
+- index = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
++ index = jax.random.choice(batch_key, data["train"], (config.batch_size,))
+- return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
++ return jax.lax.scan(step, state, length=config.log_every)
+- """Return the actions (B, A) in evaluation, for normalised states (B, S)."""
++ """Return the actions (B, A) in evaluation, tanh of the means, for normalised states (B, S)."""
+- return forward(nets.actor, actor, observations)
++ means, _ = forward(nets.actor, actor, observations)
++ return jnp.tanh(means)
+- config = with_value_range(config, data)
+''',
+    "bcq": '''
+- index = jax.random.choice(batch_key, data["train"], (config.policy_freq, config.batch_size))
++ index = jax.random.choice(batch_key, data["train"], (config.batch_size,))
+- return jax.lax.scan(step, state, length=config.log_every // config.policy_freq)
++ return jax.lax.scan(step, state, length=config.log_every)
+- """Return the actions (B, A) in evaluation, for normalised states (B, S)."""
++ """Return the actions (B, A) at the latent 0, for normalised states (B, S), for the analysis."""
+- return act(config, actor, data, (observations - data["mean"]) / data["std"])
++ return best_candidates(config, actor, data, observations)
+- config = with_value_range(config, data)
+''',
+}
 
 
-def test_what_both_scripts_share_is_the_same_to_the_letter():
+@both_scripts
+def test_what_the_scripts_share_is_the_same_to_the_letter(script):
     ours = sections(rebrac)
-    theirs = sections(iql)
+    theirs = sections(script)
+    # BCQ's last hidden layer has a width of its own
+    layers = "Regularised layers"
+    theirs[layers] = theirs[layers].replace("hidden_dense(config, is_last)", "hidden_dense(config)")
     for name in SHARED:
         assert ours[name] == theirs[name], name
     in_both = [name for name in ours if name in theirs]
     assert in_both == [name for name in theirs if name in ours]
 
 
-def test_training_differs_in_the_algorithms_own_lines_alone():
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_differs_in_the_algorithms_own_lines_alone(name):
     ours = sections(rebrac)["Training"].splitlines()
-    theirs = sections(iql)["Training"].splitlines()
+    theirs = sections(scripts()[name])["Training"].splitlines()
     lines = difflib.unified_diff(ours, theirs, n=0, lineterm="")
     differing = []
     for line in lines:
         if not line.startswith(("---", "+++", "@@")):
             differing.append(f"{line[0]} {line[1:].strip()}")
-    assert differing == TRAINING.strip().splitlines()
+    assert differing == TRAINING[name].strip().splitlines()
 
 
-def test_imports_are_the_same():
-    texts = []
-    for script in (rebrac, iql):
-        code = source(script).removeprefix(f'"""{script.__doc__}"""')
-        texts.append(code[: code.index("NAME = ")])
-    assert texts[0] == texts[1]
+def imports(script):
+    """Return a script's lines between its docstring and its name."""
+    code = source(script).removeprefix(f'"""{script.__doc__}"""')
+    return code[: code.index("NAME = ")].splitlines()
+
+
+@both_scripts
+def test_imports_are_the_same_but_for_those_that_an_algorithm_has_no_use_for(script):
+    theirs = imports(script)
+    assert [line for line in imports(rebrac) if line in theirs] == theirs
+    assert len(theirs) > 30
 
 
 # --- Config ---
@@ -80,41 +116,44 @@ def fields(script, heading):
     }
 
 
-def test_fields_of_the_data_are_the_same_but_for_a_default():
+@both_scripts
+def test_fields_of_the_data_are_the_same_but_for_a_default(script):
     ours = fields(rebrac, "Data")
-    theirs = fields(iql, "Data")
+    theirs = fields(script, "Data")
     assert list(ours) == list(theirs)
     assert len(ours) == 7
     for name in ours:
         value, comment = ours[name]
         if name == "normalize_states":
-            assert theirs[name] == ("bool = True", comment)
-        else:
-            assert theirs[name] == (value, comment)
+            value = theirs[name][0]
+        assert theirs[name] == (value, comment)
 
 
-def test_fields_of_the_run_are_the_same_but_for_a_comment():
+@both_scripts
+def test_fields_of_the_run_are_the_same_but_for_a_comment(script):
     ours = fields(rebrac, "Run")
-    theirs = fields(iql, "Run")
+    theirs = fields(script, "Run")
     assert list(ours) == list(theirs)
     assert len(ours) >= 12
     for name in ours:
         value, comment = ours[name]
-        if name == "num_updates":
+        if name == "num_updates" and script is not rebrac:
             comment = comment.replace("updates of the critics", "updates")
         assert theirs[name] == (value, comment), name
 
 
-def test_both_scripts_have_the_same_regularisers():
+@both_scripts
+def test_all_scripts_have_the_same_regularisers(script):
     def flags(script):
         names = set(vars(script.Config()))
         return {name for name in names if name.startswith(("actor_", "critic_"))}
 
     own = {"critic_loss", "actor_bc_coef", "critic_bc_coef", "actor_q_coef"}
-    assert flags(rebrac) - flags(iql) == own
-    assert flags(iql) - flags(rebrac) == set()
-    assert list(rebrac.CHOSEN) == list(iql.CHOSEN)
-    assert list(rebrac.TUNED) == list(iql.TUNED)
+    assert flags(rebrac) - flags(script) == (set() if script is rebrac else own)
+    assert flags(script) - flags(rebrac) == set()
+    assert list(script.CHOSEN) == list(rebrac.CHOSEN)
+    if hasattr(script, "TUNED"):
+        assert list(script.TUNED) == list(rebrac.TUNED)
 
 
 @both_scripts
@@ -134,4 +173,4 @@ def test_scripts_are_found_with_rebrac_first():
     assert list(found)[0] == "rebrac"
     assert found["rebrac"] is rebrac
     assert found["iql"] is iql
-    assert [script.NAME for script in found.values()][:2] == ["ReBRAC", "IQL"]
+    assert {"ReBRAC", "IQL", "CQL"} <= {script.NAME for script in found.values()}

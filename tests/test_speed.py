@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
 import pytest
@@ -14,7 +13,7 @@ import rebrac
 
 
 def config_for(script, **flags):
-    return replace(small_config(script), hidden_dim=64, log_every=10, num_seeds=2, **flags)
+    return small_config(script, hidden_dim=64, log_every=10, num_seeds=2, **flags)
 
 
 @both_scripts

@@ -65,6 +65,10 @@ GRIDS = {
     "gradient_noise": dict(actor_grad_noise=NOISE, **HELD_OUT),
     "robustness": dict(regularisers=ALL | {"none"}, seed=FIVE),
     "batch": dict(preset={"none", "batch-1024"}, regularisers={"none", "best"}, seed=FIVE),
+    "td3_bc": dict(preset={"td3-bc"}, seed=FIVE),
+    "networks": dict(
+        regularise={"decoder", "perturbation", "both"}, regularisers=ALL | {"none"}, **HELD_OUT
+    ),
     "critic": dict(
         critic_ln={False, True}, critic_dropout={0, 0.1}, critic_wd={0, 0.001}, **HELD_OUT
     ),
@@ -141,6 +145,7 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     assert written == sorted(FILES + STUDIES)
     number = 2 * 3 * 17 + 1  # ReBRAC's batch.yaml is of Adroit alone
     number += 3 * 14 * (len(SCRIPTS) - 2)  # the others have no tuning, as_run and final
+    number += 3 + 3  # ReBRAC's td3_bc and BCQ's networks
     assert len(FILES) == number
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:

@@ -420,18 +420,26 @@ def replay(env, episodes, actions):
             env.step(action)
 
 
+def first_policy(config, name, task, env):
+    """Return a config of the script `name`, and the policy of its first states."""
+    script = scripts()[name]
+    settings = make_config(config, name, dataset_name=task, eval_episodes=10)
+    shape = (env.observation_space.shape[0], env.action_space.shape[0])
+    data = jax.device_put(random_data(100, *shape))
+    actors = first_states(script, settings, data).actor
+    return settings, partial(script.policy, settings, actors, data)
+
+
 def evaluation_part(config, folder):
-    """Time an evaluation of 10 episodes, and 10 more with noise, against a bare environment."""
-    rebrac = scripts()["rebrac"]
+    """Time an evaluation of 10 episodes, and 10 more with noise, against a bare environment.
+
+    The policy is ReBRAC's. On HalfCheetah, whose episodes are equally long, BCQ's is timed, too.
+    """
     print_head("steps/s", "share of the bare environment's")
     for name in TASKS:
-        settings = make_config(config, "rebrac", dataset_name=name, eval_episodes=10)
-        episodes = evaluation_episodes(settings)
         env = make_env(name)
-        shape = (env.observation_space.shape[0], env.action_space.shape[0])
-        data = jax.device_put(random_data(100, *shape))
-        actors = first_states(rebrac, settings, data).actor
-        policy = partial(rebrac.policy, settings, actors, data)
+        settings, policy = first_policy(config, "rebrac", name, env)
+        episodes = evaluation_episodes(settings)
         recording = RecordingEnvs(name, len(episodes))
         evaluate(settings, policy, recording, 0)
         num_steps = sum(len(own) for own in recording.actions)
@@ -441,6 +449,9 @@ def evaluation_part(config, folder):
             f"{name}, in one process": partial(evaluate, settings, policy, alone, 0),
             f"{name}, bare": partial(replay, env, episodes, recording.actions),
         }
+        if name.startswith("halfcheetah"):
+            settings, policy = first_policy(config, "bcq", name, env)
+            functions[f"{name}, BCQ"] = partial(evaluate, settings, policy, make_envs(settings), 0)
         seconds = interleaved(functions, config.rounds)
         bare = seconds[f"{name}, bare"]
         for title, times in seconds.items():

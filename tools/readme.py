@@ -82,14 +82,14 @@ def titles():
     return [script.NAME for script in SCRIPTS.values()]
 
 
-def experiments():
-    """Return each experiment's runs of ReBRAC by domain, as the files' first lines say."""
+def experiments(algorithm):
+    """Return each experiment's runs of an algorithm by domain, as the files' first lines say."""
     names = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     found = {}
     for name in names:
         found[name] = dict.fromkeys(DOMAINS, 0)
         for key in DOMAINS:
-            path = path_of("sweeps", "rebrac", key, f"{name}.yaml")
+            path = path_of("sweeps", algorithm, key, f"{name}.yaml")
             if os.path.exists(path):
                 with open(path) as lines:
                     number = re.search(r"([\d,]+) runs of 1,000,000 updates", next(lines))[1]
@@ -101,7 +101,8 @@ def sweep_files():
     """The experiments: what varies, whether the paper has it, runs by domain, and updates."""
     about = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     rows = []
-    for name, runs in experiments().items():
+    counted = {**experiments("rebrac"), "networks": experiments("bcq")["networks"]}
+    for name, runs in counted.items():
         counts = [f"{number:,}" for number in runs.values()]
         updates = f"{sum(runs.values()) / 1000:.2f}"
         rows.append([f"`{name}.yaml`", *about[name], *counts, updates])
@@ -110,7 +111,8 @@ def sweep_files():
 
 
 def number_of_runs():
-    return sum(sum(runs.values()) for runs in experiments().values())
+    """Return the runs of ReBRAC's files."""
+    return sum(sum(runs.values()) for runs in experiments("rebrac").values())
 
 
 # --- From data/benchmark.md ---
@@ -355,7 +357,26 @@ def findings():
     return markdown(header, rows)
 
 
+def antmaze():
+    """Success on AntMaze data of our own over the updates, beside CORL's on D4RL's."""
+    seeds, _ = read_results([path_of("data", "antmaze.csv")])
+    table = pd.DataFrame(seeds)
+    published = pd.read_csv(path_of("data", "paper.csv")).set_index(["algorithm", "dataset_name"])
+    rows = []
+    for (algorithm, dataset), own in table.groupby(["algorithm", "dataset"], sort=False):
+        name = SCRIPTS[algorithm].NAME
+        curve = []
+        for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
+            curve.append(f"{updates // 1000}: {scores.mean():.0f}")
+        last = ", ".join(f"{scores[-1]:.0f}" for scores in own["scores"])
+        rows.append([name, dataset, ", ".join(curve), last])
+        rows[-1].append(f"{published['mean'][name, dataset]:.0f}")
+    header = ["", "dataset", "thousand updates: mean success (%)", "at the end, by seed", "CORL"]
+    return markdown(header, rows)
+
+
 BLOCKS = {
+    "antmaze": antmaze,
     "regularisers": regularisers,
     "findings": findings,
     "sweeps": sweep_files,

@@ -97,11 +97,13 @@ def published_name(script, config, default, presets):
     Both are empty if a run has none of `presets`, or one that is the baseline.
     """
     regularisers = named_fields(script)
+    others = unnamed_fields(script)
     usual = changed_fields(presets.get("as-run-none", default), default)
     for name, variant in presets.items():
         changed = changed_fields(variant, default)
         is_same = all(config[key] == variant[key] for key in changed)
         is_baseline = strengths(script, variant) == strengths(script, default)
+        is_baseline = is_baseline and others.isdisjoint(changed)
         if is_same and not is_baseline and strengths(script, config) == strengths(script, variant):
             return name, [key for key in changed if key not in regularisers and key not in usual]
     return "", []
@@ -142,10 +144,17 @@ def changed_fields(config, default):
     return [key for key in config if key in default and config[key] != default[key]]
 
 
-def run_settings(script, config, default):
-    """Return what else differs from the paper's: (("batch_size", "256"), ...)."""
-    skipped = named_fields(script) | unnamed_fields(script) | set(NO_SETTING)
+def run_settings(script, config, default, loss):
+    """Return what else differs from the paper's: (("batch_size", "256"), ...).
+
+    What `tuned` makes of the regularisers is left out, such as BCQ's widths with GroupNorm.
+    """
+    named = named_fields(script)
+    skipped = named | unnamed_fields(script) | set(NO_SETTING)
+    flags = {key: config[key] for key in named if key in config}
+    usual = script.tuned(script.Config(dataset_name=config["dataset_name"], **loss, **flags))
     changed = [key for key in changed_fields(config, default) if key not in skipped]
+    changed = [key for key in changed if key in loss or config[key] != getattr(usual, key)]
     return tuple((key, str(config[key])) for key in sorted(changed))
 
 
@@ -175,7 +184,7 @@ def describe(algorithm, config):
     dataset = config["dataset_name"]
     loss = {key: config[key] for key in ("critic_loss",) if key in config}
     default, tuned, presets = paper(script, dataset, **loss)
-    settings = run_settings(script, config, default)
+    settings = run_settings(script, config, default, loss)
     labels = run_labels(script, config, default, tuned)
     name, own_settings = published_name(script, config, default, presets)
     if own_settings:  # then the combination alone is not all that it differs in

@@ -1,0 +1,1162 @@
+"""BCQ with a regularised actor.
+
+The paper: "The Role of Deep Learning Regularizations on Actors in Offline RL" (arXiv 2409.07606).
+It leaves open whether the gain depends on the algorithm, and names BCQ.
+The algorithm: "Off-Policy Deep Reinforcement Learning without Exploration" (BCQ, arXiv 1812.02900),
+for continuous actions.
+
+    python bcq.py --dataset_name hopper-medium-v2  # the baseline, with the original's values
+    python bcq.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
+    python bcq.py --dataset_name hopper-medium-v2 --regularisers DO --regularise decoder
+
+The actor is two networks. The decoder of a variational autoencoder (VAE) clones the data's
+actions. The perturbation network then changes an action by at most phi, to raise Q. So one clones
+and the other improves. `regularise` says on which of them the actor's regularisers act. The
+analysis looks inside that network, and if they act on both inside the perturbation network.
+
+Two CPU cores make about 40 updates a second at batch 100 (Hopper's sizes).
+"""
+
+import signal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Optional, Tuple
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from harness.config import (
+    check,
+    given_values,
+    parse,
+    with_regularisers,
+)
+from harness.datasets import (
+    domain,
+    episode_ends,
+    episode_returns,
+    load_dataset,
+    with_checksum,
+)
+from harness.errors import UserError, one_line_errors
+from harness.evaluation import evaluate, make_envs
+from harness.policies import evaluate_run
+from harness.run import Run
+from harness.seeds import init_states, is_on, over_seeds
+
+NAME = "BCQ"  # by this line the tools find the script
+
+# --- Config ---
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every field is a flag. None stands for the original's value (see `tuned`)."""
+
+    # Data
+    dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
+    dataset_path: Optional[str] = None  # file in D4RL's HDF5 format; default: D4RL's own
+    dataset_sha256: Optional[str] = None  # checksum that this file must have; default: its own
+    normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
+    normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
+    validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
+    # Algorithm
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step size of the targets' Polyak average
+    batch_size: int = 100  # transitions per update
+    actor_learning_rate: float = 1e-3  # of the Adams of the VAE and the perturbation network
+    critic_learning_rate: float = 1e-3  # learning rate of the critics' Adam
+    kl_coef: float = 0.5  # weight of the KL divergence in the VAE's loss
+    log_std_min: float = -4.0  # lower bound of the encoder's log standard deviation
+    log_std_max: float = 15.0  # upper bound of the encoder's log standard deviation
+    latent_clip: float = 0.5  # largest absolute value of the latents that actions are sampled from
+    phi: float = 0.05  # the most by which the perturbation network changes an action's entry
+    min_weight: float = 0.75  # weight of the smaller critic in targets; the larger has the rest
+    n_candidates: int = 10  # sampled actions for each next state, of which targets take the best
+    n_eval_candidates: int = 100  # sampled actions for each state in evaluation
+    rl_start: int = 0  # first updates, in which the VAE alone is trained
+    # Networks
+    hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400, with GroupNorm 384
+    last_hidden_dim: Optional[int] = None  # in the last one; default: 300 (288), or as hidden_dim
+    vae_hidden_dim: Optional[int] = None  # in the VAE's; default: 750 (736), or as hidden_dim
+    actor_layers: int = 2  # hidden layers of the encoder, the decoder, the perturbation network
+    critic_layers: int = 2  # hidden layers of each critic
+    # Regularisers of the actor; 0 or false is exactly off
+    regularise: str = "perturbation"  # on which they act: decoder, perturbation or both
+    regularisers: str = "none"  # names joined by +, such as DO+LN
+    actor_dropout: float = 0.0  # DO: dropout rate in the actor's loss
+    actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
+    actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
+    actor_wd_kernels_only: bool = False  # spare biases and normalisation from actor_wd
+    actor_ln: bool = False  # LN: LayerNorm
+    actor_fn: bool = False  # FN: FeatureNorm, a LayerNorm without scale and bias
+    actor_gn: bool = False  # GN: GroupNorm with 32 groups
+    actor_bn: bool = False  # BN: BatchNorm
+    actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
+    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
+    actor_bc_noise: float = 0.0  # BCN: std of noise on the actions cloned, or judged by Q
+    actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
+    actor_lr_decay: str = "none"  # of its learning rate: none, cosine, linear, exponential
+    # Regularisers of the critics
+    critic_dropout: float = 0.0  # dropout rate in the critics' loss
+    critic_wd: float = 0.0  # decoupled weight decay of the critics
+    critic_l1_ratio: float = 0.0  # fraction of L1 in critic_wd
+    critic_wd_kernels_only: bool = False  # spare biases and normalisation from critic_wd
+    critic_ln: bool = False  # LayerNorm in the critics
+    critic_fn: bool = False  # FeatureNorm in the critics
+    critic_gn: bool = False  # GroupNorm with 32 groups in the critics
+    critic_bn: bool = False  # BatchNorm in the critics
+    critic_sn: bool = False  # SpectralNorm of the critics' last hidden Dense
+    critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
+    critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
+    # Run
+    seed: int = 0  # everything random in a run follows from it
+    num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
+    num_updates: int = 1_000_000  # updates in all
+    log_every: int = 1000  # updates between rows of train.csv; one compiled scan
+    eval_every: Optional[int] = None  # updates between evaluations; default 10,000 (AntMaze 50,000)
+    eval_episodes: Optional[int] = None  # episodes in an evaluation; default 10 (AntMaze 100)
+    eval_noise: Tuple[Tuple[float, float], ...] = ((0.2, 0.0), (0.0, 0.05))  # on actions, states
+    analysis: bool = True  # measure dead neurons, ranks and errors in each evaluation
+    deterministic: bool = False  # be bitwise reproducible on a GPU, too; slower
+    results: str = "results"  # folder in which each run has its directory
+    evaluate: Optional[str] = None  # directory of a run to evaluate; nothing is trained
+    video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
+
+
+BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
+    "seed": "0 or more",
+    "validation_seed": "0 or more",
+    "validation_frac": "at least 0 and below 1",
+    "gamma": "between 0 and 1",
+    "tau": "between 0 and 1",
+    "log_std_min": "any number",
+    "log_std_max": "any number",
+    "min_weight": "between 0 and 1",
+    "rl_start": "0 or more",
+    "actor_dropout": "at least 0 and below 1",
+    "actor_l1_ratio": "between 0 and 1",
+    "critic_dropout": "at least 0 and below 1",
+    "critic_l1_ratio": "between 0 and 1",
+}
+
+
+def constraints(config):
+    """Return {error message: whether the config is right about it}."""
+    has_group_norm = config.actor_gn or config.critic_gn
+    widths = (config.hidden_dim, config.last_hidden_dim, config.vae_hidden_dim)
+    schedules = ("none", "cosine", "linear", "exponential")
+    return {
+        "actor_lr_decay and critic_lr_decay must be none, cosine, linear or exponential": (
+            config.actor_lr_decay in schedules and config.critic_lr_decay in schedules
+        ),
+        "actor_gn and critic_gn need a hidden_dim of 64, 96, ...: 32 groups of two units or more": (
+            not has_group_norm or all(width % 32 == 0 and width > 32 for width in widths)
+        ),
+        "log_std_min must be below log_std_max": config.log_std_min < config.log_std_max,
+        "regularise must be decoder, perturbation or both": (
+            config.regularise in ("decoder", "perturbation", "both")
+        ),
+        "rl_start must be below num_updates": config.rl_start < config.num_updates,
+    }
+
+
+# --- Data ---
+
+
+def make_dataset(config, raw):
+    """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
+
+    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled;
+    terminals (N,); ends (N,), the last step of each episode; train and validation, the indices of
+    the steps that are transitions; mean and std of the states, (S,) or the scalars 0 and 1.
+    """
+    ends = episode_ends(config.dataset_name, raw)
+    ends[-1] = True
+    held_out = hold_out(config, ends)
+    # As in D4RL's qlearning_dataset, a step at a timeout is no transition: its s' isn't known.
+    usable = ~raw["timeouts"]
+    usable[-1] = False
+    train = np.flatnonzero(usable & ~held_out).astype(np.int32)
+    validation = np.flatnonzero(usable & held_out).astype(np.int32)
+    if len(train) == 0:
+        raise UserError("there is no transition to train on")
+    print(f"training on {np.sum(ends & ~held_out)} episodes, {len(train)} transitions")
+    if len(validation) > 0:
+        print(f"held out: {np.sum(ends & held_out)} episodes, {len(validation)} transitions")
+
+    rewards = raw["rewards"]
+    if config.normalize_reward:
+        rewards = rewards * reward_scale(config, raw)
+    observations = raw["observations"]
+    mean = np.float32(0)
+    std = np.float32(1)
+    if config.normalize_states:
+        mean = observations[train].mean(0, dtype=np.float64).astype(np.float32)
+        std = observations[train].std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
+        observations = (observations - mean) / std
+    return dict(
+        observations=observations,
+        actions=raw["actions"],
+        rewards=rewards,
+        terminals=raw["terminals"],
+        ends=ends,
+        train=train,
+        validation=validation,
+        mean=mean,
+        std=std,
+    )
+
+
+def hold_out(config, ends):
+    """Return which steps (N,) belong to held-out episodes, given where the episodes end (N,)."""
+    episode = np.cumsum(ends) - ends  # of each step
+    num_episodes = episode[-1] + 1
+    num_held_out = round(config.validation_frac * num_episodes)
+    if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
+        raise UserError(
+            f"validation_frac {config.validation_frac} of {num_episodes} episodes is {num_held_out}"
+        )
+    order = np.arange(num_episodes)
+    if config.validation_seed is not None:
+        np.random.default_rng(config.validation_seed).shuffle(order)
+    return np.isin(episode, order[num_episodes - num_held_out :])
+
+
+def reward_scale(config, raw):
+    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
+    if domain(config.dataset_name) == "antmaze":
+        return np.float32(100)
+    return_range = np.ptp(episode_returns(config.dataset_name, raw))
+    if return_range == 0:
+        raise UserError("all episodes have the same return; use --normalize_reward false")
+    return np.float32(1000 / return_range)
+
+
+class Transitions(NamedTuple):
+    observations: jax.Array  # s (B, S)
+    actions: jax.Array  # a (B, A)
+    rewards: jax.Array  # r (B,)
+    next_observations: jax.Array  # s' (B, S), without meaning where d is 1
+    next_actions: jax.Array  # a' (B, A), of the same episode; a itself where d is 1
+    terminals: jax.Array  # d (B,), 0.0 or 1.0
+
+
+def transitions(data, index):
+    """Return the transitions of the steps `index` (B,). What follows a step is the next row."""
+    terminals = data["terminals"][index]
+    next_index = jnp.where(terminals, index, index + 1)
+    return Transitions(
+        observations=data["observations"][index],
+        actions=data["actions"][index],
+        rewards=data["rewards"][index],
+        next_observations=data["observations"][index + 1],
+        next_actions=data["actions"][next_index],
+        terminals=terminals.astype(np.float32),
+    )
+
+
+# --- Regularised layers ---
+
+# In compiled code every float of the config is a traced array, but for 0 (harness/seeds.py).
+# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+
+
+class ActorHidden(nn.Module):
+    """The actor's hidden layers, states (B, S) to features (B, F).
+
+    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
+    and Dropout, in the paper's order. SpectralNorm acts on the last Dense.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, train):
+        config = self.config
+        for layer in range(config.actor_layers):
+            is_last = layer == config.actor_layers - 1
+            dense = hidden_dense(config, is_last)  # below, with the algorithm's initialisation
+            if config.actor_sn and is_last:
+                x = nn.SpectralNorm(dense)(x, update_stats=train)
+            else:
+                x = dense(x)
+            if is_last:
+                self.sow("intermediates", "preactivations", x)  # for `analyse`
+            x = nn.relu(x)
+            if config.actor_ln:
+                x = nn.LayerNorm()(x)
+            if config.actor_fn:
+                x = nn.LayerNorm(use_scale=False, use_bias=False)(x)
+            if config.actor_gn:
+                x = nn.GroupNorm(num_groups=32)(x)
+            if config.actor_bn:
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            if train and is_on(config.actor_dropout):
+                x = dropout(self.make_rng("dropout"), config.actor_dropout, x)
+        return x
+
+
+class CriticHidden(nn.Module):
+    """A critic's hidden layers, inputs (B, I) to features (B, F), with its own regularisers."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, train):
+        config = self.config
+        for layer in range(config.critic_layers):
+            is_last = layer == config.critic_layers - 1
+            dense = hidden_dense(config, is_last)
+            if config.critic_sn and is_last:
+                x = nn.SpectralNorm(dense)(x, update_stats=train)
+            else:
+                x = dense(x)
+            x = nn.relu(x)
+            if config.critic_ln:
+                x = nn.LayerNorm()(x)
+            if config.critic_fn:
+                x = nn.LayerNorm(use_scale=False, use_bias=False)(x)
+            if config.critic_gn:
+                x = nn.GroupNorm(num_groups=32)(x)
+            if config.critic_bn:
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            if train and is_on(config.critic_dropout):
+                x = dropout(self.make_rng("dropout"), config.critic_dropout, x)
+        return x
+
+
+def dropout(key, rate, x):
+    """Drop units at a rate that may be traced, which nn.Dropout's may not."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def init_network(network, key, *inputs):
+    """Return a network's variables: params, and batch_stats (of BatchNorm and SpectralNorm)."""
+    return {"batch_stats": {}, **network.init(key, *inputs, train=False)}
+
+
+def forward(network, variables, *inputs):
+    """Return the output without dropout, with running statistics: in targets and evaluation."""
+    return network.apply(variables, *inputs, train=False)
+
+
+def forward_train(network, variables, key, *inputs):
+    """Return the output in training, and the variables with updated running statistics."""
+    output, updated = network.apply(
+        variables, *inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+    )
+    return output, {**variables, **updated}
+
+
+# --- Optimiser ---
+
+
+def decayed(learning_rate, decay, num_steps):
+    """Return a learning rate as it decays over a number of steps, or as it is.
+
+    cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
+    """
+    if decay == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, num_steps)
+    if decay == "linear":
+        return optax.linear_schedule(learning_rate, learning_rate / 10, num_steps)
+    if decay == "exponential":
+        return optax.exponential_decay(learning_rate, num_steps, 0.99)
+    return learning_rate
+
+
+def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
+    """Return Adam with decoupled weight decay (the paper's L2, L1 and elastic net).
+
+    theta -= lr (step + wd ((1 - rho) theta + rho sign theta)), where step is Adam's and rho the L1
+    ratio. For rho = 0 this is AdamW (arXiv 1711.05101).
+    """
+
+    def add_decay(updates, params):
+        def add(path, update, param):
+            if kernels_only and path[-1].key != "kernel":
+                return update
+            decay = param
+            if is_on(l1_ratio):
+                decay = (1 - l1_ratio) * param + l1_ratio * jnp.sign(param)
+            return update + wd * decay
+
+        return jax.tree.map_with_path(add, updates, params)
+
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.stateless(add_decay) if is_on(wd) else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def optimize(optimizer, variables, opt_state, grads, noise, key):
+    """Take one step; return the network's variables and the optimiser's state.
+
+    Before Adam the gradient gets Gaussian noise of standard deviation noise / (1 + t)^0.55, where
+    t counts the network's own steps. (So in the paper's code; arXiv 1511.06807 decays the variance
+    so.)
+    """
+    if is_on(noise):
+        adam = opt_state[0]
+        scale = noise / (1 + adam.count) ** 0.55
+        draws = optax.tree.random_like(key, grads)
+        grads = jax.tree.map(lambda grad, draw: grad + scale * draw, grads, draws)
+    params = variables["params"]
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return {**variables, "params": params}, opt_state
+
+
+# --- Networks ---
+
+
+def dense(size, name=None):
+    """Return a Dense: weights uniform within +-1 / sqrt(fan_in), as PyTorch's, biases 0."""
+    init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return nn.Dense(size, kernel_init=init, name=name)
+
+
+def hidden_dense(config, is_last):
+    """Return a hidden Dense. The last one has a width of its own."""
+    return dense(config.last_hidden_dim if is_last else config.hidden_dim)
+
+
+def network_config(config, network):
+    """Return the config of the encoder, the decoder or the perturbation network.
+
+    It has the actor's regularisers only if they act on this network, and the network's widths.
+    """
+    if config.regularise != network and (config.regularise != "both" or network == "encoder"):
+        off = {name: getattr(Config, name) for flags in CHOSEN.values() for name in flags}
+        config = replace(config, actor_lr_decay="none", **off)
+    if network != "perturbation":
+        width = config.vae_hidden_dim
+        config = replace(config, hidden_dim=width, last_hidden_dim=width, rl_start=0)
+    return config
+
+
+def layer_names(config, network):
+    """Return the names of the decoder's or the perturbation network's layers in the actor.
+
+    The analysis looks inside Hidden_0.
+    """
+    analysed = "decoder" if config.regularise == "decoder" else "perturbation"
+    return ("Hidden_0", "Dense_0") if network == analysed else ("Hidden_1", "Dense_1")
+
+
+def latent_dim(actions):
+    """Return the entries of a latent, for actions of the shape (..., A)."""
+    return 2 * actions.shape[-1]
+
+
+class Encoder(nn.Module):
+    """The VAE's encoder: states (B, S) and actions (B, A) to means and log stds of latents."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, observations, actions, train):
+        config = network_config(self.config, "encoder")
+        inputs = jnp.concatenate([observations, actions], -1)
+        features = ActorHidden(config, name="Hidden_0")(inputs, train)
+        means = dense(latent_dim(actions))(features)
+        log_stds = dense(latent_dim(actions))(features)
+        return means, jnp.clip(log_stds, config.log_std_min, config.log_std_max)
+
+
+class Decoder(nn.Module):
+    """The VAE's decoder: states (B, S) and latents (B, 2 A) to actions (B, A) in (-1, 1)."""
+
+    config: Config
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observations, latents, train):
+        config = network_config(self.config, "decoder")
+        hidden, last = layer_names(config, "decoder")
+        inputs = jnp.concatenate([observations, latents], -1)
+        features = ActorHidden(config, name=hidden)(inputs, train)
+        return nn.tanh(dense(self.action_dim, last)(features))
+
+
+class Perturbation(nn.Module):
+    """States (B, S) and actions (B, A) to actions that differ by at most phi, in [-1, 1]."""
+
+    config: Config
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observations, actions, train):
+        config = network_config(self.config, "perturbation")
+        hidden, last = layer_names(config, "perturbation")
+        inputs = jnp.concatenate([observations, actions], -1)
+        features = ActorHidden(config, name=hidden)(inputs, train)
+        changes = config.phi * nn.tanh(dense(self.action_dim, last)(features))
+        return jnp.clip(actions + changes, -1, 1)
+
+
+class Actor(nn.Module):
+    """Both in turn, at the latent 0: states (B, S) to actions (B, A).
+
+    The decoder and the perturbation network take the actor's variables, too, and use their own.
+    """
+
+    config: Config
+    action_dim: int
+
+    def setup(self):
+        self.decoder = Decoder(self.config, self.action_dim)
+        self.perturbation = Perturbation(self.config, self.action_dim)
+        nn.share_scope(self, self.decoder)
+        nn.share_scope(self, self.perturbation)
+
+    def __call__(self, observations, train):
+        latents = jnp.zeros((*observations.shape[:-1], 2 * self.action_dim))
+        actions = self.decoder(observations, latents, train)
+        return self.perturbation(observations, actions, train)
+
+
+class Critics(nn.Module):
+    """Two critics, or the first one alone: states (B, S) and actions (B, A) to Q values (2, B)."""
+
+    config: Config
+    number: int = 2
+
+    @nn.compact
+    def __call__(self, observations, actions, train):
+        inputs = jnp.concatenate([observations, actions], -1)
+        outputs = []
+        for k in range(self.number):
+            features = CriticHidden(self.config, name=f"Hidden_{k}")(inputs, train)
+            outputs.append(dense(1)(features))
+        return jnp.stack(outputs)[..., 0]
+
+
+class Networks(NamedTuple):
+    encoder: nn.Module
+    actor: nn.Module
+    decoder: nn.Module  # with the actor's variables, as the next one
+    perturbation: nn.Module
+    critics: nn.Module
+    first_critic: nn.Module  # with the variables of both
+
+
+def networks(config, actions):
+    """Return the modules, for actions of the shape (..., A)."""
+    action_dim = actions.shape[-1]
+    return Networks(
+        encoder=Encoder(config),
+        actor=Actor(config, action_dim),
+        decoder=Decoder(config, action_dim),
+        perturbation=Perturbation(config, action_dim),
+        critics=Critics(config),
+        first_critic=Critics(config, number=1),
+    )
+
+
+def own_params(config, actor, network):
+    """Return the parameters of the decoder or the perturbation network in the actor's variables."""
+    return {name: actor["params"][name] for name in layer_names(config, network)}
+
+
+def with_params(actor, params):
+    """Return the actor's variables with other parameters of one of its networks."""
+    return {**actor, "params": {**actor["params"], **params}}
+
+
+# --- Candidate actions ---
+
+
+def sample_latents(config, key, *shape):
+    """Return latents of a shape (..., 2 A), from which actions are sampled."""
+    return jnp.clip(jax.random.normal(key, shape), -config.latent_clip, config.latent_clip)
+
+
+def candidates(nets, actor, perturbation, observations, latents):
+    """Return rows (B n, S) of the states (B, S), and an action (B n, A) for each latent (B, n, L).
+
+    The actor's decoder makes the actions. A perturbation network then changes them.
+    """
+    rows = jnp.repeat(observations, latents.shape[1], 0)
+    actions = forward(nets.decoder, actor, rows, latents.reshape(len(rows), -1))
+    return rows, forward(nets.perturbation, perturbation, rows, actions)
+
+
+def best_candidates(config, actor, data, observations):
+    """Return the best actions (B, A) by Q_1 of n_eval_candidates each (BCQ, equation 11).
+
+    The states (B, S) are as the environment gives them. A state's latents are drawn by a key of
+    its bits. So results repeat, whatever else is evaluated with it, and each state has draws of
+    its own, as in the original. A state that differs by rounding has others.
+    """
+    nets = networks(config, data["actions"])
+
+    def draw(observation):
+        size = latent_dim(data["actions"])
+        return sample_latents(config, state_key(observation), config.n_eval_candidates, size)
+
+    latents = jax.vmap(draw)(observations)
+    states = (observations - data["mean"]) / data["std"]
+    rows, actions = candidates(nets, actor, actor, states, latents)
+    values = forward(nets.first_critic, actor["critic"], rows, actions)[0]
+    best = values.reshape(latents.shape[:2]).argmax(1)
+    actions = actions.reshape(*latents.shape[:2], -1)
+    return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
+
+
+def state_key(observation):
+    """Return a random key that follows from the bits of a state (S,)."""
+    bits = jax.lax.bitcast_convert_type(observation.astype(jnp.float32), jnp.uint32)
+
+    def fold(key, word):
+        return jax.random.fold_in(key, word), None
+
+    key, _ = jax.lax.scan(fold, jax.random.key(0), bits)
+    return key
+
+
+# --- Losses and update ---
+
+
+class TrainState(NamedTuple):
+    actor: dict  # variables of decoder and perturbation network, and "critic": what `policy` needs
+    decoder_opt: optax.OptState
+    actor_opt: optax.OptState  # of the perturbation network
+    target_actor: dict  # of the perturbation network
+    encoder: dict
+    encoder_opt: optax.OptState
+    critic: dict  # of both critics
+    target_critic: dict
+    critic_opt: optax.OptState
+    key: jax.Array
+
+
+def vae_loss(params, config, state, batch, keys):
+    """Return ||D(s, z) - a||^2 / |A| + kl_coef KL(N(mu, sigma) || N(0, 1)) / |z|.
+
+    It is a mean over the batch, where mu and sigma are the encoder's and z is drawn from
+    N(mu, sigma). The decoder D may be regularised. `params` are the encoder's and the decoder's.
+    Also returns the actor's variables and scalars to log.
+    """
+    dropout_key, input_key, objective_key, latent_key = keys
+    nets = networks(config, batch.actions)
+    config = network_config(config, "decoder")
+    encoder = {**state.encoder, "params": params["encoder"]}
+    means, log_stds = forward(nets.encoder, encoder, batch.observations, batch.actions)
+    latents = means + jnp.exp(log_stds) * jax.random.normal(latent_key, means.shape)
+    observations = batch.observations
+    if is_on(config.actor_input_noise):
+        noise = jax.random.normal(input_key, observations.shape)
+        observations = observations + config.actor_input_noise * noise
+    bc_targets = batch.actions
+    if is_on(config.actor_bc_noise):
+        noise = jax.random.normal(objective_key, bc_targets.shape)
+        bc_targets = bc_targets - config.actor_bc_noise * noise
+    actor = with_params(state.actor, params["decoder"])
+    actions, actor = forward_train(nets.decoder, actor, dropout_key, observations, latents)
+    loss, info = vae_objective(config, actions, bc_targets, means, log_stds)
+    return loss, (actor, info)
+
+
+def vae_objective(config, actions, bc_targets, means, log_stds):
+    """Return the VAE's loss for the decoder's actions (B, A), and scalars to log."""
+    bc = jnp.mean((actions - bc_targets) ** 2)
+    kl = -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
+    loss = bc + config.kl_coef * kl
+    return loss, {"vae_loss": loss, "bc_loss": bc, "kl_loss": kl}
+
+
+def critic_target(config, state, batch, key):
+    """Return r + gamma (1 - d) max_i [w min_k Q'_k(s', a_i) + (1 - w) max_k Q'_k(s', a_i)], (B,).
+
+    (BCQ, equation 13.) The a_i are n_candidates actions of the decoder, which the target of the
+    perturbation network changes, and w is min_weight.
+    """
+    nets = networks(config, batch.actions)
+    size = latent_dim(batch.actions)
+    latents = sample_latents(config, key, len(batch.actions), config.n_candidates, size)
+    rows, actions = candidates(
+        nets, state.actor, state.target_actor, batch.next_observations, latents
+    )
+    values = forward(nets.critics, state.target_critic, rows, actions)
+    values = config.min_weight * values.min(0) + (1 - config.min_weight) * values.max(0)
+    next_values = values.reshape(latents.shape[:2]).max(1)
+    return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
+
+
+def critic_loss(params, config, state, batch, target, key):
+    """Return the squared error of both Q(s, a) to the target.
+
+    It is summed over both critics; the logged one is their mean. Also returns the critics'
+    variables and scalars to log.
+    """
+    nets = networks(config, batch.actions)
+    critic = {**state.critic, "params": params}
+    values, critic = forward_train(nets.critics, critic, key, batch.observations, batch.actions)
+    losses = (values - target) ** 2
+    info = {"critic_loss": losses.mean(), "q": values.mean()}
+    return losses.mean(1).sum(), (critic, info)
+
+
+def actor_loss(params, config, state, batch, keys):
+    """Return -Q_1(s, a + xi(s, a)), where a is an action of the decoder (BCQ, equation 12).
+
+    It is a mean over the batch. The perturbation network xi may be regularised; `params` are its
+    own. Noise on the objective is on the actions that Q judges. The decoder and the critics see
+    clean states. Also returns the actor's variables and scalars to log.
+    """
+    dropout_key, input_key, objective_key, latent_key = keys
+    nets = networks(config, batch.actions)
+    config = network_config(config, "perturbation")
+    latents = sample_latents(config, latent_key, len(batch.actions), latent_dim(batch.actions))
+    actions = forward(nets.decoder, state.actor, batch.observations, latents)
+    observations = batch.observations
+    if is_on(config.actor_input_noise):
+        noise = jax.random.normal(input_key, observations.shape)
+        observations = observations + config.actor_input_noise * noise
+    actor = with_params(state.actor, params)
+    actions, actor = forward_train(nets.perturbation, actor, dropout_key, observations, actions)
+    if is_on(config.actor_bc_noise):
+        noise = jax.random.normal(objective_key, actions.shape)
+        actions = jnp.clip(actions + config.actor_bc_noise * noise, -1, 1)
+    loss = -forward(nets.first_critic, state.critic, batch.observations, actions).mean()
+    return loss, (actor, {"actor_loss": loss})
+
+
+def eval_actor_loss(config, state, batch):
+    """Return the loss of the network that the analysis looks at, without dropout and noise.
+
+    The perturbation network's is at the latent 0, and the decoder's at the encoder's means.
+    """
+    nets = networks(config, batch.actions)
+    if config.regularise == "decoder":
+        means, log_stds = forward(nets.encoder, state.encoder, batch.observations, batch.actions)
+        actions = forward(nets.decoder, state.actor, batch.observations, means)
+        loss, _ = vae_objective(config, actions, batch.actions, means, log_stds)
+        return loss
+    actions = forward(nets.actor, state.actor, batch.observations)
+    return -forward(nets.first_critic, state.critic, batch.observations, actions).mean()
+
+
+def actor_optimizer(config):
+    """Return the optimiser of a network that has this config, see `network_config`."""
+    num_steps = config.num_updates - config.rl_start
+    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
+    return make_optimizer(
+        learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
+    )
+
+
+def critic_optimizer(config):
+    """Return the critics' optimiser."""
+    num_steps = config.num_updates - config.rl_start
+    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
+    return make_optimizer(
+        learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
+    )
+
+
+def update_vae(config, state, batch, keys, noise_key):
+    """Update the encoder and the decoder once; return the new state and scalars."""
+    decoder = own_params(config, state.actor, "decoder")
+    params = {"encoder": state.encoder["params"], "decoder": decoder}
+    grad_fn = jax.grad(vae_loss, has_aux=True)
+    grads, (actor, info) = grad_fn(params, config, state, batch, keys)
+    encoder, encoder_opt = optimize(
+        actor_optimizer(network_config(config, "encoder")),
+        state.encoder,
+        state.encoder_opt,
+        grads["encoder"],
+        noise=0.0,
+        key=None,
+    )
+    config = network_config(config, "decoder")
+    decoder, decoder_opt = optimize(
+        actor_optimizer(config),
+        {"params": decoder},
+        state.decoder_opt,
+        grads["decoder"],
+        config.actor_grad_noise,
+        noise_key,
+    )
+    return state._replace(
+        actor=with_params(actor, decoder["params"]),
+        decoder_opt=decoder_opt,
+        encoder=encoder,
+        encoder_opt=encoder_opt,
+    ), info
+
+
+def update_critics(config, state, batch, target_key, dropout_key, noise_key):
+    """Update the critics once; return the new state and a dictionary of scalars."""
+    target = critic_target(config, state, batch, target_key)
+    grad_fn = jax.grad(critic_loss, has_aux=True)
+    grads, (critic, info) = grad_fn(
+        state.critic["params"], config, state, batch, target, dropout_key
+    )
+    critic, critic_opt = optimize(
+        critic_optimizer(config),
+        critic,
+        state.critic_opt,
+        grads,
+        config.critic_grad_noise,
+        noise_key,
+    )
+    return state._replace(critic=critic, critic_opt=critic_opt), info
+
+
+def update_actor(config, state, batch, keys, noise_key):
+    """Update the perturbation network and both targets once; return the new state and scalars."""
+    params = own_params(config, state.actor, "perturbation")
+    grad_fn = jax.grad(actor_loss, has_aux=True)
+    grads, (actor, info) = grad_fn(params, config, state, batch, keys)
+    config = network_config(config, "perturbation")
+    perturbation, actor_opt = optimize(
+        actor_optimizer(config),
+        {"params": params, "batch_stats": actor["batch_stats"]},
+        state.actor_opt,
+        grads,
+        config.actor_grad_noise,
+        noise_key,
+    )
+    return state._replace(
+        actor={**with_params(actor, perturbation["params"]), "critic": state.critic},
+        actor_opt=actor_opt,
+        target_actor=optax.incremental_update(perturbation, state.target_actor, config.tau),
+        target_critic=optax.incremental_update(state.critic, state.target_critic, config.tau),
+    ), info
+
+
+def update(config, state, batch):
+    """Update the VAE, then the critics, the perturbation network by them, and the targets.
+
+    In the first `rl_start` updates all but the VAE stay as they are. A pure function of a
+    TrainState and Transitions. Returns the new state and scalars to log.
+    """
+    key, *keys = jax.random.split(state.key, 14)
+    vae_keys, actor_keys = keys[:4], keys[4:8]
+    target_key, dropout_key, vae_noise_key, critic_noise_key, actor_noise_key = keys[8:]
+    state, vae_info = update_vae(config, state._replace(key=key), batch, vae_keys, vae_noise_key)
+    cloned = state
+    state, critic_info = update_critics(
+        config, state, batch, target_key, dropout_key, critic_noise_key
+    )
+    state, actor_info = update_actor(config, state, batch, actor_keys, actor_noise_key)
+    if config.rl_start > 0:
+        has_started = state.decoder_opt[0].count > config.rl_start
+        state = jax.tree.map(lambda new, old: jnp.where(has_started, new, old), state, cloned)
+    return state, {**critic_info, **actor_info, **vae_info}
+
+
+def init_state(config, batch, seed):
+    """Return the state before the first update. `batch` shows the shapes of Transitions."""
+    key, actor_key, critic_key, encoder_key = jax.random.split(jax.random.key(seed), 4)
+    nets = networks(config, batch.actions)
+    actor = init_network(nets.actor, actor_key, batch.observations)
+    critic = init_network(nets.critics, critic_key, batch.observations, batch.actions)
+    encoder = init_network(nets.encoder, encoder_key, batch.observations, batch.actions)
+    decoder = own_params(config, actor, "decoder")
+    perturbation = own_params(config, actor, "perturbation")
+    optimizers = {}
+    for network in ("encoder", "decoder", "perturbation"):
+        optimizers[network] = actor_optimizer(network_config(config, network))
+    return TrainState(
+        actor={**actor, "critic": critic},
+        decoder_opt=optimizers["decoder"].init(decoder),
+        actor_opt=optimizers["perturbation"].init(perturbation),
+        target_actor={"params": perturbation, "batch_stats": actor["batch_stats"]},
+        encoder=encoder,
+        encoder_opt=optimizers["encoder"].init(encoder["params"]),
+        critic=critic,
+        target_critic=critic,
+        critic_opt=critic_optimizer(config).init(critic["params"]),
+        key=key,
+    )
+
+
+# --- Training ---
+
+
+@over_seeds("state", donate="state")
+def epoch(config, state, data):
+    """Make `log_every` updates in one scan; return the state and the scalars (steps,)."""
+
+    def step(state, _):
+        key, batch_key = jax.random.split(state.key)
+        index = jax.random.choice(batch_key, data["train"], (config.batch_size,))
+        return update(config, state._replace(key=key), transitions(data, index))
+
+    return jax.lax.scan(step, state, length=config.log_every)
+
+
+def act(config, actor, data, observations):
+    """Return the actions (B, A) at the latent 0, for normalised states (B, S), for the analysis."""
+    nets = networks(config, data["actions"])
+    return forward(nets.actor, actor, observations)
+
+
+@over_seeds("actor", "observations")
+def policy(config, actor, data, observations):
+    """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
+    return best_candidates(config, actor, data, observations)
+
+
+def train(config, run):
+    """Train to the end, from the last checkpoint if there is one.
+
+    In turn: evaluate if that is due, then make `log_every` updates. All arrays of states, infos,
+    returns and measurements have a first axis of seeds here.
+    """
+    data = make_dataset(config, load_dataset(config))
+    samples = make_samples(data)
+    data = jax.device_put(data)
+    envs = make_envs(config)
+    states = init_states(init_state, config, transitions(data, np.arange(1)))
+    states, num_updates, last_evaluated = run.restore(states, data)
+    while True:
+        is_last = num_updates == config.num_updates
+        is_due = num_updates % config.eval_every == 0 or is_last
+        is_due = is_due and num_updates > last_evaluated
+        # Saves if an evaluation follows, so that a kill in it costs no training, or once a minute.
+        # After a signal it saves and exits.
+        run.checkpoint(states, num_updates, last_evaluated, now=is_due)
+        if is_due:
+            with run.timed("evaluation"):
+                act_in_all_seeds = partial(policy, config, states.actor, data)
+                returns, visited = evaluate(config, act_in_all_seeds, envs, num_updates)
+            measured = {}
+            if config.analysis:
+                with run.timed("analysis"):
+                    measured = with_pca_ranks(analyse(config, states, data, samples, visited))
+            run.log_evaluation(num_updates, returns, measured)
+            last_evaluated = num_updates
+            run.checkpoint(states, num_updates, last_evaluated, now=True)
+        if is_last:
+            return run.finish()
+        with run.timed("train"):
+            states, infos = jax.block_until_ready(epoch(config, states, data))
+        num_updates += config.log_every
+        run.log_epoch(num_updates, infos, states)
+
+
+# --- Appendix: inside the actor ---
+
+NUM_STATES = 10_000  # at most, in each batch on which the actor is measured
+NUM_PROBED = 1024  # held-out states of the plasticity probe
+PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
+
+
+def make_samples(data):
+    """Return the batches on which the actor is measured, the same in each evaluation.
+
+    `train` and `validation` are indices of steps. `random` are states (NUM_STATES, S), uniform in
+    the range of the normalised states for training.
+    """
+    rng = np.random.default_rng(0)
+    samples = {}
+    for part in ("train", "validation"):
+        if len(data[part]) > 0:
+            size = min(len(data[part]), NUM_STATES)
+            samples[part] = rng.choice(data[part], size, replace=False)
+    low = []
+    high = []
+    for column in data["observations"].T:  # one at a time, to spare memory
+        used = column[data["train"]]
+        low.append(used.min())
+        high.append(used.max())
+    samples["random"] = rng.uniform(low, high, (NUM_STATES, len(low))).astype(np.float32)
+    return samples
+
+
+@over_seeds("state", "visited")
+def analyse(config, state, data, samples, visited):
+    """Return what the paper measures inside the actor, by names such as train/dead_neurons.
+
+    There are four batches: the steps samples["train"] and samples["validation"] of the data, the
+    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation.
+    Returns scalars, and for each batch a matrix `gram` (F, F) for `with_pca_ranks`.
+    """
+    batches = {}
+    for part in ("train", "validation"):
+        if part in samples:
+            batches[part] = transitions(data, samples[part])
+    observations = {part: batch.observations for part, batch in batches.items()}
+    observations["evaluation"] = (visited - data["mean"]) / data["std"]
+    observations["random"] = samples["random"]
+
+    info = {}
+    nets = networks(config, data["actions"])
+    for part, states in observations.items():
+        _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
+        preactivations = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+        for key, value in measure(preactivations).items():
+            info[f"{part}/{key}"] = value
+    for part, batch in batches.items():
+        info[f"{part}/action_error"] = action_error(config, data, state.actor, batch)
+        info[f"{part}/actor_loss"] = eval_actor_loss(config, state, batch)
+    if "validation" in batches:
+        for key in ("action_error", "actor_loss"):  # the generalisation gap
+            info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
+        probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
+        cloned = clone_further(config, data, state, probe)
+        loss_before = cloning_loss(config, data, state.actor, probe)
+        info["plasticity/loss_left"] = cloning_loss(config, data, cloned, probe) / loss_before
+    return info
+
+
+def measure(preactivations):
+    """Return statistics of the last hidden Dense's outputs before the ReLU (B, F).
+
+    dead_neurons is the fraction of neurons that are at most 0 on the whole batch. feature_* are
+    the mean norm of a row, and mean and standard deviation over rows and neurons.
+    """
+    return {
+        "dead_neurons": jnp.mean(jnp.all(preactivations <= 0, 0)),
+        "feature_norm": jnp.mean(jnp.linalg.norm(preactivations, axis=1)),
+        "feature_mean": preactivations.mean(),
+        "feature_std": preactivations.std(),
+        "gram": preactivations.T @ preactivations,
+    }
+
+
+def with_pca_ranks(measured):
+    """Replace the Gram matrices (seeds, F, F) of `analyse` by PCA ranks (seeds,).
+
+    The rank is the number of components that hold 99 % of the squared singular values, without
+    centring. In NumPy, since JAX's batched eigenvalues can hang on a CPU.
+    """
+    measured = jax.device_get(measured)
+    grams = [key for key in measured if key.endswith("/gram")]
+    for key in grams:
+        gram = measured.pop(key).astype(np.float64)
+        squares = np.linalg.eigvalsh(gram)[:, ::-1]  # of the singular values, largest first
+        is_needed = np.cumsum(squares, 1) < 0.99 * squares.sum(1, keepdims=True)
+        measured[key.replace("gram", "pca_rank")] = is_needed.sum(1) + 1
+    return measured
+
+
+def action_error(config, data, actor, batch):
+    """Return the mean squared error of the policy's actions, per dimension of an action."""
+    return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
+
+
+def cloning_loss(config, data, actor, batch):
+    """Return the squared error of the policy's actions, summed over an action's dimensions."""
+    errors = (act(config, actor, data, batch.observations) - batch.actions) ** 2
+    return errors.sum(-1).mean()
+
+
+def clone_further(config, data, state, batch):
+    """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
+
+    The actor's optimiser starts anew, without decay of its rate and without noise. So its steps
+    depend neither on the loss's unit nor on what came before.
+    """
+    config = replace(config, actor_lr_decay="none")
+    optimizer = actor_optimizer(config)
+
+    def step(copy, _):
+        actor, opt_state = copy
+
+        def loss(params):
+            return cloning_loss(config, data, {**actor, "params": params}, batch)
+
+        grads = jax.grad(loss)(actor["params"])
+        return optimize(optimizer, actor, opt_state, grads, noise=0.0, key=None), None
+
+    start = (state.actor, optimizer.init(state.actor["params"]))
+    (actor, _), _ = jax.lax.scan(step, start, length=PROBE_STEPS)
+    return actor
+
+
+# --- Appendix: hyperparameters ---
+
+# Names of `regularisers` -> flags. The paper has no BCQ: these are the strengths that it chose
+# for ReBRAC, whose actor is deterministic, too, and has the same learning rate.
+CHOSEN = {
+    "DO": dict(actor_dropout=0.1),
+    "LN": dict(actor_ln=True),
+    "FN": dict(actor_fn=True),
+    "GN": dict(actor_gn=True),
+    "BN": dict(actor_bn=True),
+    "SN": dict(actor_sn=True),
+    "L2": dict(actor_wd=1e-3, actor_l1_ratio=0.0),
+    "L1": dict(actor_wd=1e-5, actor_l1_ratio=1.0),
+    "EN": dict(actor_wd=1e-4, actor_l1_ratio=0.5),
+    "InN": dict(actor_input_noise=0.003),
+    "BCN": dict(actor_bc_noise=0.01),
+    "GrN": dict(actor_grad_noise=0.01),
+}
+
+# Nothing is tuned per dataset
+BEST = {}
+
+# The datasets, and what is tuned for each: nothing, since the original has one value for all tasks
+TUNED = dict.fromkeys(
+    """
+halfcheetah-random-v2 halfcheetah-medium-v2 halfcheetah-expert-v2
+halfcheetah-medium-replay-v2 halfcheetah-medium-expert-v2 halfcheetah-full-replay-v2
+hopper-random-v2 hopper-medium-v2 hopper-expert-v2
+hopper-medium-replay-v2 hopper-medium-expert-v2 hopper-full-replay-v2
+walker2d-random-v2 walker2d-medium-v2 walker2d-expert-v2
+walker2d-medium-replay-v2 walker2d-medium-expert-v2 walker2d-full-replay-v2
+antmaze-umaze-v2 antmaze-umaze-diverse-v2 antmaze-medium-play-v2
+antmaze-medium-diverse-v2 antmaze-large-play-v2 antmaze-large-diverse-v2
+pen-human-v1 pen-cloned-v1 pen-expert-v1
+door-human-v1 door-cloned-v1 door-expert-v1
+hammer-human-v1 hammer-cloned-v1 hammer-expert-v1
+relocate-human-v1 relocate-cloned-v1 relocate-expert-v1
+""".split(),
+    {},
+)
+
+
+def tuned(config):
+    """Fill in what the user left open with the original's values."""
+    config = with_regularisers(config, CHOSEN)
+    hidden_dim, last_hidden_dim, vae_hidden_dim = 400, 300, 750
+    if config.actor_gn or config.critic_gn:  # the nearest that 32 groups divide
+        hidden_dim, last_hidden_dim, vae_hidden_dim = 384, 288, 736
+    is_antmaze = domain(config.dataset_name) == "antmaze"
+    values = dict(
+        normalize_reward=False,
+        hidden_dim=hidden_dim,
+        last_hidden_dim=config.hidden_dim or last_hidden_dim,
+        vae_hidden_dim=config.hidden_dim or vae_hidden_dim,
+        eval_every=50_000 if is_antmaze else 10_000,
+        eval_episodes=100 if is_antmaze else 10,
+    )
+    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    return replace(config, **unset)
+
+
+# --- Main ---
+
+
+def main():
+    given = parse(Config)
+    if given.evaluate is not None:
+        return evaluate_run(given, policy, constraints, BOUNDS)
+    config = tuned(given)
+    check(config, constraints, BOUNDS, given_values(Config))
+    if given.dataset_name not in TUNED:
+        print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
+    config = with_checksum(config)
+    with Run(__file__, config, tuned) as run:
+        if not run.finished_before:
+            train(config, run)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
