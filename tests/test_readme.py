@@ -90,7 +90,9 @@ def test_the_bundled_datasets_are_as_described():
         np.testing.assert_allclose(ours, scores, rtol=1e-4)
 
 
-@pytest.mark.parametrize("table, number", [("study", 415), ("trials", 8), ("demo", 6), ("antmaze", 3)])
+@pytest.mark.parametrize(
+    "table, number", [("study", 415), ("trials", 8), ("demo", 6), ("antmaze", 3)]
+)
 def test_the_runs_in_a_table_have_the_names_of_their_configs(table, number):
     """So the names of runs are still what they were when these were trained."""
     rows = pd.read_csv(os.path.join(ROOT, "data", f"{table}.csv"), dtype=str, keep_default_na=False)
