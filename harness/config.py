@@ -90,22 +90,26 @@ def parse(config_class, arguments=None):
 
     Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
     """
-    config = config_class(**given_values(config_class, arguments))
+    path = given_words(config_class, arguments).get("config_path")
+    values = {} if path is None else file_values(config_class, path)
+    config = config_class(**{**values, **given_values(config_class, arguments)})
     configure_jax(getattr(config, "deterministic", False))
     return config
 
 
+def file_values(config_class, path):
+    """Return the fields in a config file, {name: value}."""
+    try:
+        return decode(config_class, read_yaml(path, WordLoader))
+    except UserError as error:
+        raise UserError(f"config_path {path!r}: {error}") from error
+
+
 def given_values(config_class, arguments=None):
-    """Return the fields that the command line gives, or a file that it names, {name: value}."""
+    """Return the fields that the command line itself gives, {name: value}."""
     words = given_words(config_class, arguments)
-    path = words.pop("config_path", None)
-    values = {}
-    if path is not None:
-        try:
-            values = decode(config_class, read_yaml(path, WordLoader))
-        except UserError as error:
-            raise UserError(f"config_path {path!r}: {error}") from error
-    return values | decode(config_class, words)
+    words.pop("config_path", None)
+    return decode(config_class, words)
 
 
 def given_words(config_class, arguments=None):
@@ -192,7 +196,7 @@ def check(config, constraints, bounds, given=None):
 
     `bounds` maps fields to words of HOLDS. Without one a whole number must be 1 or more and any
     other 0 or more. `constraints(config)` maps messages to whether they hold. `given` are the
-    fields that were asked for, which the config must have.
+    fields that were asked for on the command line, which the config must have.
     """
     for name, value in (given or {}).items():
         if name in NAMES or value is None or getattr(config, name) == value:
@@ -260,7 +264,9 @@ def with_regularisers(config, known, combined=None, presets=None):
     for key, value in values.items():
         default = getattr(type(config), key)
         if getattr(config, key) not in (default, value):
-            raise UserError(f"{names} has {key} {value}, but another value is asked for, too")
+            raise UserError(
+                f"{names} has {key} {value}, but {getattr(config, key)} is asked for, too"
+            )
     unnamed = {name: "none" for name in NAMES if hasattr(config, name)}
     return dataclasses.replace(config, **unnamed, **values)
 

@@ -169,6 +169,7 @@ class Run:
         is_second = self.stopping
         self.stopping = number
         if is_second or self.phase in ("starting", "evaluation"):
+            print(f"stopped; the same command goes on from update {self.saved}", flush=True)
             sys.exit(128 + number)
 
     def finish(self):

@@ -13,7 +13,7 @@ from conftest import ROOT, both_scripts, paper_rows
 import cql
 import iql
 import rebrac
-from harness.config import HOLDS, check, parse, read_table, with_regularisers
+from harness.config import HOLDS, check, given_values, parse, read_table, with_regularisers
 from harness.directory import run_directory, saved_fields
 from harness.errors import BusyError, UserError, one_line_errors
 from harness.values import read_value
@@ -80,7 +80,7 @@ BAD = {
     "--regularisers DO+none": "unknown regulariser 'none'",
     "--regularisers L2+EN": "regularisers L2+EN contradict each other about actor_wd",
     "--regularisers DO --actor_dropout 0.2": (
-        "regularisers DO has actor_dropout 0.1, but another value is asked for"
+        "regularisers DO has actor_dropout 0.1, but 0.2 is asked for, too"
     ),
     "--regularisers DO --actor_dropout 0": ("regularisers DO has actor_dropout 0.1, but "),
     "--dataset_name hopper-medium-v3": (
@@ -291,6 +291,16 @@ def test_a_list_may_hold_commas_in_quotes_and_one_item_needs_no_brackets():
         assert read_value(List[str], word) == items
     with pytest.raises(ValueError):
         read_value(List[str], "[a\nb]")
+
+
+def test_a_runs_config_and_a_name_for_regularisers_can_be_combined(tmp_path):
+    """The file spells out all fields, also those that are off: it doesn't ask for that."""
+    path = tmp_path / "config.yaml"
+    path.write_text("actor_ln: true\nactor_dropout: 0.0\n")
+    words = ["--config_path", str(path), "--regularisers", "DO"]
+    config = rebrac.tuned(parse(rebrac.Config, words))
+    check(config, rebrac.constraints, rebrac.BOUNDS, given_values(rebrac.Config, words))
+    assert (config.actor_ln, config.actor_dropout) == (True, 0.1)
 
 
 def test_a_table_in_a_string_has_a_dictionary_for_each_row():

@@ -824,6 +824,28 @@ def test_a_table_of_results_gives_the_report_of_their_directories(make_run, make
         curves.append(sorted((seed["updates"], seed["scores"]) for seed in finished))
     assert curves[0] == curves[1]
     assert ([1000, 2000], [20.0, 40.0]) in curves[0]
+    make_report("results.csv", csv=str(tmp_path / "again.csv"))
+    names = [pd.read_csv(tmp_path / file)["run"].tolist() for file in ("results.csv", "again.csv")]
+    assert sorted(names[0]) == sorted(names[1])
+
+
+def test_a_dataset_on_which_all_runs_failed_is_no_column(make_run, make_report, tmp_path):
+    for seed in (0, 1):
+        make_run([[1, 50]], seed=seed)
+    path = make_run([[1, 50]], dataset_name=WALKER, finished=False)
+    with open(os.path.join(path, "failed.txt"), "w") as file:
+        file.write("error: a wrong file")
+    cells = make_report("results")["ReBRAC, Gym-MuJoCo: scores"]
+    assert list(cells) == [HOPPER]
+    assert "a wrong file" in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    full = Report(str(tmp_path / "report"))
+    full.add_text("text " * 10_000)
+    monkeypatch.setattr(full, "path", lambda name: "/dev/full")
+    with pytest.raises(UserError, match="can't write to .* .No space left on device."):
+        full.write()
 
 
 def test_a_table_has_last_mean_and_best_scores_and_times(make_run, make_report, tmp_path):

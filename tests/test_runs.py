@@ -413,7 +413,9 @@ def test_ctrl_c_saves_too_and_a_second_one_ends_at_once(start, monkeypatch, caps
         signal_in_epoch(patch, rebrac, 2, signal.SIGINT)
         signal_in_epoch(patch, rebrac, 2, signal.SIGINT)
         exits(128 + signal.SIGINT, start)
-    assert "stopped at" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "stopped at" not in output
+    assert "stopped; the same command goes on from update 40" in output
     start()
     output = capsys.readouterr().out
     assert "resuming from update 40" in output  # saved before the evaluation there

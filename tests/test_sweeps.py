@@ -616,7 +616,7 @@ def test_each_end_of_a_run_is_told(run_jobs, tmp_path):
         "1 done, 1 failed, 1 to go: job2",
         "    final score 1",
         "2 done, 1 failed, 0 to go: job3",
-        "    no output",
+        "    no output, exit code 0; is the disk full?",
         f"failed: {tmp_path / 'job0'}",
         f"another process is training: {tmp_path / 'job1'}",
     ]

@@ -12,6 +12,7 @@ run each counts as a run.
 """
 
 import base64
+import contextlib
 import glob
 import os
 import re
@@ -70,11 +71,16 @@ class Report:
         self.markdown = []
         self.latex = ["% needs booktabs and graphicx\n"]
         self.sections = 0
-        try:
+        with self.disk_errors():
             os.makedirs(directory, exist_ok=True)
             open(self.path("tables.md"), "a").close()
+
+    @contextlib.contextmanager
+    def disk_errors(self):
+        try:
+            yield
         except OSError as error:
-            raise UserError(f"can't write to {directory} ({error.strerror})") from error
+            raise UserError(f"can't write to {self.directory} ({error.strerror})") from error
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -97,7 +103,8 @@ class Report:
             return
         name = re.sub(r"[^a-z0-9]+", "-", f"{self.sections}-{title}".lower())
         for suffix in ("png", "pdf"):
-            figure.savefig(self.path(f"{name}.{suffix}"), dpi=130, bbox_inches="tight")
+            with self.disk_errors():
+                figure.savefig(self.path(f"{name}.{suffix}"), dpi=130, bbox_inches="tight")
         plt.close(figure)
         self.markdown.append(f"![{title}]({name}.png)\n")
 
@@ -113,8 +120,9 @@ class Report:
             "index.html": f"{head}{CSS}{page}</html>\n",
         }
         for name, text in texts.items():
-            with open(self.path(name), "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
+            with self.disk_errors():
+                with open(self.path(name), "w", encoding="utf-8", errors="replace") as file:
+                    file.write(text)
         print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
 
     def embed(self, source):
@@ -227,6 +235,12 @@ def add_runs(report, config, script, rows, datasets):
     report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets))
 
 
+def without_failed_datasets(seeds):
+    """Return the seeds without those of datasets on which all runs failed, as of a wrong file."""
+    alive = {seed["dataset"] for seed in seeds if seed["state"] != "failed"}
+    return [seed for seed in seeds if seed["dataset"] in alive]
+
+
 def read_published(path):
     """Return a table of other people's scores."""
     columns = {"source", "algorithm", "dataset_name", "mean", "std"}
@@ -278,6 +292,7 @@ def main(config):
 
     if config.csv:
         write_results(config.csv, seeds)
+    seeds = without_failed_datasets(seeds)
     for seed in seeds:
         seed["final"] = final_score(seed, config.final)
     final = "the last evaluation"

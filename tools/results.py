@@ -55,7 +55,7 @@ def row_of(seed):
     row = {
         "algorithm": seed["algorithm"],
         "dataset_name": seed["config"]["dataset_name"],
-        "run": os.path.basename(seed["run"]),
+        "run": os.path.basename(seed["run"]).partition(", seed ")[0],  # from a table it has one
         "seed": seed["seed"],
         "state": seed["state"],
     }

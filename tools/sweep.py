@@ -162,7 +162,9 @@ class Job:
         """Return the last line of its output, without the directory."""
         with open(self.output_path(), errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
-        return lines[-1].removesuffix(f"; {self.directory}") if lines else "no output"
+        if not lines:
+            return f"no output, exit code {self.process.returncode}; is the disk full?"
+        return lines[-1].removesuffix(f"; {self.directory}")
 
 
 @contextlib.contextmanager
