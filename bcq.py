@@ -14,7 +14,7 @@ actions. The perturbation network then changes an action by at most phi, to rais
 and the other improves. `regularise` says on which of them the actor's regularisers act. The
 analysis looks inside that network, and if they act on both inside the perturbation network.
 
-Two CPU cores make about 40 updates a second at batch 100 (Hopper's sizes).
+Two CPU cores make about 35 updates a second at batch 100 (Hopper's sizes).
 """
 
 import signal
