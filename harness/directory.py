@@ -135,4 +135,4 @@ def load_config(config_class, directory):
         return config_class(**decode(config_class, {**saved, "results": directory}))
     except UserError as error:
         path = os.path.join(directory, "config.yaml")
-        raise UserError(f"{path} is not the config of a run ({error})") from error
+        raise UserError(f"{path} is not the config of a run of this script ({error})") from error
