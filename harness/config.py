@@ -272,9 +272,11 @@ def with_regularisers(config, known, combined=None, presets=None):
 
 
 def regulariser_flags(regularisers, known, combined):
-    """Return the flags of names joined by +."""
+    """Return the flags that names joined by + stand for."""
+    if regularisers == "none":
+        return {}
     flags = {}
-    names = [name for name in regularisers.split("+") if regularisers != "none"]
+    names = regularisers.split("+")
     for name in names:
         if name not in known:
             raise UserError(
