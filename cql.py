@@ -9,7 +9,7 @@ which is CQL(H) on Soft Actor-Critic (SAC, arXiv 1812.05905).
     python cql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
     python cql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
 
-Two CPU cores make about 8 updates a second (Hopper's sizes).
+Two CPU cores make about 13 updates a second (Hopper's sizes).
 """
 
 import math
