@@ -19,7 +19,6 @@ Two CPU cores make about 35 updates a second at batch 100 (Hopper's sizes).
 
 import signal
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple, Optional, Tuple
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
@@ -46,9 +45,9 @@ from harness.datasets import (
 )
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, make_envs
-from harness.policies import evaluate_run
+from harness.members import init_states, is_on, over_members
+from harness.policies import evaluate_run, host_policy
 from harness.run import Run
-from harness.seeds import init_states, is_on, over_seeds
 
 NAME = "BCQ"  # by this line the tools find the script
 
@@ -146,6 +145,9 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_dropout": "at least 0 and below 1",
     "critic_l1_ratio": "between 0 and 1",
 }
+
+# Floats that `train` itself reads. Runs that are trained in one program have the same.
+HOST_FLOATS = ("validation_frac",)
 
 
 def constraints(config):
@@ -265,7 +267,7 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# In compiled code every float of the config is a traced array, but for 0 (harness/seeds.py).
+# In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
 # So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
 
 
@@ -887,7 +889,7 @@ def init_state(config, batch, seed):
 # --- Training ---
 
 
-@over_seeds("state", donate="state")
+@over_members("state", donate="state")
 def epoch(config, state, data):
     """Make `log_every` updates in one scan; return the state and the scalars (steps,)."""
 
@@ -905,7 +907,7 @@ def act(config, actor, data, observations):
     return forward(nets.actor, actor, observations)
 
 
-@over_seeds("actor", "observations")
+@over_members("actor", "observations")
 def policy(config, actor, data, observations):
     """Return the actions (E, A) in evaluation, for states (E, S) as the environment gives them."""
     return best_candidates(config, actor, data, observations)
@@ -914,33 +916,35 @@ def policy(config, actor, data, observations):
 def train(config, run):
     """Train to the end, from the last checkpoint if there is one.
 
-    In turn: evaluate if that is due, then make `log_every` updates. All arrays of states, infos,
-    returns and measurements have a first axis of seeds here.
+    In turn: make `log_every` updates, then evaluate if that is due. All arrays of states, infos,
+    returns and measurements have a first axis of members here: the run's seeds, or those of
+    several runs that are trained together (harness/members.py).
     """
     data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
     data = jax.device_put(data)
     envs = make_envs(config)
     states = init_states(init_state, config, transitions(data, np.arange(1)))
-    states, num_updates, last_evaluated = run.restore(states, data)
+    states, num_updates = run.restore(states, data)
+
+    def evaluation(states, update):
+        """Return the returns of an evaluation's episodes, and what is measured in the actors."""
+        with run.timed("evaluation"):
+            act_in_all = host_policy(policy, config, states.actor, data)
+            returns, visited = evaluate(config, act_in_all, envs, update)
+        if not config.analysis:
+            return returns, {}
+        with run.timed("analysis"):
+            return returns, with_pca_ranks(analyse(config, states, data, samples, visited))
+
     while True:
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
-        is_due = is_due and num_updates > last_evaluated
-        # Saves if an evaluation follows, so that a kill in it costs no training, or once a minute.
-        # After a signal it saves and exits.
-        run.checkpoint(states, num_updates, last_evaluated, now=is_due)
-        if is_due:
-            with run.timed("evaluation"):
-                act_in_all_seeds = partial(policy, config, states.actor, data)
-                returns, visited = evaluate(config, act_in_all_seeds, envs, num_updates)
-            measured = {}
-            if config.analysis:
-                with run.timed("analysis"):
-                    measured = with_pca_ranks(analyse(config, states, data, samples, visited))
-            run.log_evaluation(num_updates, returns, measured)
-            last_evaluated = num_updates
-            run.checkpoint(states, num_updates, last_evaluated, now=True)
+        if is_due and num_updates > run.evaluated:
+            # So that a kill in the evaluation costs no training
+            run.checkpoint(states, num_updates, now=True)
+            run.evaluate(evaluation, states, num_updates)
+        run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
         with run.timed("train"):
@@ -978,7 +982,7 @@ def make_samples(data):
     return samples
 
 
-@over_seeds("state", "visited")
+@over_members("state", "visited")
 def analyse(config, state, data, samples, visited):
     """Return what the paper measures inside the actor, by names such as train/dead_neurons.
 

@@ -6,6 +6,7 @@ import numpy as np
 from harness.datasets import normalized_score
 from harness.environments import Envs, inner, reset
 from harness.errors import UserError
+from harness.members import seeds
 
 NUM_VISITED = 10_000  # states of an evaluation, on which the actor is measured
 
@@ -63,7 +64,7 @@ def evaluate(config, policy, envs, update):
     rows = evaluation_episodes(config)
     num_seeds, num_episodes = config.num_seeds, len(rows)
     numbers = []
-    for seed in range(config.seed, config.seed + num_seeds):
+    for seed in seeds(config).tolist():
         numbers += [(seed, update, row[0]) for row in rows]
     noise = np.tile(np.array(rows, np.float32)[:, 1:], (num_seeds, 1))
     action_noise, state_noise = noise.T

@@ -5,28 +5,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from harness.checkpoint import flatten, without_keys
+from harness.members import seeds
 
 
 def find_divergence(config, update, infos, states):
-    """Say which quantity is NaN or infinite in the epoch that ends with `update`, "" if none is.
+    """Say what is NaN or infinite in the epoch that ends with `update`.
 
-    `infos` are its scalars (seeds, steps), `states` trees of arrays (seeds, ...).
+    `infos` are its scalars (members, steps), `states` trees of arrays (members, ...). Returns
+    {number of a member: message} for those that have diverged.
     """
+    problems = {}
     epoch = config.log_every
     for key, values in infos.items():
-        for seed, step in np.argwhere(~np.isfinite(values)):
+        for member, step in np.argwhere(~np.isfinite(values)):
             at = update - epoch + (step + 1) * epoch // values.shape[1]
-            return f"{key} is {values[seed, step]} after update {at} (seed {config.seed + seed})"
-    for seed in np.flatnonzero(~np.asarray(is_finite(states))):
+            problems.setdefault(int(member), f"{key} is {values[member, step]} after update {at}")
+    for member in np.flatnonzero(~np.asarray(is_finite(states))):
         for key, array in flatten(without_keys(states)).items():
-            if not np.isfinite(np.asarray(array[seed])).all():
-                return f"{key} is NaN or infinite after update {update} (seed {config.seed + seed})"
-    return ""
+            if not np.isfinite(np.asarray(array[member])).all():
+                message = f"{key} is NaN or infinite after update {update}"
+                problems.setdefault(int(member), message)
+    own_seeds = seeds(config)
+    return {member: f"{text} (seed {own_seeds[member]})" for member, text in problems.items()}
 
 
 @jax.jit
 def is_finite(tree):
-    """Return whether all floats in a tree of arrays (seeds, ...) are finite, (seeds,)."""
+    """Return whether all floats in a tree of arrays (members, ...) are finite, (members,)."""
     floats = []
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating):

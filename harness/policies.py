@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 
 from harness.checkpoint import last_checkpoint, unflatten
@@ -10,9 +11,20 @@ from harness.config import check, given_words
 from harness.directory import load_config
 from harness.errors import UserError
 from harness.evaluation import make_envs, print_scores, record
-from harness.seeds import check_device
+from harness.members import check_device
 
 EVALUATION_FLAGS = ("evaluate", "video", "eval_episodes", "eval_noise")
+
+
+def host_policy(policy, config, actor, data):
+    """Return a script's `policy` as a function from states (members, E, S) to actions.
+
+    It runs on JAX's CPU backend, also where training has a GPU. So scores don't depend on where
+    one trains, and playing doesn't wait for training.
+    """
+    needed = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
+    actor, needed = jax.device_put((actor, needed), jax.devices("cpu")[0])
+    return functools.partial(policy, config, actor, needed)
 
 
 def load(config_class, policy, directory):

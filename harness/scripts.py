@@ -6,6 +6,9 @@ import os
 import re
 import sys
 
+from harness.config import check, given_values, parse
+from harness.datasets import with_checksum
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # A file that has all of these is a script. Others are never imported.
@@ -41,3 +44,10 @@ def load_script(name):
 def scripts():
     """Return the algorithms' modules by the names of their files, {"rebrac": <module>, ...}."""
     return {name: load_script(name) for name in script_names()}
+
+
+def read_config(script, words):
+    """Return the config of a script's run, given its flags as a list of words."""
+    config = script.tuned(parse(script.Config, words))
+    check(config, script.constraints, script.BOUNDS, given_values(script.Config, words))
+    return with_checksum(config)

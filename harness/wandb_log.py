@@ -99,7 +99,7 @@ class WandB:
 
     def start(self, updates):
         """Begin, and send the rows of `updates` that W&B doesn't have from before."""
-        if self.mode == "disabled":
+        if self.mode == "disabled" or self.run is not None:
             return
         with self.never_fatal():
             self.run = self.begin()
@@ -135,6 +135,7 @@ class WandB:
             finish_timeout_raises=True,
             console="off",
             silent=True,
+            reinit="create_new",  # beside those of other runs that are trained together
         )
         if os.getenv("WANDB_SWEEP_ID"):
             # The agent sends SIGTERM to a run that is stopped in W&B's pages. wandb's own SIGINT

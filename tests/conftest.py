@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 import rebrac
-from harness import seeds
+from harness import members
 from harness.environments import make_env
 from harness.scripts import scripts
 
@@ -181,7 +181,7 @@ def small_batch(size=32):
 
 def init_states(script, config, data):
     """Return the states of a config's seeds before the first update."""
-    return seeds.init_states(script.init_state, config, script.transitions(data, np.arange(1)))
+    return members.init_states(script.init_state, config, script.transitions(data, np.arange(1)))
 
 
 def small_state(script, config, seed=0, spread=0.3):
@@ -216,7 +216,7 @@ def run_epochs(script, config, epochs=2):
 
 def lower_epoch(script, config, platform="cpu"):
     """Return an epoch's program before it is compiled, for a platform that needn't be there."""
-    static, traced = seeds.split_config(config)
+    static, traced = members.split_config(config)
     states = state_shapes(script, config)
     program = script.epoch.program.trace(static, traced, states, small_data())
     return program.lower(lowering_platforms=(platform,))

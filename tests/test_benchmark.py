@@ -17,8 +17,8 @@ import rebrac
 from harness.environments import make_env
 from harness.errors import UserError
 from harness.evaluation import evaluate, evaluation_episodes
+from harness.members import split_config
 from harness.scripts import scripts
-from harness.seeds import split_config
 from tools import benchmark
 
 # --- Config ---

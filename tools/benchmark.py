@@ -46,8 +46,8 @@ from harness.datasets import load_dataset
 from harness.environments import Envs, make_env, reset
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, evaluation_episodes, make_envs
+from harness.members import check_device, init_states, split_config
 from harness.scripts import ROOT, scripts
-from harness.seeds import check_device, init_states, split_config
 
 DATASET = "hopper-medium-v2"  # whose shapes and hyperparameters are taken
 TASKS = ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1")  # of the part `evaluation`

@@ -3,15 +3,20 @@
     python -m tools.sweep sweeps/rebrac/adroit/dropout.yaml  # one run after the other
     python -m tools.sweep sweeps/*/gym/final.yaml --processes 8  # eight at once share the cores
     python -m tools.sweep sweeps/iql/gym/pairs.yaml --num_updates 20000  # this flag for every run
+    python -m tools.sweep sweeps/iql/gym/pairs.yaml --together 64  # on a GPU: 64 in one program
 
 W&B's own engine expands the grids. Finished runs are skipped. Ctrl-C and SIGTERM stop with
 checkpoints, and the same command resumes. Several commands may share a sweep, also on machines
 that share the disk. Each run's output is in the output.txt of its directory. With
 CUDA_VISIBLE_DEVICES=0,1 the processes take the GPUs in turn.
+
+With --together N a program trains up to N runs, which differ in seeds and numbers alone. Each has
+its own directory, as if it had been trained alone, and may go on alone or in other company.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import signal
@@ -26,11 +31,11 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no
 import yaml
 from tqdm import tqdm
 
-from harness.config import check, decode, given_values, parse
-from harness.datasets import with_checksum
+from harness.config import decode
 from harness.directory import run_directory, status
 from harness.errors import UserError, one_line, one_line_errors
-from harness.scripts import scripts
+from harness.members import in_common
+from harness.scripts import read_config, scripts
 
 with warnings.catch_warnings():  # of pydantic, which it uses by old names
     warnings.simplefilter("ignore")
@@ -123,37 +128,16 @@ class Job:
     def __init__(self, command):
         known = programs()
         program = next(word for word in command if word in known)
-        script = known[program]
-        flags = command[command.index(program) + 1 :]
-        config = script.tuned(parse(script.Config, flags))
+        self.script = known[program]
+        self.flags = command[command.index(program) + 1 :]
+        config = read_config(self.script, self.flags)
         if config.evaluate or config.video:
             raise UserError("a sweep only trains; give --evaluate and --video to a script")
-        check(config, script.constraints, script.BOUNDS, given_values(script.Config, flags))
-        config = with_checksum(config)
         # By its path, so that a sweep runs from any folder
-        self.command = [script.__file__ if word == program else word for word in command]
+        self.command = [self.script.__file__ if word == program else word for word in command]
         self.config = config
-        self.directory = run_directory(program.removesuffix(".py"), config, script.tuned)
+        self.directory = run_directory(self.script.__name__, config, self.script.tuned)
         self.name = os.path.relpath(self.directory, config.results)
-        self.signals_sent = 0
-
-    def start(self, slot, slots):
-        """Start the run with the share of the cores and GPUs that its slot has."""
-        environment = dict(os.environ)
-        gpus = os.getenv("CUDA_VISIBLE_DEVICES")
-        if gpus:
-            gpus = gpus.split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        os.makedirs(self.directory, exist_ok=True)
-        with open(self.output_path(), "ab") as output, on_cores(slot, slots):
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # so that Ctrl-C comes through this program alone
-                env=environment,
-            )
 
     def output_path(self):
         return os.path.join(self.directory, "output.txt")
@@ -163,8 +147,43 @@ class Job:
         with open(self.output_path(), errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
         if not lines:
-            return f"no output, exit code {self.process.returncode}; is the disk full?"
+            return "no output; is the disk full?"
         return lines[-1].removesuffix(f"; {self.directory}")
+
+
+class Program:
+    """A process that trains a job, or several together."""
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+        self.signals_sent = 0
+
+    def start(self, slot, slots):
+        """Start it with the share of the cores and GPUs that its slot has."""
+        environment = dict(os.environ)
+        gpus = os.getenv("CUDA_VISIBLE_DEVICES")
+        if gpus:
+            gpus = gpus.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        first = self.jobs[0]
+        command = first.command
+        flags = ""
+        if len(self.jobs) > 1:
+            command = [sys.executable, "-m", "harness.group", first.script.__name__]
+            flags = json.dumps([job.flags for job in self.jobs])
+        os.makedirs(first.directory, exist_ok=True)
+        with open(first.output_path(), "ab") as output, on_cores(slot, slots):
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # so that Ctrl-C comes through this program alone
+                env=environment,
+                text=True,
+            )
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:
+            stdin.write(flags)
 
 
 @contextlib.contextmanager
@@ -193,27 +212,40 @@ def read_jobs(paths, flags):
     return list(jobs.values())
 
 
-class Pool:
-    """Runs the jobs that aren't finished, several at once, in the order of their seeds."""
+def make_programs(jobs, together):
+    """Return programs of up to `together` jobs, in the order of their seeds."""
+    groups = {}
+    for job in sorted(jobs, key=lambda job: job.config.seed):
+        in_all = in_common(job.config, job.script.HOST_FLOATS)
+        groups.setdefault((job.script.__name__, *in_all.items()), []).append(job)
+    chunks = []
+    for own in groups.values():
+        chunks += [own[i : i + together] for i in range(0, len(own), together)]
+    chunks.sort(key=lambda own: own[0].config.seed)
+    return [Program(own) for own in chunks]
 
-    def __init__(self, jobs, slots):
+
+class Pool:
+    """Runs the programs of the jobs that aren't finished, several at once."""
+
+    def __init__(self, jobs, slots, together):
         self.slots = slots
-        self.waiting = []
-        self.running = {}  # by their slots
+        self.running = {}  # programs by their slots
         self.done = []
         self.failed = []
         self.busy = []  # those that other processes train
         self.signals = []  # that have come
         self.updates = {}  # of all jobs, how far they are
+        self.unfinished = []
         for job in jobs:
             now = status(job.directory)
             self.updates[job] = now.update
             if now.state != "finished":
-                self.waiting.append(job)
-        self.waiting.sort(key=lambda job: job.config.seed)
+                self.unfinished.append(job)
+        self.waiting = make_programs(self.unfinished, together)
 
     def run(self):
-        """Run all jobs. After a signal start none, and wait for those that run."""
+        """Run all programs. After a signal start none, and wait for those that run."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.receive)
         self.bar = tqdm(
@@ -226,8 +258,8 @@ class Pool:
         while self.running or (self.waiting and not self.signals):
             for slot in range(self.slots):
                 self.fill(slot)
-            for slot, job in list(self.running.items()):
-                self.look_after(slot, job)
+            for slot, program in list(self.running.items()):
+                self.look_after(slot, program)
             self.bar.update(sum(self.updates.values()) - self.bar.n)
             time.sleep(0.5)
         self.bar.close()
@@ -236,45 +268,50 @@ class Pool:
         self.signals.append(number)
 
     def fill(self, slot):
-        """Start a job in a slot if that is free."""
+        """Start a program in a slot if that is free, without jobs that other processes train."""
         while self.waiting and not self.signals and slot not in self.running:
-            job = self.waiting.pop(0)
-            if status(job.directory).busy:
-                self.busy.append(job)
+            program = self.waiting.pop(0)
+            free = []
+            for job in program.jobs:
+                (self.busy if status(job.directory).busy else free).append(job)
+            program.jobs = free
+            if not free:
                 continue
             try:
-                job.start(slot, self.slots)
-                self.running[slot] = job
+                program.start(slot, self.slots)
+                self.running[slot] = program
             except OSError as error:  # the others go on
-                self.failed.append(job)
-                self.bar.write(f"can't write to {job.directory} ({error.strerror})", sys.stdout)
+                self.failed += free
+                directory = free[0].directory
+                self.bar.write(f"can't write to {directory} ({error.strerror})", sys.stdout)
 
-    def look_after(self, slot, job):
-        """Pass signals on to a job, see how far it is, and note its end.
+    def look_after(self, slot, program):
+        """Pass signals on to a program, see how far it is, and note its end.
 
         The first signal ends the runs with checkpoints. The second kills them.
         """
-        for number in (signal.SIGTERM, signal.SIGKILL)[job.signals_sent : len(self.signals)]:
-            job.process.send_signal(number)
-            job.signals_sent += 1
-        code = job.process.poll()
-        self.updates[job] = status(job.directory).update
+        for number in (signal.SIGTERM, signal.SIGKILL)[program.signals_sent : len(self.signals)]:
+            program.process.send_signal(number)
+            program.signals_sent += 1
+        code = program.process.poll()
+        for job in program.jobs:
+            self.updates[job] = status(job.directory).update
         if code is not None:
             del self.running[slot]
-            self.note_end(job, code)
+            for job in program.jobs:
+                self.note_end(job, code)
 
     def note_end(self, job, code):
         """Note how a job has ended, and print it unless it was stopped."""
-        if code == os.EX_TEMPFAIL:  # another process was faster
+        now = status(job.directory)
+        if code == os.EX_TEMPFAIL or now.busy:  # another process was faster
             self.busy.append(job)
             return
-        if code != 0 and self.signals:
+        is_finished = now.state == "finished"
+        if not is_finished and self.signals:
             return
-        if code == 0:
-            self.done.append(job)
-        else:
-            self.failed.append(job)
-        to_go = len(self.running) + len(self.waiting)
+        (self.done if is_finished else self.failed).append(job)
+        to_go = len(self.unfinished) - len(self.done) - len(self.failed) - len(self.busy)
         counts = f"{len(self.done)} done, {len(self.failed)} failed, {to_go} to go"
         self.bar.write(f"{counts}: {job.name}\n    {job.last_words()}", sys.stdout)
         sys.stdout.flush()
@@ -282,22 +319,26 @@ class Pool:
 
 def main():
     parser = argparse.ArgumentParser(
-        usage="python -m tools.sweep FILE.yaml ... [--processes N] [any flag of the scripts]",
+        usage="python -m tools.sweep FILE.yaml ... [--processes N] [--together N] "
+        "[any flag of the scripts]",
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="programs at once")
+    parser.add_argument("--together", type=int, default=1, help="runs in one program, for a GPU")
     given, flags = parser.parse_known_args()
     words = ["", *sys.argv[1:]]
     before = words[words.index(given.files[0]) - 1]
     if re.fullmatch(r"--\w+", before):  # then what was taken for a file is this flag's value
         raise UserError(f"name the files first, then {before} and other flags of the scripts")
-    if given.processes < 1:
-        raise UserError("processes must be 1 or more")
+    for name in ("processes", "together"):
+        if getattr(given, name) < 1:
+            raise UserError(f"{name} must be 1 or more")
     jobs = read_jobs(given.files, flags)
-    pool = Pool(jobs, given.processes)
-    num_finished = len(jobs) - len(pool.waiting)
-    print(f"{len(jobs)} runs, of which {num_finished} are finished", flush=True)
+    pool = Pool(jobs, given.processes, given.together)
+    num_finished = len(jobs) - len(pool.unfinished)
+    in_programs = f"; {len(pool.waiting)} programs train the others" if given.together > 1 else ""
+    print(f"{len(jobs)} runs, of which {num_finished} are finished{in_programs}", flush=True)
     pool.run()
     for job in pool.failed:
         print(f"failed: {job.directory}")

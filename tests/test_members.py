@@ -9,7 +9,7 @@ import pytest
 from conftest import both_scripts, lowered_epoch, of_seed, small_config
 
 import rebrac
-from harness.seeds import NOT_COMPILED, init_states, is_on, over_seeds, split_config
+from harness.members import NOT_COMPILED, init_states, is_on, over_members, split_config
 
 CONFIG = small_config(rebrac, tau=0.5)
 
@@ -22,7 +22,7 @@ def decay(config, state, data, shift):
     return {**state, "x": x}, x.sum() * config.actor_layers
 
 
-over_all_seeds = over_seeds("state", "shift")(decay)
+over_all_seeds = over_members("state", "shift")(decay)
 
 
 def make_states(num_seeds):
@@ -65,7 +65,7 @@ def test_the_decorated_function_keeps_its_name_and_docstring():
 def test_a_donated_argument_is_used_up_and_others_are_not():
     states = make_states(2)
     shifts = jnp.ones(2)
-    donating = over_seeds("state", "shift", donate="state")(decay)
+    donating = over_members("state", "shift", donate="state")(decay)
     expected, _ = over_all_seeds(CONFIG, states, DATA, shifts)
     assert not states["x"].is_deleted()
     new_states, _ = donating(CONFIG, states, DATA, shifts)
@@ -124,7 +124,7 @@ def test_a_strength_of_0_is_off_and_leaves_no_trace():
 
 
 def test_numbers_that_are_not_0_share_a_compiled_program():
-    function = over_seeds("state", "shift")(decay)
+    function = over_members("state", "shift")(decay)
 
     def programs(**changed):
         """Return how many there are after a call with some fields."""

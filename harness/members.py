@@ -1,0 +1,198 @@
+"""Members, compilation, and the numbers of a config that a compiled program takes as arguments.
+
+A member is one seed of one run. Members that differ in seeds and numbers alone are trained
+together: the seeds of a run, or those of several runs, for which `stack_configs` makes one config.
+
+The functions of a script are written for one member and its whole config. `over_members` compiles
+such a function once for all members. It splits the config in two:
+
+- *static*: what the program depends on, such as the number of layers, and every 0. A regulariser
+  whose strength is 0 is therefore not in the program.
+- *traced*: the floats that aren't 0. They are arguments of the program, so that runs which differ
+  only in those share it. Where members differ, it is an array (members,), in which 0 may occur.
+"""
+
+import functools
+import inspect
+import os
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from harness.errors import UserError, one_line
+
+# Fields that no compiled program depends on
+NOT_COMPILED = (
+    "seed",
+    "dataset_path",
+    "dataset_sha256",
+    "validation_seed",
+    "eval_every",
+    "eval_episodes",
+    "eval_noise",
+    "results",
+    "evaluate",
+    "video",
+)
+
+
+def check_device():
+    """Raise UserError if JAX finds no device, as where JAX_PLATFORMS names what isn't there."""
+    try:
+        jax.devices()
+    except Exception as error:  # a RuntimeError or an AssertionError
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={os.getenv('JAX_PLATFORMS')}; unset it, or "
+            "install JAX's build for that device, for a GPU as README.md says "
+            f"(JAX: {one_line(error) or 'no device'})"
+        ) from error
+
+
+def has_accelerator():
+    """Return whether JAX has a GPU or the like."""
+    return jax.default_backend() != "cpu"
+
+
+def is_on(strength):
+    """Return whether a coefficient is not 0.
+
+    A 0 is static, so that its term is not compiled. Any other float is a traced array, whose
+    value isn't known here. It may be 0 only where another member's isn't.
+    """
+    return isinstance(strength, jax.Array) or strength > 0
+
+
+# --- Configs of several members ---
+
+
+def seeds(config):
+    """Return the members' seeds, (members,)."""
+    if np.ndim(config.seed) > 0:
+        return config.seed
+    return config.seed + np.arange(config.num_seeds)
+
+
+def in_common(config, host_floats):
+    """Return in which fields runs must agree to be trained together, and their values.
+
+    They may differ in the seed and in floats, but for a script's HOST_FLOATS. Strengths, named
+    actor_... and critic_..., may be 0 in some of them. Other floats are 0 in all or in none, since
+    a 0 may mean something else.
+    """
+    fields = {}
+    for name, value in vars(config).items():
+        if name == "seed":
+            continue
+        if isinstance(value, float) and name not in host_floats:
+            if name.startswith(("actor_", "critic_")):
+                continue
+            value = value == 0
+        fields[name] = value
+    return fields
+
+
+def stack_configs(configs):
+    """Return the config of all members of runs that are trained together.
+
+    Its `num_seeds` is the number of members. Its `seed`, and the floats in which they differ, are
+    arrays (members,), run by run.
+    """
+    if len(configs) == 1:
+        return configs[0]
+    sizes = [config.num_seeds for config in configs]
+    values = dict(num_seeds=sum(sizes), seed=np.concatenate([seeds(config) for config in configs]))
+    for name, first in vars(configs[0]).items():
+        own = [getattr(config, name) for config in configs]
+        if isinstance(first, float) and len(set(own)) > 1:
+            values[name] = np.repeat(own, sizes)
+    return replace(configs[0], **values)
+
+
+def split_config(config):
+    """Return the static config, with None for what it lacks, and the traced numbers."""
+    traced = {}
+    for name, value in vars(config).items():
+        is_number = isinstance(value, float) and value != 0
+        if (is_number or isinstance(value, np.ndarray)) and name not in NOT_COMPILED:
+            traced[name] = value
+    return replace(config, **dict.fromkeys([*traced, *NOT_COMPILED])), traced
+
+
+# --- Programs of several members ---
+
+
+def over_members(*stacked, donate=None):
+    """Decorate `function(config, ...)` of one member, to run all of them in one compiled program.
+
+    The arguments named in `stacked` then have a leading axis of members, and so do the results.
+    The memory of the argument `donate` is used again for the results.
+
+        @over_members("state", donate="state")
+        def epoch(config, state, data): ...
+
+        states, infos = epoch(config, states, data)
+
+    The program itself is `epoch.program(static, traced, states, data)`.
+    """
+
+    def decorate(function):
+        names = list(inspect.signature(function).parameters)[1:]
+        axes = [0 if name in stacked else None for name in names]
+        donated = [2 + names.index(donate)] if donate else []  # after static and traced
+
+        def program(static, traced, *arguments):
+            def one_member(numbers, *arguments):
+                return function(replace(static, **numbers), *arguments)
+
+            number_axes = {name: 0 if jnp.ndim(x) else None for name, x in traced.items()}
+            return map_members(one_member, [number_axes, *axes], [traced, *arguments])
+
+        program.__name__ = function.__name__
+        compiled = jax.jit(program, static_argnums=0, donate_argnums=donated)
+
+        @functools.wraps(function)
+        def call(config, *arguments):
+            return compiled(*split_config(config), *arguments)
+
+        call.program = compiled
+        return call
+
+    return decorate
+
+
+def map_members(function, axes, arguments):
+    """Map `function` over the first axis of the arguments whose entry of `axes` is 0.
+
+    A single member goes without vmap, which would make it slower on a CPU.
+    """
+    stacked = [argument for argument, axis in zip(arguments, axes) if axis == 0]
+    num_members = len(jax.tree.leaves(stacked)[0])
+    if num_members > 1:
+        return jax.vmap(function, axes)(*arguments)
+    first = []
+    for argument, axis in zip(arguments, axes):
+        if axis == 0:
+            argument = jax.tree.map(lambda x: x[0], argument)
+        first.append(argument)
+    return jax.tree.map(lambda x: x[None], function(*first))
+
+
+def init_states(init_state, config, batch):
+    """Return `init_state(config, batch, seed)` of each member, stacked.
+
+    A loop and not a vmap: JAX's batched QR, in IQL's orthogonal initialiser, can hang on a CPU.
+    """
+    own = {}  # numbers of each member
+    for name, value in split_config(config)[1].items():
+        if np.ndim(value) > 0:
+            own[name] = value
+
+    def init(member):
+        seed, numbers = member
+        return init_state(replace(config, **numbers), batch, seed)
+
+    quick_to_compile = {"xla_backend_optimization_level": 0}  # since it runs once
+    members = (jnp.asarray(seeds(config)), {name: jnp.asarray(x) for name, x in own.items()})
+    return jax.jit(functools.partial(jax.lax.map, init), compiler_options=quick_to_compile)(members)

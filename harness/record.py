@@ -1,0 +1,224 @@
+"""What a run keeps in its directory: its config, tables, checkpoints, end, and what W&B gets."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+
+import yaml
+
+from harness.checkpoint import (
+    flatten,
+    last_checkpoint,
+    restore_tree,
+    without_keys,
+    write_checkpoint,
+    write_file,
+)
+from harness.datasets import normalized_score
+from harness.directory import check_same_config, run_directory, saved_fields
+from harness.errors import BusyError, UserError
+from harness.evaluation import score_columns, summary
+from harness.tables import Tables, episode_rows, seed_rows
+from harness.wandb_log import WandB, is_whole_there
+
+
+class Record:
+    """A run's directory, which belongs to one process at a time:
+
+    config.yaml      the fields on which its results depend
+    train.csv        a row for each epoch and seed: the losses' means over the epoch
+    evaluations.csv  a row for each evaluation and seed: the scores, what is inside the actor
+    episodes.csv     a row for each episode of an evaluation
+    checkpoint.npz   everything from which the run resumes; previous.npz, the one before it
+    finished.json    once the run is finished: how long it took
+    failed.txt       once an error has stopped it: the error
+    """
+
+    def __init__(self, algorithm, config, tuned):
+        self.algorithm = algorithm
+        self.config = config
+        self.directory = run_directory(algorithm, config, tuned)
+        check_same_config(self.directory, config)
+        self.tables = Tables(self.directory)
+        self.is_finished = os.path.exists(self.path("finished.json"))
+        self.score = {}  # to show
+        self.losses = {}  # to show
+        self.saved = 0  # the last checkpoint's update
+        self.held = None  # rows that W&B gets after an evaluation that is still played
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def remove(self, name):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path(name))
+
+    @contextlib.contextmanager
+    def disk_errors(self):
+        """Say what to do when the disk is full or can't be written to."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"can't write to {self.directory} ({error.strerror}); once that is mended, the "
+                f"same command resumes from the last checkpoint, of update {self.saved}"
+            ) from error
+
+    # Its beginning
+
+    def open(self):
+        """Make the directory this process's, or raise BusyError."""
+        with self.disk_errors():
+            os.makedirs(self.directory, exist_ok=True)
+            self.take_lock()
+            text = yaml.safe_dump(saved_fields(vars(self.config)), sort_keys=False)
+            write_file(self.path("config.yaml"), lambda file: file.write(text.encode()))
+            self.remove("failed.txt")
+            self.wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
+
+    def take_lock(self):
+        """Take the run's lock, or raise BusyError. `is_busy` elsewhere holds it for an instant."""
+        try:
+            self.lock = open(self.path("lock"), "a")  # NFS locks what can be written
+        except PermissionError:  # another user's file
+            self.lock = open(self.path("lock"))
+        for _ in range(3):
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError as error:
+                print(
+                    f"warning: no locks on this disk ({error.strerror}), so nothing keeps a "
+                    "second process from training this run, too"
+                )
+                return
+        raise BusyError(f"another process is training {self.directory}")
+
+    def say_finished(self):
+        """Print the score of a run that was finished before."""
+        with open(self.path("finished.json")) as file:
+            score = json.load(file)["score"]
+        print(f"finished already: {self.directory}; final score {score}")
+
+    def send_again(self):
+        """Send a finished run to W&B if that hasn't all of it.
+
+        A sweep has made a run for it, which would stay empty.
+        """
+        whole = is_whole_there(self.directory, self.config.num_updates)
+        if os.getenv("WANDB_SWEEP_ID") or not whole:
+            wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
+            wandb.start(self.tables.updates())
+            wandb.close(0, preempted=False)
+
+    # Its end
+
+    def finish(self, seconds):
+        """Mark the run as finished."""
+        about = dict(updates=self.config.num_updates, seconds=seconds, **self.score)
+        with self.disk_errors():
+            text = json.dumps(about)
+            write_file(self.path("finished.json"), lambda file: file.write(text.encode()))
+            self.remove("previous.npz")
+        times = [f"{phase} {value:.0f} s" for phase, value in seconds.items()]
+        print(f"final score {self.score['score']}; {', '.join(times)}; {self.directory}")
+
+    def fail(self, error):
+        """Keep the error that has stopped the run."""
+        name = "error" if isinstance(error, UserError) else type(error).__name__
+        text = f"{name}: {error}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError), open(self.path("failed.txt"), "wb") as file:
+            file.write(text)
+
+    def close(self, exit_code, preempted=False):
+        """Give the directory free, and end the W&B run."""
+        self.wandb.close(exit_code, preempted)
+        self.lock.close()
+
+    # Its checkpoints
+
+    def restore(self, states):
+        """Return the states of the last whole checkpoint, and what was written about it.
+
+        A new run has `states`, and None. The tables are cut to what they were then. W&B begins
+        here, too.
+        """
+        with self.disk_errors():
+            self.tables.create()
+        found = last_checkpoint(self.directory)
+        if found is None:
+            if not self.tables.are_empty():
+                raise UserError(
+                    f"{self.directory} has lost its checkpoints; remove it to start anew"
+                )
+            self.wandb.start([])
+            return states, None
+        path, arrays, about = found
+        self.check_checkpoint(path, arrays, states)
+        with self.disk_errors():
+            # The newer one may be damaged. It must not become the previous one.
+            os.replace(path, self.path("checkpoint.npz"))
+            self.tables.cut(about["tables"])
+        self.wandb.start(self.tables.updates())
+        self.score = about["score"]
+        self.saved = about["update"]
+        return restore_tree(states, arrays, "states"), about
+
+    def check_checkpoint(self, path, arrays, states):
+        """Raise UserError if a checkpoint is of another version of the script."""
+        leaves = flatten(without_keys(states))
+        expected = {f"states/{key}": leaf.shape for key, leaf in leaves.items()}
+        found = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
+        for key in {**expected, **found}:
+            if expected.get(key) != found.get(key):
+                raise UserError(
+                    f"{path} is of another version of the script: {key} has shape "
+                    f"{found.get(key)} there and {expected.get(key)} here; resume with that "
+                    f"version, or remove {self.directory} to start anew"
+                )
+
+    def save(self, tree, about):
+        """Save a tree of arrays, the tables' sizes, and the dictionary `about`."""
+        with self.disk_errors():
+            about = dict(about, score=self.score, tables=self.tables.save())
+            path = self.path("checkpoint.npz")
+            write_checkpoint(path, tree, about, keep=self.path("previous.npz"))
+        self.saved = about["update"]
+
+    # Its tables
+
+    def log_epoch(self, update, infos):
+        """Log the means of scalars (seeds, steps) over the epoch that ends with `update`."""
+        means = {key: values.mean(1) for key, values in infos.items()}
+        self.write("train.csv", seed_rows(self.config, update, means))
+        self.losses = {key: f"{values.mean():.4g}" for key, values in means.items()}
+
+    def log_evaluation(self, update, returns, measured):
+        """Log the returns (seeds, E) of an evaluation, and what was measured with it, (seeds,)."""
+        scores = normalized_score(self.config.dataset_name, returns)
+        self.write("episodes.csv", episode_rows(self.config, update, returns, scores))
+        means = {}
+        for name, index in score_columns(self.config).items():
+            means[name] = scores[:, index].mean(1)
+        held = self.held
+        self.held = None
+        self.write("evaluations.csv", seed_rows(self.config, update, {**means, **measured}))
+        for rows in held or []:
+            self.wandb.send(rows)
+        without_noise = score_columns(self.config)["score"]
+        self.score = {"score": summary(scores[:, without_noise])}
+
+    def write(self, table, rows):
+        """Append rows to a table, and send them to W&B unless they are of episodes."""
+        with self.disk_errors():
+            self.tables.append(table, rows)
+        if table == "episodes.csv":
+            return
+        if self.held is None:
+            self.wandb.send(rows)
+        else:
+            self.held.append(rows)
