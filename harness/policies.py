@@ -23,7 +23,11 @@ def host_policy(policy, config, actor, data):
     one trains, and playing doesn't wait for training.
     """
     needed = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
-    actor, needed = jax.device_put((actor, needed), jax.devices("cpu")[0])
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        cpu = jax.devices()[0]
+    actor, needed = jax.device_put((actor, needed), cpu)
     return functools.partial(policy, config, actor, needed)
 
 

@@ -4,6 +4,10 @@
 #   wandb sweep sweeps/rebrac/gym/final.yaml                      # prints the sweep's name, team/project/id
 #   sbatch --array=1-64%16 sweeps/slurm.sh team/project/id        # from the checkout; results/ must be on a shared disk
 #
+# Without W&B the tasks take the runs of sweeps' files, here 64 in one program:
+#
+#   sbatch --array=1-8 sweeps/slurm.sh sweeps/rebrac/gym/dropout.yaml --together 64
+#
 # An agent trains one run after the other until the sweep has no more. Two minutes before its time is up it gets SIGTERM:
 # the run makes a checkpoint and tells W&B that it was preempted, and the job is queued again. W&B gives the run
 # to an agent again, where it goes on from the checkpoint.
@@ -18,6 +22,10 @@
 #SBATCH --mem=16G
 set -eu
 : "${1:?name the sweep: sbatch --array=1-64%16 sweeps/slurm.sh team/project/id}"
+case "$1" in
+    *.yaml) command=(python -m tools.sweep "$@") ;;
+    *) command=(wandb agent --forward-signals "$1") ;;
+esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 source .venv/bin/activate
 again() {
@@ -26,6 +34,6 @@ again() {
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 }
 trap again TERM
-wandb agent --forward-signals "$1" &
+"${command[@]}" &
 agent=$!
 wait "$agent"

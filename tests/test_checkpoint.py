@@ -20,6 +20,7 @@ from runs_helpers import (
     stopped,
 )
 
+import harness.record
 import harness.run
 import rebrac
 from harness import checkpoint
@@ -60,13 +61,13 @@ def test_a_checkpoint_comes_after_more_than_a_minute(start, monkeypatch):
 
 def test_a_checkpoint_comes_before_and_after_an_evaluation(start, monkeypatch):
     made = []
-    write = harness.run.write_checkpoint
+    write = harness.record.write_checkpoint
 
     def noted(path, tree, about, keep):
         made.append((about["update"], about["evaluated"]))
         write(path, tree, about, keep)
 
-    monkeypatch.setattr(harness.run, "write_checkpoint", noted)
+    monkeypatch.setattr(harness.record, "write_checkpoint", noted)
     start()
     assert made == [(0, 0), (20, 0), (20, 20), (40, 20), (40, 40), (60, 40), (60, 60)]
 

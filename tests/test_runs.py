@@ -39,6 +39,7 @@ from runs_helpers import (
     table,
 )
 
+import harness.record
 import harness.run
 import iql
 import rebrac
@@ -337,9 +338,9 @@ def test_a_score_has_the_deviation_over_the_seeds_means(start, tmp_path, capsys)
     returns[:, 0] = 12135
     returns[1, 1] = 12135
     with Run("rebrac.py", config, rebrac.tuned) as run:
-        run.tables.create()
+        run.records[0].tables.create()
         run.seconds["train"] = 5.0
-        run.log_evaluation(1000, returns, {})
+        run.evaluate(lambda states, update: (returns, {}), None, 1000)
     (line,) = evaluation_lines(capsys.readouterr().out)
     assert line["update"] == "1000"
     assert line["score"] == "75.0 +- 25.0 over 2 seeds"  # of all episodes it would be 43.3
@@ -658,7 +659,7 @@ def test_another_users_lock_is_taken_by_reading_it(start, monkeypatch):
         return open(path, mode, **options)
 
     directory = stopped(start, monkeypatch)
-    monkeypatch.setattr(harness.run, "open", open_others, raising=False)
+    monkeypatch.setattr(harness.record, "open", open_others, raising=False)
     with open(os.path.join(directory, "lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SystemExit) as error, one_line_errors():
@@ -736,10 +737,11 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(start, monkeypatc
 def test_a_table_on_a_full_disk_is_an_error(quick, tmp_path):
     config = rebrac.tuned(rebrac.Config(results=str(tmp_path)))
     with Run("rebrac.py", config, rebrac.tuned) as run:
-        os.symlink("/dev/full", run.path("train.csv"))
-        fails("No space left on device", run.write, "train.csv", [dict(seed=0)] * 10_000)
+        (record,) = run.records
+        os.symlink("/dev/full", record.path("train.csv"))
+        fails("No space left on device", record.write, "train.csv", [dict(seed=0)] * 10_000)
         with contextlib.suppress(OSError):
-            run.tables.files.pop("train.csv").close()
+            record.tables.files.pop("train.csv").close()
 
 
 def test_a_directory_that_can_not_be_written_to_is_an_error(start, tmp_path):

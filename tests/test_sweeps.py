@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 import json
 import os
 import re
@@ -480,11 +481,13 @@ def test_an_algorithm_of_your_own_needs_no_list(tmp_path, monkeypatch, write_swe
 
 def test_all_variants_with_the_first_seed_come_first(write_sweep):
     path = write_sweep(actor_ln=[False, True], seed=[2, 0, 1], actor_bn=[False, True])
-    pool = sweep.Pool(sweep.read_jobs([path], []), 1)
+    pool = sweep.Pool(sweep.read_jobs([path], []), 1, 1)
+    configs = [job.config for program in pool.waiting for job in program.jobs]
     variants = {seed: [] for seed in range(3)}
-    for job in pool.waiting:
-        variants[job.config.seed].append((job.config.actor_ln, job.config.actor_bn))
-    assert [job.config.seed for job in pool.waiting] == 4 * [0] + 4 * [1] + 4 * [2]
+    for config in configs:
+        variants[config.seed].append((config.actor_ln, config.actor_bn))
+    assert [config.seed for config in configs] == 4 * [0] + 4 * [1] + 4 * [2]
+    assert len(pool.waiting) == 12
     assert variants[0] == variants[1] == variants[2]
     assert len(set(variants[0])) == 4
 
@@ -549,7 +552,7 @@ def test_flags_may_come_first_where_they_are_clear(words, write_sweep, monkeypat
     monkeypatch.setattr(sys, "argv", ["sweep", *words.replace("FILE", write_sweep()).split()])
     monkeypatch.setattr(sweep.Pool, "run", lambda pool: pools.append(pool))
     sweep.main()
-    assert [job.config.seed for job in pools[0].waiting] == [1]
+    assert [program.jobs[0].config.seed for program in pools[0].waiting] == [1]
 
 
 def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkeypatch):
@@ -560,17 +563,18 @@ def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkey
     def popen(command, env, **_):
         gpus.append(env["CUDA_VISIBLE_DEVICES"])
         shares.append(os.sched_getaffinity(0))
+        return SimpleNamespace(stdin=io.StringIO())
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    (job,) = sweep.read_jobs([write_sweep()], [])
+    program = sweep.Program(sweep.read_jobs([write_sweep()], []))
     for slot in range(3):
-        job.start(slot, 3)
+        program.start(slot, 3)
     assert gpus == ["3", "5", "3"]
     assert set.union(*shares) == cores == os.sched_getaffinity(0)
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
-    job.start(0, 1)
+    program.start(0, 1)
     assert shares[-1] == cores
 
 
@@ -579,10 +583,10 @@ class ShellJob(sweep.Job):
 
     def __init__(self, directory, line, seed=0):
         self.command = ["sh", "-c", line]
+        self.script = SimpleNamespace(__name__="shell", HOST_FLOATS=())
         self.config = SimpleNamespace(seed=seed, num_updates=10)
         self.directory = str(directory)
         self.name = os.path.basename(directory)
-        self.signals_sent = 0
 
 
 @pytest.fixture
@@ -610,7 +614,8 @@ def run_jobs(tmp_path, monkeypatch, capsys):
 
 def test_each_end_of_a_run_is_told(run_jobs, tmp_path):
     busy = f"exit {os.EX_TEMPFAIL}"
-    good = f"echo; echo 'final score 1; {tmp_path / 'job2'}'; echo"
+    directory = tmp_path / "job2"
+    good = f"echo; echo 'final score 1; {directory}'; echo; touch {directory}/finished.json"
     lines, end = run_jobs(1, "echo why >&2; exit 3", busy, good, "true")
     assert lines == [
         "4 runs, of which 0 are finished",
@@ -618,13 +623,14 @@ def test_each_end_of_a_run_is_told(run_jobs, tmp_path):
         "    why",
         "1 done, 1 failed, 1 to go: job2",
         "    final score 1",
-        "2 done, 1 failed, 0 to go: job3",
-        "    no output, exit code 0; is the disk full?",
+        "1 done, 2 failed, 0 to go: job3",
+        "    no output; is the disk full?",
         f"failed: {tmp_path / 'job0'}",
+        f"failed: {tmp_path / 'job3'}",
         f"another process is training: {tmp_path / 'job1'}",
     ]
     assert isinstance(end, UserError)
-    assert str(end).startswith("1 runs failed; output.txt in their directories says why")
+    assert str(end).startswith("2 runs failed; output.txt in their directories says why")
 
 
 def test_the_first_signal_stops_and_the_second_kills(run_jobs, tmp_path):
@@ -645,7 +651,7 @@ def test_the_first_signal_stops_and_the_second_kills(run_jobs, tmp_path):
 def test_finished_runs_are_skipped(run_jobs, tmp_path):
     (tmp_path / "job0").mkdir()
     (tmp_path / "job0" / "finished.json").write_text("{}")
-    lines, end = run_jobs(1, "echo again", "echo once")
+    lines, end = run_jobs(1, "echo again", f"echo once; touch {tmp_path}/job1/finished.json")
     assert lines[:2] == ["2 runs, of which 1 are finished", "1 done, 0 failed, 0 to go: job1"]
     assert end is None
     assert not (tmp_path / "job0" / "output.txt").exists()

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark  # everything; about an hour on two cores
     python -m tools.benchmark --parts '[regularisers]' --scripts '[iql]' --rounds 3
+    python -m tools.benchmark --parts '[gpu]' --rounds 3  # 8 minutes on a GPU
 
 load          from a file as D4RL has them to ReBRAC's data on the device
 start         from the command to the first update, with an empty cache of programs and a full one
@@ -10,6 +11,7 @@ updates       updates against their matrix products alone
 evaluation    an evaluation's steps against the bare environment, which is given the same actions
 regularisers  what each costs
 seeds         several trained at once
+gpu           members together, and whole runs; not among those that run by default
 
 Everything is timed in `rounds` rounds, in each of which everything that a table compares has its
 turn. Ratios are taken within a round, so that they do not depend on how fast the machine is at
@@ -19,16 +21,14 @@ the moment. To compare two checkouts, run the benchmark of each in turn, more th
 import contextlib
 import glob
 import io
-import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import List, Optional
 
@@ -37,19 +37,32 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no
 
 import h5py
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
 from harness.config import parse
 from harness.datasets import load_dataset
 from harness.environments import Envs, make_env, reset
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, evaluation_episodes, make_envs
-from harness.members import check_device, init_states, split_config
+from harness.members import check_device
 from harness.scripts import ROOT, scripts
+from tools.benchmark_gpu import gpu_part
+from tools.timing import (
+    DATASET,
+    first_states,
+    interleaved,
+    machine,
+    make_config,
+    multiplier,
+    num_operations,
+    print_head,
+    print_row,
+    products_of_two_updates,
+    random_data,
+    spread,
+    trainer,
+)
 
-DATASET = "hopper-medium-v2"  # whose shapes and hyperparameters are taken
 TASKS = ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1")  # of the part `evaluation`
 
 # The rows of a script in the part `updates`, and their flags. A script without has one, at 256.
@@ -61,24 +74,19 @@ ROWS = {
         "ReBRAC (hl_gauss), batch 256": {},
     }
 }
-RANGES = {"rebrac": dict(v_min=-10.0, v_max=10.0)}  # flags that a script takes from the dataset
 
 
 @dataclass
 class Config:
-    parts: List[str] = field(default_factory=lambda: list(PARTS))  # what to time
+    parts: List[str] = field(default_factory=lambda: [*PARTS][:-1])  # what to time
     scripts: List[str] = field(default_factory=lambda: list(scripts()))  # algorithms
     variants: Optional[List[str]] = None  # regularisers; default: all, and combinations
     updates: int = 100  # in one timing
     rounds: int = 7  # timings of each
     transitions: List[int] = field(default_factory=lambda: [1_000_000, 2_000_000])  # in a file
-
-
-def make_config(config, name, **flags):
-    """Return a config of the script `name`, whose epoch is one timing."""
-    script = scripts()[name]
-    fields = dict(dataset_name=DATASET, batch_size=256, log_every=config.updates)
-    return script.tuned(script.Config(**{**fields, **RANGES.get(name, {}), **flags}))
+    members: List[int] = field(default_factory=lambda: [1, 8, 32, 128])  # of the part `gpu`
+    run_updates: int = 100_000  # of a whole run in the part `gpu`
+    gpu_file: str = os.path.join(ROOT, "data", "gpu.md")  # for what the part `gpu` prints
 
 
 def regularisers(script):
@@ -86,21 +94,7 @@ def regularisers(script):
     return list(dict.fromkeys([*script.CHOSEN, *script.BEST.values()]))
 
 
-# --- Data ---
-
-
-def random_data(size=100_000, state_dim=11, action_dim=3):
-    """Return data as a script's `make_dataset` does, of Hopper's shapes."""
-    rng = np.random.default_rng(0)
-    return dict(
-        observations=rng.normal(size=(size, state_dim)).astype(np.float32),
-        actions=rng.uniform(-1, 1, (size, action_dim)).astype(np.float32),
-        rewards=rng.normal(size=size).astype(np.float32),
-        terminals=np.zeros(size, bool),
-        train=np.arange(size - 1, dtype=np.int32),
-        mean=np.float32(0),
-        std=np.float32(1),
-    )
+# --- Runs: loading, start and memory ---
 
 
 def write_dataset(path, size):
@@ -112,62 +106,6 @@ def write_dataset(path, size):
         for key, column in columns.items():
             file.create_dataset(key, data=column, compression="gzip")
     return sum(column.nbytes for column in columns.values())
-
-
-def first_states(script, config, data):
-    return init_states(script.init_state, config, script.transitions(data, np.arange(1)))
-
-
-# --- Timing and tables ---
-
-
-def stopwatch(function):
-    """Return the seconds that a function takes."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def interleaved(things, rounds, measure=stopwatch):
-    """Return the measures (rounds,) of things by their names. A round measures all of them in turn.
-
-    A first round, in which they compile, doesn't count.
-    """
-    results = {name: [] for name in things}
-    for i in range(1 + rounds):
-        for name, thing in things.items():
-            result = measure(thing)
-            if i > 0:
-                results[name].append(result)
-    return {name: np.array(values) for name, values in results.items()}
-
-
-def spread(values, form=".2f"):
-    """Return two cells of a table: the median, and the least and the most."""
-    return f"{np.median(values):{form}} | {values.min():{form}} to {values.max():{form}}"
-
-
-def print_head(*titles):
-    """Print the head of a table, in which each title stands over the two cells of a `spread`."""
-    cells = [f"{title} | least and most" for title in titles]
-    print(f"\n| | {' | '.join(cells)} |\n|{' --- |' * (1 + 2 * len(cells))}")
-
-
-def print_row(name, *cells):
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def machine():
-    """Return a line about what this runs on."""
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(": ")[1].strip() for line in file if line.startswith("model name")]
-    model = models[0] if models else "unknown"
-    device = jax.devices()[0].device_kind
-    python = platform.python_version()
-    return f"{len(models)} cores of {model}; {device}; jax {jax.__version__}; Python {python}"
-
-
-# --- Runs: loading, start and memory ---
 
 
 def load_part(config, folder):
@@ -271,70 +209,6 @@ def memory_part(config, folder):
 
 
 # --- Updates ---
-
-
-def trainer(script, config, data):
-    """Return a function that makes the updates of an epoch."""
-    states = first_states(script, config, data)
-
-    def train():
-        nonlocal states
-        states, _ = jax.block_until_ready(script.epoch(config, states, data))
-
-    return train
-
-
-def matrix_products(jaxpr):
-    """Yield a jaxpr's matrix products, as often as they happen, also in what it calls.
-
-    Each is the operands' shapes and `dot_general`'s dimension numbers.
-    """
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            shapes = [operand.aval.shape for operand in equation.invars]
-            yield shapes, equation.params["dimension_numbers"]
-        for inner in jaxprs_in_params(equation.params):
-            for _ in range(equation.params.get("length", 1)):  # of a scan
-                yield from matrix_products(inner)
-
-
-def num_operations(shapes, dimension_numbers):
-    """Return the floating-point operations of a matrix product."""
-    (contracted, _), (batch, _) = dimension_numbers
-    left, right = shapes
-    shared = math.prod(left[axis] for axis in (*contracted, *batch))
-    return 2 * math.prod(left) * math.prod(right) / shared
-
-
-def products_of_two_updates(script, config, data):
-    """Return the matrix products of two updates. Of two, since ReBRAC's actor has one in two."""
-    static, traced = split_config(replace(config, log_every=2))
-    program = jax.make_jaxpr(script.epoch.program, static_argnums=0)
-    epoch = program(static, traced, first_states(script, config, data), data)
-    return list(matrix_products(epoch.jaxpr))
-
-
-def multiplier(products, times):
-    """Return a function that does matrix products so many times, in one scan as `epoch` is one."""
-    rng = np.random.default_rng(0)
-    operands = []
-    for shapes, _ in products:
-        operands.append([rng.normal(size=shape).astype(np.float32) for shape in shapes])
-    operands = jax.device_put(operands)
-
-    def step(carry, _):
-        operands, total = jax.lax.optimization_barrier(carry)  # so that nothing leaves the loop
-        for (left, right), (_, dimension_numbers) in zip(operands, products):
-            product = jax.lax.dot_general(left, right, dimension_numbers)
-            total += jax.lax.optimization_barrier(product).ravel()[0]
-        return (operands, total), None
-
-    @jax.jit
-    def multiply(operands):
-        (_, total), _ = jax.lax.scan(step, (operands, jnp.float32(0)), length=times)
-        return total
-
-    return lambda: multiply(operands).block_until_ready()
 
 
 def updates_part(config, folder):
@@ -468,6 +342,7 @@ PARTS = {
     "evaluation": evaluation_part,
     "regularisers": regularisers_part,
     "seeds": seeds_part,
+    "gpu": gpu_part,
 }
 
 

@@ -272,8 +272,8 @@ def trials():
     return markdown(["critic, `actor_bc_coef`", *STUDIED.values()], rows)
 
 
-# The study's combinations. ReBRAC's GrN has the strength that the paper chose for it alone.
-COMBINATIONS = {"rebrac": "DO+LN+GrN(0.01)", "iql": "DO+LN+EN"}
+# The study's combinations
+COMBINATIONS = {"rebrac": "DO+LN+GrN", "iql": "DO+LN+EN"}
 
 
 def study():
@@ -375,6 +375,15 @@ def antmaze():
     return markdown(header, rows)
 
 
+def gpu():
+    """What the benchmark's part `gpu` has measured, if it has run on a GPU."""
+    path = path_of("data", "gpu.md")
+    if not os.path.exists(path):
+        return "Nothing was measured on a GPU yet."
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
 BLOCKS = {
     "antmaze": antmaze,
     "regularisers": regularisers,
@@ -382,6 +391,7 @@ BLOCKS = {
     "sweeps": sweep_files,
     "cost": cost,
     "speed": speed,
+    "gpu": gpu,
     "regulariser-times": regulariser_times,
     "datasets": datasets,
     "demo": demo,

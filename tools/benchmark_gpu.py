@@ -1,0 +1,174 @@
+"""The benchmark's part `gpu`: what a GPU does in 8 minutes. A CPU can run it, too, only smaller.
+
+    python -m tools.benchmark --parts '[gpu]' --rounds 3
+    python -m tools.benchmark --parts '[gpu]' --members '[1, 2]' --run_updates 1000  # on a CPU
+
+It prints what it measures and writes it to data/gpu.md, which README's block of GPU speeds reads.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from harness.checkpoint import read_checkpoint
+from harness.errors import UserError
+from harness.members import has_accelerator, split_config, stack_configs
+from harness.scripts import ROOT, scripts
+from tools.timing import (
+    DATASET,
+    first_states,
+    interleaved,
+    machine,
+    make_config,
+    multiplier,
+    num_operations,
+    print_head,
+    print_row,
+    products_of_two_updates,
+    random_data,
+    spread,
+)
+
+LIMIT = 440  # seconds after which nothing new is begun
+WHOLE = ("iql", "rebrac")  # scripts whose whole runs are timed
+FILE = os.path.join(ROOT, "data", "hopper_medium-v2.hdf5")
+
+
+def gpu_part(config, folder):
+    """Print the tables, and write them to the config's `gpu_file`."""
+    started = time.monotonic()
+    with open(config.gpu_file, "w") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
+        print(f"python -m tools.benchmark --parts '[gpu]': {machine()}")
+        steps = []
+        for name in config.scripts:
+            steps.append((f"members of {name}", time_members, (config, name)))
+        for name in config.scripts:
+            if name in WHOLE:
+                steps.append((f"a whole run of {name}", time_run, (config, folder, name)))
+        for name in config.scripts:
+            if name in WHOLE:
+                steps.append((f"the same bits of {name}", compare_bits, (config, folder, name)))
+        for about, function, arguments in steps:
+            if time.monotonic() - started > LIMIT:
+                print(f"\nLeft out for lack of time: {about}.", flush=True)
+            else:
+                function(*arguments)
+
+
+class Both:
+    """A stream that writes to two others."""
+
+    def __init__(self, *streams):
+        self.streams = streams
+
+    def write(self, text):
+        for stream in self.streams:
+            stream.write(text)
+
+    def flush(self):
+        for stream in self.streams:
+            stream.flush()
+
+
+# --- Members ---
+
+
+class Members:
+    """Some members of an algorithm, whose seeds and learning rates differ, and their program."""
+
+    def __init__(self, config, name, number):
+        script = scripts()[name]
+        rates = np.geomspace(1e-4, 1e-3, number)
+        configs = []
+        for seed, rate in enumerate(rates.tolist()):
+            configs.append(make_config(config, name, seed=seed, actor_learning_rate=rate))
+        settings = stack_configs(configs)
+        self.data = jax.device_put(random_data())
+        self.states = first_states(script, settings, self.data)
+        static, self.traced = split_config(settings)
+        lowered = script.epoch.program.lower(static, self.traced, self.states, self.data)
+        self.epoch = lowered.compile()
+
+    def __call__(self):
+        states = self.epoch(self.traced, self.states, self.data)
+        self.states, _ = jax.block_until_ready(states)
+
+    def gigabytes(self):
+        """Return the device memory that an epoch needs, data and states included."""
+        memory = self.epoch.memory_analysis()
+        used = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        return (used + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e9
+
+
+def time_members(config, name):
+    """Time the updates of several numbers of members, and of a large product of matrices."""
+    size = 8192 if has_accelerator() else 1024
+    large = ([(size, size), (size, size)], (((1,), (0,)), ((), ())))
+    script = scripts()[name]
+    products = products_of_two_updates(script, make_config(config, name), random_data())
+    work = sum(num_operations(*product) for product in products) / 2  # of an update
+    things = {number: Members(config, name, number) for number in config.members}
+    seconds = interleaved({"large": multiplier([large], 10), **things}, config.rounds)
+    ceiling = 10 * num_operations(*large) / seconds["large"]
+    print_head("updates/s of all members", "against one", "share of a large product's rate", "GB")
+    for number, members in things.items():
+        speed = number * config.updates / seconds[number]
+        alone = config.updates / seconds[config.members[0]] * config.members[0]
+        memory = np.full(config.rounds, members.gigabytes())
+        cells = [spread(speed, ".0f"), spread(speed / alone), spread(work * speed / ceiling, ".4f")]
+        print_row(f"{script.NAME}, members: {number}", *cells, spread(memory))
+    print(f"\nA product of matrices ({size}, {size}): {np.median(ceiling) / 1e12:.2f} TFLOP/s.")
+
+
+# --- Whole runs ---
+
+
+def run_script(name, results, **flags):
+    """Run a script on the bundled Hopper data; return its directory and the seconds in all."""
+    words = [sys.executable, f"{name}.py", f"--dataset_name={DATASET}", f"--dataset_path={FILE}"]
+    words += [f"--results={results}", *(f"--{key}={value}" for key, value in flags.items())]
+    environment = dict(os.environ, WANDB_MODE="disabled")
+    started = time.monotonic()
+    run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise UserError(f"{' '.join(words)} has failed: {run.stderr.strip()[-200:]}")
+    directory = run.stdout.strip().rpartition("; ")[2]
+    return directory, time.monotonic() - started
+
+
+def time_run(config, folder, name):
+    """Time a whole run with ten evaluations; reckon what 1,000,000 updates take."""
+    updates = config.run_updates
+    flags = dict(num_updates=updates, eval_every=updates // 10, log_every=updates // 100)
+    directory, in_all = run_script(name, f"{folder}/whole", **flags)
+    with open(os.path.join(directory, "finished.json")) as file:
+        about = json.load(file)
+    seconds = about["seconds"]["train"]
+    print(
+        f"\n{scripts()[name].NAME}, {updates:,} updates on the bundled Hopper data, seed 0: score "
+        f"{about['score']}. {seconds:.0f} s of training, {in_all:.0f} s in all. At that rate "
+        f"1,000,000 updates take {seconds / updates * 1e6 / 60:.1f} minutes without evaluation "
+        f"and {in_all / updates * 1e6 / 60:.1f} with all that belongs to a run.",
+        flush=True,
+    )
+
+
+def compare_bits(config, folder, name):
+    """Say whether two runs with --deterministic true end in the same bits."""
+    arrays = []
+    updates = config.run_updates // 50
+    flags = dict(num_updates=updates, eval_every=updates, log_every=updates // 2)
+    for results in ("first", "second"):
+        deterministic = dict(deterministic="true", actor_dropout=0.1)
+        directory, _ = run_script(name, f"{folder}/{results}", **flags, **deterministic)
+        arrays.append(read_checkpoint(os.path.join(directory, "checkpoint.npz"))[0])
+    first, second = arrays
+    same = all(np.array_equal(first[key], second[key]) for key in first)
+    text = "the same bits" if same else "other bits"
+    print(f"\n{scripts()[name].NAME}, --deterministic true, {updates:,} updates twice: {text}.")
