@@ -160,7 +160,8 @@ def decode(config_class, fields):
 def configure_jax(deterministic):
     """Tell JAX what it must know before it uses a device.
 
-    Compiled programs are kept on disk. A GPU's memory is taken as it is needed. Its operations are
+    Compiled programs are kept on disk. A CPU computes in the thread that calls, which halves the
+    time of a policy's call. A GPU's memory is taken as it is needed. Its operations are
     deterministic if so asked, as a CPU's always are.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -169,6 +170,7 @@ def configure_jax(deterministic):
             os.makedirs(cache, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = os.getenv("XLA_FLAGS", "")
     deterministic_ops = "--xla_gpu_deterministic_ops=true"

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from multiprocessing.connection import Connection
 
@@ -60,6 +62,11 @@ def import_d4rl():
 
 gym, d4rl = import_silently()
 
+import mujoco_py  # noqa: E402, since MuJoCo must have been imported
+
+# AntMaze prints its targets. sys.stdout stays as it is, since evaluation may have its own thread.
+d4rl.locomotion.maze_env.print = lambda *words: None
+
 # An environment of your own is registered here, since every process that steps it reads this file:
 #   gym.register("mine-v2", entry_point="mine:MyEnv", max_episode_steps=1000)
 #   d4rl.infos.REF_MIN_SCORE["mine-v2"] = 0.0  # the return whose score is 0
@@ -71,13 +78,16 @@ def registered_names():
     return [name for name in gym.envs.registry.env_specs if name in d4rl.infos.REF_MIN_SCORE]
 
 
-def make_env(name):
-    """Make one of D4RL's environments.
+def make_env(name, drawn=True):
+    """Make one of D4RL's environments. Unless it is drawn, it takes less memory.
 
     The environment variable EPISODE_STEPS, which the tests set, shortens its episodes.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # AntMaze prints its targets
+    mujoco_py.model.VISUALS = drawn
+    try:
         env = gym.make(name)
+    finally:
+        mujoco_py.model.VISUALS = True
     if "EPISODE_STEPS" in os.environ:
         env._max_episode_steps = int(os.environ["EPISODE_STEPS"])
     return env
@@ -93,21 +103,39 @@ def reset(env, *numbers):
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     inner(env).seed(seed)
     np.random.seed(seed)  # noqa: NPY002, AntMaze draws its start and its target from here
-    with contextlib.redirect_stdout(io.StringIO()):
-        return env.reset()
+    return env.reset()
 
 
-def reset_all(envs, numbers):
-    """Reset each environment by its row of `numbers`; return the states (E, S) in a tuple."""
-    observations = [reset(env, *row) for env, row in zip(envs, numbers)]
-    return (np.stack(observations).astype(np.float32),)
+# --- Copies that are stepped together ---
+
+AWAKE = 0.001  # seconds that a process waits for another with its core awake
 
 
-def step_all(envs, index, actions):
-    """Step the environments `index` (R,); return states (R, S), rewards (R,) and ends (R,)."""
-    steps = [envs[i].step(action) for i, action in zip(index, actions)]
-    observations, rewards, done, _ = zip(*steps)
-    return np.stack(observations).astype(np.float32), np.array(rewards), np.array(done)
+def make_table(file, mode, number, env):
+    """Return a table with a row for each environment. The processes share it, by a file."""
+    row = [
+        ("numbers", np.int64, 3),  # which determine the start
+        ("running", bool),  # whether to step it
+        ("action", np.float32, env.action_space.shape),
+        ("observation", np.float32, env.observation_space.shape),
+        ("reward", np.float64),
+        ("done", bool),
+    ]
+    return np.memmap(file, np.dtype(row, align=True), mode, shape=number).view(np.ndarray)
+
+
+def reset_all(envs, rows):
+    """Reset each environment to the start that its row determines."""
+    for env, numbers, observation in zip(envs, rows["numbers"], rows["observation"]):
+        observation[:] = reset(env, *numbers)
+
+
+def step_running(envs, rows):
+    """Step the environments that are running by the actions in their rows."""
+    actions, observations = rows["action"], rows["observation"]
+    rewards, done = rows["reward"], rows["done"]
+    for i in np.flatnonzero(rows["running"]).tolist():
+        observations[i], rewards[i], done[i], _ = envs[i].step(actions[i])
 
 
 class Envs:
@@ -116,74 +144,96 @@ class Envs:
     This process steps a share of them. Where it has more cores, other processes step the rest.
     They start at the first reset. How many there are changes no result.
 
+    The processes share a table of actions, states, rewards and ends, and tell each other when
+    its rows are ready.
+
     gym's AsyncVectorEnv would reset by itself and use a process for each environment. The
     processes are no children of multiprocessing, which would import the script and JAX in each.
     """
 
     def __init__(self, name, number, processes=None):
         if processes is None:
-            processes = max(1, min(available_cores(), number // 4, 8))
+            processes = max(1, min(available_cores(), number // 4))
         self.name = name
+        self.number = number
+        self.processes = processes
         self.own = []  # this process's environments
         self.workers = []  # pairs of another process and the connection to it
-        self.starts = np.arange(processes) * number // processes  # each process's first environment
-        self.sizes = np.diff(self.starts, append=number)
 
     def start(self):
-        """Start the other processes and make this one's environments."""
-        for size in self.sizes[1:]:
+        """Make this process's environments and start the other processes."""
+        first = make_env(self.name)  # the only one that can be drawn
+        file = tempfile.TemporaryFile()
+        self.table = make_table(file, "w+", self.number, first)
+        for i in range(1, self.processes):
             connection, end = multiprocessing.Pipe()
-            command = [sys.executable, "-m", __spec__.name, self.name, str(size), str(end.fileno())]
+            numbers = (i, self.processes, self.number, end.fileno(), file.fileno())
+            command = [sys.executable, "-m", __spec__.name, self.name, *map(str, numbers)]
             process = subprocess.Popen(
                 command,
-                pass_fds=[end.fileno()],
+                pass_fds=[end.fileno(), file.fileno()],
                 start_new_session=True,  # so that Ctrl-C spares it
             )
             end.close()
             self.workers.append((process, connection))
-        self.own = [make_env(self.name) for _ in range(self.sizes[0])]
+        self.own = [first]
+        for _ in self.rows(0)[1:]:
+            self.own.append(make_env(self.name, drawn=False))
+
+    def rows(self, process):
+        """Return the rows of a process's environments: one in `processes`, from its number on."""
+        return self.table[process :: self.processes]
 
     def __del__(self):
         for process, connection in self.workers:
             connection.close()
             process.wait()
 
-    def call(self, function, shares):
-        """Call `function(envs, *share)` in every process; return its results, concatenated."""
+    def call(self, function):
+        """Call `function(envs, rows)` in each process that has an environment running."""
         busy = []
         try:
-            for (_, connection), share in zip(self.workers, shares[1:]):
-                if len(share[0]):
-                    connection.send((function.__name__, share))
+            for i, (_, connection) in enumerate(self.workers, start=1):
+                if self.rows(i)["running"].any():
+                    connection.send_bytes(function.__name__.encode())
                     busy.append(connection)
-            results = []
-            if len(shares[0][0]):
-                results.append(function(self.own, *shares[0]))
+            function(self.own, self.rows(0))
             for connection in busy:
-                results.append(connection.recv())
+                receive(connection)
         except (EOFError, ConnectionError) as error:
             raise UserError(
                 "a process that steps environments has died; the same command resumes the run"
             ) from error
-        return [np.concatenate(parts) for parts in zip(*results)]
 
     def reset(self, numbers):
         """Reset each environment by its row of `numbers`; return the states (E, S)."""
         if not self.own:
             self.start()
-        shares = np.split(np.array(numbers), self.starts[1:])
-        (observations,) = self.call(reset_all, [(share,) for share in shares])
-        return observations
+        self.table["numbers"] = numbers
+        self.table["running"] = True
+        self.call(reset_all)
+        return self.table["observation"].copy()
 
     def step(self, running, actions):
         """Step the environments `running` (R,); return states (R, S), rewards and ends (R,)."""
-        cuts = np.searchsorted(running, self.starts[1:])
-        shares = []
-        for start, index, part in zip(
-            self.starts, np.split(running, cuts), np.split(actions, cuts)
-        ):
-            shares.append((index - start, part))
-        return self.call(step_all, shares)
+        self.table["running"] = False
+        self.table["running"][running] = True
+        self.table["action"][running] = actions
+        self.call(step_running)
+        rows = self.table[running]
+        return rows["observation"], rows["reward"], rows["done"]
+
+
+def receive(connection):
+    """Wait for a message of another process and return it.
+
+    A core that sleeps takes as long as several steps to wake. So this one stays awake at first,
+    but other processes may have it in the meantime.
+    """
+    end = time.perf_counter() + AWAKE
+    while not connection.poll() and time.perf_counter() < end:
+        os.sched_yield()
+    return connection.recv_bytes()
 
 
 def available_cores():
@@ -193,16 +243,17 @@ def available_cores():
     return os.cpu_count()
 
 
-def serve(name, number, descriptor):
+def serve(name, first, processes, number, connection, file):
     """Do as `Envs.call` says in another process, until the connection is closed."""
-    envs = [make_env(name) for _ in range(number)]
-    connection = Connection(descriptor)
-    functions = {"reset_all": reset_all, "step_all": step_all}
+    envs = [make_env(name, drawn=False) for _ in range(first, number, processes)]
+    rows = make_table(os.fdopen(file, "r+b"), "r+", number, envs[0])[first::processes]
+    connection = Connection(connection)
+    functions = {b"reset_all": reset_all, b"step_running": step_running}
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            function, arguments = connection.recv()
-            connection.send(functions[function](envs, *arguments))
+            functions[receive(connection)](envs, rows)
+            connection.send_bytes(b"done")
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

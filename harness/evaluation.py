@@ -69,28 +69,24 @@ def evaluate(config, policy, envs, update):
     noise = np.tile(np.array(rows, np.float32)[:, 1:], (num_seeds, 1))
     action_noise, state_noise = noise.T
     has_noise = (noise > 0).any(1)
-    rngs = [np.random.default_rng(number) for number in numbers]
 
     observations = envs.reset(numbers)
     state_dim = observations.shape[1]
     action_dim = envs.own[0].action_space.shape[0]
-    seen = observations.copy()  # by the policy
+    noisy = np.flatnonzero(has_noise)
+    draws = normal_draws([numbers[i] for i in noisy], state_dim + action_dim)
     returns = np.zeros(len(numbers))
     running = np.arange(len(numbers))
     visited = []  # pairs of episodes and their states
     while len(running):
         visited.append((running, observations[running]))
-        seen[running] = observations[running]
-        noisy = running[has_noise[running]]
-        if len(noisy):
-            size = state_dim + action_dim
-            draws = np.stack([rngs[i].standard_normal(size, np.float32) for i in noisy])
-            seen[noisy] += state_noise[noisy, None] * draws[:, :state_dim]
+        seen = observations.copy()  # by the policy
+        draw = next(draws)
+        seen[noisy] += state_noise[noisy, None] * draw[:, :state_dim]
         actions = np.array(policy(seen.reshape(num_seeds, num_episodes, -1)))
         actions = actions.reshape(len(numbers), -1)
-        if len(noisy):
-            actions[noisy] += action_noise[noisy, None] * draws[:, state_dim:]
-            actions[noisy] = actions[noisy].clip(-1, 1)  # D4RL's environments clip, too
+        actions[noisy] += action_noise[noisy, None] * draw[:, state_dim:]
+        actions[noisy] = actions[noisy].clip(-1, 1)  # D4RL's environments clip, too
         observations[running], rewards, done = envs.step(running, actions[running])
         returns[running] += rewards
         running = running[~done]
@@ -102,6 +98,20 @@ def evaluate(config, policy, envs, update):
         is_own = episodes // num_episodes == seed
         samples.append(sample_states(states[is_own & ~has_noise[episodes]], update))
     return returns.reshape(num_seeds, num_episodes), np.stack(samples)
+
+
+def normal_draws(numbers, size, num_steps=50):
+    """Yield the standard normal draws (E, size) of each step.
+
+    Those of an episode depend on its row of `numbers` alone. They are drawn for so many steps at
+    once, which is quicker and gives the same.
+    """
+    rngs = [np.random.default_rng(row) for row in numbers]
+    draws = np.empty((len(rngs), num_steps, size), np.float32)
+    while True:
+        for rng, own in zip(rngs, draws):
+            rng.standard_normal(dtype=np.float32, out=own)
+        yield from draws.swapaxes(0, 1)
 
 
 def sample_states(states, update):

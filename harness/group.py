@@ -8,6 +8,7 @@ it prints is in its output.txt. A run that diverges ends alone, with its error.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,9 +17,8 @@ import sys
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from harness.checkpoint import last_checkpoint
 from harness.directory import run_directory, status
-from harness.errors import BusyError, one_line_errors
+from harness.errors import BusyError, UserError, one_line_errors
 from harness.members import check_device, stack_configs
 from harness.record import Record
 from harness.run import Run
@@ -26,28 +26,54 @@ from harness.scripts import load_script, read_config
 
 
 class FewerRuns(Exception):
-    """Some of a group's runs have diverged. The others go on from their checkpoints."""
+    """Some of a group's runs have ended with an error. The others go on from their checkpoints."""
 
 
 class Group(Run):
-    """Runs that are trained together, but for those that another process trains."""
+    """Runs that are trained together: those at the same update that no other process trains."""
 
     def __init__(self, name, configs, tuned):
         check_device()
         self.finished_before = False
-        records = []
+        self.later = []  # configs of runs that are at another update
+        problem = BusyError("other processes are training all of these runs")
+        at = {}  # update and last evaluation -> records
         for config in configs:
             record = Record(name, config, tuned)
             with self.printing(record):
                 try:
                     record.open()
-                    records.append(record)
-                    print(f"one of {len(configs)} runs that are trained together")
                 except BusyError as error:
                     print(error)
-        if not records:
-            raise BusyError("other processes are training all of these runs")
+                    continue
+                try:
+                    at.setdefault(record.position(), []).append(record)
+                except UserError as error:
+                    self.end(record, error)
+                    problem = error
+        if not at:
+            raise problem
+        records, *others = at.values()
+        for record in itertools.chain(*others):
+            record.close(0)
+            self.later.append(record.config)
+        for record in records:
+            with self.printing(record):
+                print(f"one of {len(records)} runs that are trained together")
         self.take(records)
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            for _ in self.parts():
+                print(f"error: {error}")
+        super().__exit__(kind, error, trace)
+
+    def end(self, record, error):
+        """End a run with its error."""
+        with self.printing(record):
+            print(f"error: {error}")
+            record.fail(error)
+            record.close(1)
 
     def take(self, records):
         """Train these."""
@@ -58,21 +84,19 @@ class Group(Run):
         """Print to a run's output.txt."""
         with record.disk_errors():
             os.makedirs(record.directory, exist_ok=True)
-            output = open(record.path("output.txt"), "a")
+            output = open(record.path("output.txt"), "a", buffering=1)  # in the order of lines
         with output, contextlib.redirect_stdout(output):
             yield
 
-    def give_up(self, broken, states, update):
-        """Save the others, and end those that have diverged. Raise FewerRuns, or the last error."""
+    def give_up(self, broken, states=None, update=None):
+        """Save the others, and end those with an error. Raise FewerRuns, or the last error."""
         if self.pending:
             self.end_evaluation()
         parts = list(self.parts())
-        self.save([pair for pair in parts if pair[0] not in broken], states, update)
+        if states is not None:
+            self.save([pair for pair in parts if pair[0] not in broken], states, update)
         for record, error in broken.items():
-            with self.printing(record):
-                record.fail(error)
-                record.close(1)
-                print(f"error: {error}", flush=True)
+            self.end(record, error)
         self.bar.close()
         self.records = [record for record, _ in parts if record not in broken]
         if not self.records:
@@ -81,27 +105,31 @@ class Group(Run):
         raise FewerRuns
 
 
-def train(script, configs):
-    """Train runs together that are at the same update."""
-    with Group(script.__name__, configs, script.tuned) as group:
-        while group.records:
+def train(script, group):
+    """Train a group to its end."""
+    with group:
+        while True:
             with contextlib.suppress(FewerRuns):
-                script.train(group.config, group)
-                return
+                return script.train(group.config, group)
 
 
 def main():
     script = load_script(sys.argv[1])
-    at = {}  # update of the last checkpoint -> configs
+    configs = []
     for words in json.load(sys.stdin):
         config = read_config(script, words)
-        directory = run_directory(script.__name__, config, script.tuned)
-        if status(directory).state != "finished":
-            found = last_checkpoint(directory)
-            update = found[2]["update"] if found else 0
-            at.setdefault(update, []).append(config)
-    for configs in at.values():
-        train(script, configs)
+        if status(run_directory(script.__name__, config, script.tuned)).state != "finished":
+            configs.append(config)
+    problem = None
+    while configs:
+        group = Group(script.__name__, configs, script.tuned)
+        configs = group.later
+        try:
+            train(script, group)
+        except UserError as error:  # the others are still trained
+            problem = error
+    if problem:
+        raise problem
 
 
 if __name__ == "__main__":

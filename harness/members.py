@@ -152,9 +152,14 @@ def over_members(*stacked, donate=None):
         program.__name__ = function.__name__
         compiled = jax.jit(program, static_argnums=0, donate_argnums=donated)
 
+        last = None  # config, and how it is split: a policy is called thousands of times
+
         @functools.wraps(function)
         def call(config, *arguments):
-            return compiled(*split_config(config), *arguments)
+            nonlocal last
+            if last is None or last[0] is not config:
+                last = (config, split_config(config))
+            return compiled(*last[1], *arguments)
 
         call.program = compiled
         return call

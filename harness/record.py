@@ -8,14 +8,7 @@ import time
 
 import yaml
 
-from harness.checkpoint import (
-    flatten,
-    last_checkpoint,
-    restore_tree,
-    without_keys,
-    write_checkpoint,
-    write_file,
-)
+from harness.checkpoint import last_checkpoint, write_checkpoint, write_file
 from harness.datasets import normalized_score
 from harness.directory import check_same_config, run_directory, saved_fields
 from harness.errors import BusyError, UserError
@@ -115,6 +108,11 @@ class Record:
             wandb.start(self.tables.updates())
             wandb.close(0, preempted=False)
 
+    def position(self):
+        """Return the last checkpoint's update, and the last evaluation's before it."""
+        found = last_checkpoint(self.directory)
+        return (found[2]["update"], found[2]["evaluated"]) if found else (0, 0)
+
     # Its end
 
     def finish(self, seconds):
@@ -141,11 +139,11 @@ class Record:
 
     # Its checkpoints
 
-    def restore(self, states):
-        """Return the states of the last whole checkpoint, and what was written about it.
+    def restore(self, initial):
+        """Return the arrays of the last whole checkpoint, and what was written about it.
 
-        A new run has `states`, and None. The tables are cut to what they were then. W&B begins
-        here, too.
+        A new run has the `initial` ones, by their paths, and None. The tables are cut to what they
+        were then. W&B begins here, too.
         """
         with self.disk_errors():
             self.tables.create()
@@ -156,9 +154,9 @@ class Record:
                     f"{self.directory} has lost its checkpoints; remove it to start anew"
                 )
             self.wandb.start([])
-            return states, None
+            return initial, None
         path, arrays, about = found
-        self.check_checkpoint(path, arrays, states)
+        self.check_checkpoint(path, arrays, initial)
         with self.disk_errors():
             # The newer one may be damaged. It must not become the previous one.
             os.replace(path, self.path("checkpoint.npz"))
@@ -166,12 +164,11 @@ class Record:
         self.wandb.start(self.tables.updates())
         self.score = about["score"]
         self.saved = about["update"]
-        return restore_tree(states, arrays, "states"), about
+        return arrays, about
 
-    def check_checkpoint(self, path, arrays, states):
+    def check_checkpoint(self, path, arrays, initial):
         """Raise UserError if a checkpoint is of another version of the script."""
-        leaves = flatten(without_keys(states))
-        expected = {f"states/{key}": leaf.shape for key, leaf in leaves.items()}
+        expected = {key: array.shape for key, array in initial.items()}
         found = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
         for key in {**expected, **found}:
             if expected.get(key) != found.get(key):

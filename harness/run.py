@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from harness.checkpoint import without_keys
+from harness.checkpoint import flatten, restore_tree, without_keys
 from harness.errors import UserError
 from harness.finite import find_divergence
 from harness.members import check_device, has_accelerator
@@ -30,6 +30,8 @@ class Task(threading.Thread):
         super().__init__(daemon=True)  # so that it never keeps the process from its end
         self.function = function
         self.error = None
+        # Python's `join` takes the thread for ended once a signal has interrupted it
+        self.ended = threading.Event()
         self.start()
 
     def run(self):
@@ -37,12 +39,18 @@ class Task(threading.Thread):
             self.result = self.function()
         except BaseException as error:
             self.error = error
+        self.ended.set()
 
     def wait(self):
-        self.join()
+        self.ended.wait()
         if self.error is not None:
             raise self.error
         return self.result
+
+
+@jax.jit
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 class Run:
@@ -121,6 +129,11 @@ class Run:
             if error is not None and not self.stopping:
                 record.fail(error)
             record.close(0 if error is None else 1, preempted=bool(self.stopping))
+        if self.is_evaluating():  # Python's own end would crash in its thread
+            if self.stopping:
+                sys.stdout.flush()
+                os._exit(128 + self.stopping)
+            self.pending.ended.wait()
 
     def stop(self, number, _):
         """End the run on a signal.
@@ -161,11 +174,18 @@ class Run:
         """
         # What the policy needs beside the actor: how states were normalised, the actions' shape
         self.policy_data = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
-        restored = []
+        initial = self.arrays(states)
+        parts = []  # of the arrays, a record's each
+        broken = {}  # records and their errors
         is_new = False
         for record, part in self.parts():
-            own, about = record.restore(self.slice(states, part))
-            restored.append(own)
+            own = {key: array[part] for key, array in initial.items()}
+            try:
+                arrays, about = record.restore(own)
+            except UserError as error:
+                broken[record] = error
+                continue
+            parts.append(arrays)
             if about is None:
                 is_new = True
                 continue
@@ -173,20 +193,19 @@ class Run:
             self.update = about["update"]
             self.evaluated = about["evaluated"]
             self.seconds = about["seconds"]
-        states = restored[0]
-        if len(restored) > 1:
-            states = jax.tree.map(lambda *own: jnp.concatenate(own), *restored)
+        if broken:
+            self.give_up(broken)
+        arrays = {key: np.concatenate([part[key] for part in parts]) for key in initial}
+        states = restore_tree(states, arrays, "states")
         if is_new:
             self.checkpoint(states, 0, now=True)
         self.saved_at = time.monotonic()
         self.bar.update(self.update)
         return states, self.update
 
-    def slice(self, tree, part):
-        """Return a record's part of arrays (members, ...)."""
-        if len(self.records) == 1:
-            return tree
-        return jax.tree.map(lambda x: x[part], tree)
+    def arrays(self, states):
+        """Return the states' arrays (members, ...) by their paths, on the host."""
+        return jax.device_get(flatten(without_keys({"states": states})))
 
     def checkpoint(self, states, update, now=False):
         """Save everything if `now`, after an evaluation, after a signal, or once a minute.
@@ -211,10 +230,11 @@ class Run:
     def save(self, parts, states, update):
         """Save some of the `parts`."""
         started = time.monotonic()
-        states = jax.device_get(without_keys(states))
+        arrays = self.arrays(states)
         about = dict(update=update, evaluated=self.evaluated, seconds=self.seconds)
         for record, part in parts:
-            record.save({"states": self.slice(states, part), "data": self.policy_data}, about)
+            own = {key: array[part] for key, array in arrays.items()}
+            record.save({**own, "data": self.policy_data}, about)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 
@@ -233,12 +253,12 @@ class Run:
             return
         for record in self.records:
             record.held = []
-        states = jax.tree.map(jnp.copy, states)  # since training uses up its own
+        states = copied(states)  # since training uses up its own
         self.pending = Task(partial(evaluation, states, update))
 
     def is_evaluating(self):
         """Return whether an evaluation is played beside training."""
-        return self.pending is not None and self.pending.is_alive()
+        return self.pending is not None and not self.pending.ended.is_set()
 
     def end_evaluation(self):
         """Wait for the evaluation that is played beside training, and log it."""
@@ -282,6 +302,6 @@ class Run:
         self.bar.update(self.config.log_every)
         self.bar.set_postfix({**record.score, **record.losses})
 
-    def give_up(self, broken, states, update):
-        """End the run, which has diverged: `broken` are records and their errors."""
+    def give_up(self, broken, states=None, update=None):
+        """End the run, which has failed: `broken` are records and their errors."""
         raise next(iter(broken.values()))

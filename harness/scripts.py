@@ -8,6 +8,7 @@ import sys
 
 from harness.config import check, given_values, parse
 from harness.datasets import with_checksum
+from harness.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -47,7 +48,9 @@ def scripts():
 
 
 def read_config(script, words):
-    """Return the config of a script's run, given its flags as a list of words."""
+    """Return the config of a sweep's run, given its flags as a list of words."""
     config = script.tuned(parse(script.Config, words))
+    if config.evaluate or config.video:
+        raise UserError("a sweep only trains; give --evaluate and --video to a script")
     check(config, script.constraints, script.BOUNDS, given_values(script.Config, words))
     return with_checksum(config)

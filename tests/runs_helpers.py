@@ -1,7 +1,9 @@
 """Real runs that take seconds, and what tests do to them. A plugin of pytest, for its fixtures."""
 
 import csv
+import io
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +13,9 @@ import h5py
 import pytest
 from conftest import ROOT, random_columns
 
+import iql
 import rebrac
+from harness import group
 from harness.checkpoint import read_checkpoint
 from harness.config import parse
 from harness.datasets import with_checksum
@@ -44,6 +48,12 @@ EVERYTHING = dict(  # the other program that these tests compile
     actor_lr_decay="cosine",
     critic_bn=True,
     normalize_states=True,
+)
+
+FAST = dict(  # without what takes time in evaluations
+    analysis=False,
+    eval_noise="[]",
+    eval_episodes=1,
 )
 
 
@@ -86,6 +96,31 @@ def start(monkeypatch, tmp_path, quick):
         return start.directory
 
     return start
+
+
+@pytest.fixture
+def start_group(monkeypatch, tmp_path, quick):
+    """Return a function that trains members, dictionaries of flags, and returns their directories.
+
+    If they don't get that far, these are `start_group.directories`. The episodes are short, since
+    the robot's contacts with the ground would soon make much of the last bits of its actions.
+    """
+    monkeypatch.setenv("EPISODE_STEPS", "4")
+
+    def start_group(*members, script=iql, results="results", **flags):
+        flags = {**quick, **FAST, "results": tmp_path / results, **flags}
+        lines = [command_line({**flags, **member}) for member in members]
+        start_group.directories = []
+        for words in lines:
+            config = with_checksum(script.tuned(parse(script.Config, words)))
+            directory = run_directory(script.__name__, config, script.tuned)
+            start_group.directories.append(directory)
+        monkeypatch.setattr(sys, "argv", ["group", script.__name__])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(lines)))
+        group.main()
+        return start_group.directories
+
+    return start_group
 
 
 @pytest.fixture

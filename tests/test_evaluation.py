@@ -16,7 +16,7 @@ import rebrac
 from harness.datasets import normalized_score
 from harness.environments import Envs, d4rl, inner, make_env, reset
 from harness.errors import UserError
-from harness.evaluation import NUM_VISITED, evaluate, evaluation_episodes
+from harness.evaluation import NUM_VISITED, evaluate, evaluation_episodes, normal_draws
 
 STATE_DIMS = {"hopper-medium-v2": 11, "antmaze-large-play-v2": 29, "pen-human-v1": 45}
 NOISE = ((0.2, 0.0), (0.0, 0.05), (0.3, 0.1))
@@ -112,10 +112,10 @@ def test_lock_step_returns_are_those_of_one_after_another(name):
 
 @pytest.mark.parametrize("name", STATE_DIMS)
 def test_more_processes_give_the_same_episodes(name):
-    config = config_for(name, eval_episodes=2, eval_noise=NOISE[2:], num_seeds=1)
+    config = config_for(name, eval_noise=NOISE[2:], num_seeds=1)
     policy = policy_for(name)
-    alone = Envs(name, 4, processes=1)
-    shared = Envs(name, 4, processes=3)
+    alone = Envs(name, 5, processes=1)
+    shared = Envs(name, 5, processes=3)
     returns, visited = evaluate(config, policy, alone, update=100)
     same_returns, same_visited = evaluate(config, policy, shared, update=100)
     np.testing.assert_array_equal(same_returns, returns)
@@ -150,20 +150,44 @@ def test_a_process_that_dies_ends_the_run_with_a_line():
 
 @pytest.mark.parametrize(
     "cores, number, expected",
-    [
-        (1, 20, [20]),
-        (2, 20, [10, 10]),
-        (3, 20, [6, 7, 7]),
-        (64, 20, [4, 4, 4, 4, 4]),
-        (64, 3, [3]),
-        (64, 110, [13, 14, 14, 14, 13, 14, 14, 14]),
-    ],
+    [(1, 20, 1), (2, 20, 2), (3, 20, 3), (64, 20, 5), (64, 3, 1), (64, 110, 27), (64, 1280, 64)],
 )
 def test_as_many_processes_as_cores_but_four_environments_each(
     monkeypatch, cores, number, expected
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
-    assert list(Envs("hopper-medium-v2", number).sizes) == expected
+    assert Envs("hopper-medium-v2", number).processes == expected
+
+
+def test_processes_have_equal_shares_of_all_environments():
+    envs = Envs("hopper-medium-v2", 11, processes=4)
+    envs.reset([(0, 0, i) for i in range(11)])
+    assert [list(envs.rows(i)["numbers"][:, 2]) for i in range(4)] == [
+        [0, 4, 8],
+        [1, 5, 9],
+        [2, 6, 10],
+        [3, 7],
+    ]
+    assert len(envs.own) == 3
+
+
+def test_only_running_environments_are_stepped():
+    envs = Envs("hopper-medium-v2", 4, processes=1)
+    envs.reset([(0, 0, i) for i in range(4)])
+    observations, rewards, done = envs.step(np.array([1, 3]), np.zeros((2, 3), np.float32))
+    assert [env._elapsed_steps for env in envs.own] == [0, 1, 0, 1]
+    assert observations.shape == (2, 11)
+    assert rewards.shape == done.shape == (2,)
+
+
+def test_noise_is_that_of_one_draw_a_step():
+    numbers = [(0, 100, 0), (1, 200, 3)]
+    draws = normal_draws(numbers, 7)
+    rngs = [np.random.default_rng(row) for row in numbers]
+    for _ in range(120):
+        expected = [rng.standard_normal(7, np.float32) for rng in rngs]
+        np.testing.assert_array_equal(next(draws), expected)
+    assert next(normal_draws([], 7)).shape == (0, 7)
 
 
 def test_an_episodes_noise_does_not_depend_on_the_other_pairs():

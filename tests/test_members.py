@@ -1,4 +1,4 @@
-"""What the decorator of epoch, analyse and policy makes of a function for one seed."""
+"""What the decorator of epoch, analyse and policy makes of a function for one member."""
 
 from dataclasses import replace
 
@@ -6,10 +6,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import both_scripts, lowered_epoch, of_seed, small_config
+from conftest import (
+    both_scripts,
+    lowered_epoch,
+    of_seed,
+    random_columns,
+    same_bits,
+    small_batch,
+    small_config,
+    small_data,
+    small_state,
+    to_numpy,
+    widen,
+)
+from conftest import init_states as init_all
 
+import cql
 import rebrac
-from harness.members import NOT_COMPILED, init_states, is_on, over_members, split_config
+from harness.checkpoint import flatten
+from harness.members import (
+    NOT_COMPILED,
+    in_common,
+    init_states,
+    is_on,
+    over_members,
+    seeds,
+    split_config,
+    stack_configs,
+)
 
 CONFIG = small_config(rebrac, tau=0.5)
 
@@ -148,3 +172,189 @@ def test_strengths_share_an_epochs_program(script):
     static, _ = split_config(small_config(script, **strong))
     assert static == split_config(small_config(script, **weak))[0]
     assert static != split_config(small_config(script))[0]
+
+
+# --- Which runs one program can train ---
+
+
+def may_be_together(some, others, script=cql):
+    return in_common(some, script.HOST_FLOATS) == in_common(others, script.HOST_FLOATS)
+
+
+def numbers(script, config):
+    """Return the names of the floats in which members may differ."""
+    names = [name for name, value in vars(config).items() if isinstance(value, float)]
+    return [name for name in names if name not in script.HOST_FLOATS]
+
+
+@both_scripts
+def test_runs_that_differ_in_seeds_and_numbers_may_be_together(script):
+    config = small_config(script)
+    changed = {name: getattr(config, name) * 0.9 for name in numbers(script, config)}
+    for name, value in changed.items():
+        if name.startswith(("actor_", "critic_")):
+            changed[name] = 0.0 if value else 0.1
+    assert len(changed) > 15
+    assert may_be_together(config, replace(config, seed=7, **changed), script)
+
+
+@both_scripts
+def test_runs_that_differ_in_anything_else_may_not(script):
+    config = small_config(script, validation_frac=0.1)
+    others = dict(
+        dataset_sha256="another",
+        validation_frac=0.2,
+        hidden_dim=32,
+        actor_ln=True,
+        actor_lr_decay="cosine",
+        num_seeds=2,
+        num_updates=80,
+        eval_noise=(),
+        results="elsewhere",
+        deterministic=True,
+    )
+    for name, value in others.items():
+        assert getattr(config, name) != value
+        assert not may_be_together(config, replace(config, **{name: value}), script), name
+
+
+def test_a_0_that_means_something_else_keeps_runs_apart():
+    config = small_config(cql, lagrange_gap=5.0)
+    assert may_be_together(config, replace(config, lagrange_gap=4.0))
+    assert not may_be_together(config, replace(config, lagrange_gap=0.0))
+    assert not may_be_together(config, replace(config, gap_clip=0.0 if config.gap_clip else 1.0))
+    assert not may_be_together(config, replace(config, tau=None))
+    assert not may_be_together(config, replace(config, actor_wd=None))
+    config = small_config(rebrac)
+    assert not may_be_together(config, replace(config, v_min=None), rebrac)
+    assert not may_be_together(config, replace(config, gamma=0.5), rebrac)
+
+
+def test_a_group_has_each_runs_seeds_and_numbers_in_order():
+    runs = [replace(CONFIG, seed=4, num_seeds=2, actor_wd=0.0, tau=0.5)]
+    runs.append(replace(CONFIG, seed=0, num_seeds=2, actor_wd=0.1, tau=0.5))
+    assert stack_configs(runs[:1]) == runs[0]
+    both = stack_configs(runs)
+    assert both.num_seeds == 4
+    assert both.tau == 0.5
+    np.testing.assert_array_equal(seeds(both), [4, 5, 0, 1])
+    np.testing.assert_array_equal(both.actor_wd, [0.0, 0.0, 0.1, 0.1])
+    others = dict(num_seeds=2, seed=0, actor_wd=0.0)
+    assert replace(both, **others) == replace(runs[0], **others)
+    static, traced = split_config(both)
+    assert static.actor_wd is None
+    assert set(traced) - set(split_config(runs[0])[1]) == {"actor_wd"}
+
+
+@both_scripts
+def test_making_the_dataset_reads_no_number_in_which_members_differ(script):
+    one = small_config(script)
+    changed = {name: getattr(one, name) * 0.9 + 0.01 for name in numbers(script, one)}
+    both = stack_configs([one, replace(one, **changed)])
+    assert np.ndim(both.actor_wd) == 1
+    raw = random_columns(0)
+    expected = script.make_dataset(one, raw)
+    assert same_bits(script.make_dataset(both, raw), expected)
+    if script is rebrac:
+        for config in (one, both):
+            open_range = replace(config, v_min=None, v_max=None)
+            found = script.with_value_range(open_range, expected)
+            assert found.v_min == expected_range(expected, config.gamma)
+
+
+def expected_range(data, gamma):
+    """Return the smallest return to go."""
+    lowest = np.inf
+    ends = data["ends"] | data["terminals"]
+    total = 0.0
+    for reward, end in zip(data["rewards"][::-1].tolist(), ends[::-1]):
+        total = reward + (0.0 if end else gamma * total)
+        lowest = min(lowest, total)
+    return lowest
+
+
+# --- A member ends where it would alone ---
+
+
+@both_scripts
+def test_a_traced_0_is_exactly_off(script):
+    """It is in the program of a group that mixes 0 and other strengths."""
+    config = small_config(script, actor_layers=1, critic_layers=1)
+    named = [name for name in numbers(script, config) if name.startswith(("actor_", "critic_"))]
+    strengths = [name for name in named if getattr(config, name) == 0]
+    assert len(strengths) >= 10
+    assert_off(script, config, strengths)
+    ratios = ["actor_l1_ratio", "critic_l1_ratio"]
+    assert_off(script, replace(config, actor_wd=0.1, critic_wd=0.1), ratios)
+    coefs = [name for name in named if name.endswith("_coef")]
+    if coefs:  # such as actor_q_coef
+        assert_off(script, replace(config, **dict.fromkeys(coefs, 0.0)), coefs)
+
+
+def assert_off(script, config, names):
+    """Hold updates with some traced numbers against those where they are a static 0.
+
+    They aren't compiled, since a compiled program's other operations would be rounded otherwise.
+    """
+    traced = replace(config, **dict.fromkeys(names, jnp.float32(0)))
+    batch = small_batch(8)
+    if hasattr(config, "policy_freq"):
+        batch = jax.tree.map(lambda x: jnp.stack([x] * config.policy_freq), batch)
+    expected = found = small_state(script, config)
+    for _ in range(2):
+        expected, expected_infos = script.update(config, expected, batch)
+        found, infos = script.update(traced, found, batch)
+    assert same_bits(to_numpy(found), to_numpy(expected))
+    assert same_bits(infos, expected_infos)
+
+
+STRONG = dict(dropout=0.2, wd=0.1, l1_ratio=0.5, input_noise=0.1, bc_noise=0.1, grad_noise=0.1)
+
+
+def mixed_members(script):
+    """Return members that differ in the seed and in each number; the second has no regulariser.
+
+    The numbers are those that float32 has. In float64 a Python float times float32, such as gamma
+    times the terminals, would else be rounded, and times an array of NumPy's not.
+    """
+    config = small_config(script, num_updates=200, log_every=200, actor_layers=1, critic_layers=1)
+    members = []
+    for i in range(3):
+        changed = {}
+        for name in numbers(script, config):
+            value = getattr(config, name) * (1 - 0.05 * i)
+            if name.startswith(("actor_", "critic_")) and value == 0:
+                strong = STRONG[name.split("_", 1)[1]] * (1 + 0.5 * i)
+                value = 0.0 if i == 1 else strong
+            changed[name] = float(np.float32(value))
+        members.append(replace(config, seed=5 + 3 * i, **changed))
+    return members
+
+
+@pytest.mark.parametrize(
+    "bits, bound", [(32, 1e-5), pytest.param(64, 1e-12, marks=pytest.mark.slow)]
+)
+@both_scripts
+def test_a_member_ends_where_it_would_alone(script, bits, bound):
+    members = mixed_members(script)
+    with jax.enable_x64(bits == 64):
+        data = widen(small_data()) if bits == 64 else small_data()
+
+        def train(config):
+            states = init_all(script, config, data)
+            states, infos = script.epoch(config, widen(states) if bits == 64 else states, data)
+            return to_numpy(states), infos
+
+        states, infos = train(stack_configs(members))
+        for i, member in enumerate(members):
+            alone, infos_alone = train(member)
+            np.testing.assert_array_equal(states.key[i], alone.key[0])
+            found = flatten(of_seed(states, i))
+            for path, expected in flatten(of_seed(alone, 0)).items():
+                if "params" in path or "batch_stats" in path:
+                    assert expected.dtype == f"float{bits}"
+                    distance = np.linalg.norm(found[path] - expected)
+                    assert distance <= bound * np.linalg.norm(expected), path
+            for key, values in infos.items():
+                # The batches are those of the same random numbers
+                np.testing.assert_allclose(values[i][:2], infos_alone[key][0][:2], rtol=1e-4)

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, gl_backend
 
 import rebrac
-from harness.environments import d4rl, inner, make_env, reset
+from harness.environments import d4rl, gym, inner, make_env, reset
 
 RECORDED = np.load(os.path.join(ROOT, "tests", "mujoco210_episodes.npz"))
 NAMES = sorted({key.split("/")[0] for key in RECORDED})
@@ -155,6 +155,27 @@ def test_models_are_independent_copies():
     first.model.body_pos[:] += 1
     assert np.array_equal(second.model.body_pos, before)
     assert np.array_equal(copy.deepcopy(first.model).body_pos, first.model.body_pos)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_environment_that_is_not_drawn_moves_as_others_and_is_small(name):
+    drawn = make_env(name)
+    other = make_env(name, drawn=False)
+    assert inner(other).model.nbuffer < 100_000 < inner(drawn).model.nbuffer
+    np.testing.assert_array_equal(reset(other, 1), reset(drawn, 1))
+    for action in np.random.default_rng(0).uniform(-1, 1, (100, *drawn.action_space.shape)):
+        observation, reward, done, _ = drawn.step(action)
+        own_observation, own_reward, own_done, _ = other.step(action)
+        np.testing.assert_array_equal(own_observation, observation)
+        assert (own_reward, own_done) == (reward, done)
+        if done:
+            np.testing.assert_array_equal(reset(other, 2), reset(drawn, 2))
+
+
+def test_a_name_that_fails_leaves_later_environments_drawn():
+    with pytest.raises(gym.error.Error):
+        make_env("no-such-task-v0", drawn=False)
+    assert inner(gym.make("hopper-medium-v2")).model.ntex > 0
 
 
 def test_unknown_names_are_errors():

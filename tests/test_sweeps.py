@@ -492,6 +492,38 @@ def test_all_variants_with_the_first_seed_come_first(write_sweep):
     assert len(set(variants[0])) == 4
 
 
+def programs_of(path, together, monkeypatch, capsys):
+    """Return the configs of each program of a sweep, and the line that it prints first."""
+    pools = []
+    monkeypatch.setattr(sys, "argv", ["sweep", path, "--together", str(together)])
+    monkeypatch.setattr(sweep.Pool, "run", lambda pool: pools.append(pool))
+    sweep.main()
+    programs = [[job.config for job in program.jobs] for program in pools[0].waiting]
+    return programs, capsys.readouterr().out
+
+
+def test_runs_are_trained_together_by_what_they_differ_in(write_sweep, monkeypatch, capsys):
+    path = write_sweep(actor_wd=[0, 0.1, 0.2], actor_ln=[False, True], seed=[1, 0])
+    programs, line = programs_of(path, 4, monkeypatch, capsys)
+    assert line == "12 runs, of which 0 are finished; 4 programs train the others\n"
+    found = []
+    for configs in programs:
+        assert len({config.actor_ln for config in configs}) == 1
+        found.append([(config.seed, config.actor_wd) for config in configs])
+    first, rest = [(0, 0.0), (0, 0.1), (0, 0.2), (1, 0.0)], [(1, 0.1), (1, 0.2)]
+    assert found == [first, first, rest, rest]
+
+
+def test_two_datasets_are_never_in_one_program(
+    write_sweep, write_dataset, tmp_path, monkeypatch, capsys
+):
+    other = write_dataset("other.hdf5", **random_columns(1))
+    path = write_sweep(dataset_path=[str(tmp_path / "file.hdf5"), other], seed=[0, 1, 2])
+    programs, line = programs_of(path, 64, monkeypatch, capsys)
+    assert line.endswith("; 2 programs train the others\n")
+    assert [[config.seed for config in configs] for configs in programs] == [[0, 1, 2]] * 2
+
+
 def test_flags_go_to_every_run_and_equal_runs_are_one(write_sweep, monkeypatch, capsys):
     path = write_sweep(regularisers=["none", "LN", "LN+LN"])
     monkeypatch.setattr(sys, "argv", ["sweep", path, "--num_updates", "30"])
@@ -536,6 +568,7 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
         ("--seed 1 FILE", "name the files first, then --seed and other flags of the scripts"),
         ("--processes 2 --seed 1 FILE", "name the files first, then --seed and other flags"),
         ("FILE --process 2", "there is no flag --process"),
+        ("FILE --together 0", "together must be 1 or more"),
     ],
 )
 def test_flags_that_a_sweep_can_not_take_are_an_error(words, message, write_sweep, monkeypatch):
@@ -732,6 +765,54 @@ def test_two_at_once_share_a_sweep(tmp_path, write_sweep):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len(found(tmp_path, "finished.json")) == 3
     assert any("another process is training: " in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_runs_that_are_trained_together_stop_resume_and_fail_one_by_one(tmp_path, write_sweep):
+    """Two of the three are in one program, and one of these diverges."""
+    path = write_sweep(
+        critic_learning_rate=[3e-4, 1e30, 6e-4],
+        num_updates=20_000,
+        log_every=1000,
+        eval_every=20_000,
+    )
+    process = start_here(path, "--together", "2")
+    wait_for_rows(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    first, *_, last = output.splitlines()
+    assert first == "3 runs, of which 0 are finished; 2 programs train the others"
+    assert last == "stopped; the same command resumes"
+    assert not found(tmp_path, "finished.json")
+
+    process = start_here(path, "--together", "2")
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "2 done, 1 failed, 0 to go" in output
+    assert errors.startswith("error: 1 runs failed;")
+    assert len(found(tmp_path, "finished.json")) == 2
+    (failed,) = found(tmp_path, "failed.txt")
+    words = failed.read_text().strip()
+    assert f"\n    {words}\n" in output
+    assert output.endswith(f"failed: {failed.parent}\n")
+    assert "1e+30" in failed.parent.name
+    texts = [path.read_text() for path in found(tmp_path, "output.txt")]
+    assert sum("resuming from update" in text for text in texts) == 2  # of the first program
+    ends = [text.splitlines()[-1].split(" ")[0] for text in texts]
+    assert sorted(ends) == ["error:", "final", "final"]
+
+
+@pytest.mark.slow
+def test_two_at_once_share_a_sweep_of_groups(tmp_path, write_sweep):
+    path = write_sweep(seed=[0, 1, 2, 3], num_updates=2000, log_every=100, eval_every=2000)
+    processes = [start_here(path, "--together", "2") for _ in range(2)]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert len(found(tmp_path, "finished.json")) == 4
+    assert any("another process is training: " in output for output in outputs)
+    for rows in rows_by_seed(tmp_path).values():
+        assert [int(row["update"]) for row in rows] == list(range(100, 2001, 100))
 
 
 # --- W&B's sweep and agent ---

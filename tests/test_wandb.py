@@ -30,6 +30,8 @@ from runs_helpers import (
 from wandb.sdk.lib.run_stopping import RunStopChecker
 from wandb_server import Server
 
+import harness.run
+import iql
 import rebrac
 from harness import wandb_log
 from harness.wandb_log import wandb_mode
@@ -100,16 +102,7 @@ def test_a_resumed_run_is_the_same_run_there(
     assert run["exit"] == 0
     assert run["config"]["actor_dropout"] == {"value": 0.0}
     assert run["config"]["algorithm"] == {"value": "rebrac"}
-    history = wandb_server.history(name)
-    assert steps(history) == [10, 20, 30, 40, 50, 60]
-    expected = {int(row["update"]): row for row in table(directory, "train.csv")}
-    for row in table(directory, "evaluations.csv"):
-        expected[int(row["update"])] |= row
-    for row in history:
-        found = {key: value for key, value in row.items() if not key.startswith("_")}
-        numbers = {key: float(text) for key, text in expected[row["_step"]].items()}
-        del numbers["seed"], numbers["update"]
-        assert found == pytest.approx(numbers, rel=1e-8)
+    assert_history_is_that_of(directory, wandb_server.history(name))
 
 
 def test_it_gets_each_seeds_numbers_and_their_means(start, wandb_server, monkeypatch):
@@ -146,6 +139,92 @@ def test_a_failed_run_has_failed_there(start, wandb_server, monkeypatch):
     (run,) = wandb_server.runs.values()
     assert run["exit"] == 1
     assert run["state"] != "preempting"
+
+
+def assert_history_is_that_of(directory, history):
+    """Hold what W&B has of a run against its tables: a row for each update, in order."""
+    expected = {int(row["update"]): row for row in table(directory, "train.csv")}
+    for row in table(directory, "evaluations.csv"):
+        expected[int(row["update"])] |= row
+    assert steps(history) == [10, 20, 30, 40, 50, 60]
+    for row in history:
+        found = {key: value for key, value in row.items() if not key.startswith("_")}
+        numbers = {key: float(text) for key, text in expected[row["_step"]].items()}
+        del numbers["seed"], numbers["update"]
+        assert found == pytest.approx(numbers, rel=1e-8)
+
+
+def histories(server):
+    """Return what W&B has of each run, by its actor_wd."""
+    found = {}
+    for name, run in server.runs.items():
+        assert run["exit"] == 0
+        found[run["config"]["actor_wd"]["value"]] = server.history(name)
+    assert len(found) == len(server.runs)
+    return found
+
+
+MEMBERS = (dict(actor_wd=0.1), dict(actor_wd=0.2))
+
+
+def test_runs_that_are_trained_together_are_runs_of_their_own(
+    start_group, wandb_server, monkeypatch
+):
+    """Also after an interruption."""
+    log_in(monkeypatch, wandb_server)
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, iql, 3)
+        exits(128 + signal.SIGTERM, start_group, *MEMBERS)
+    for name, run in wandb_server.runs.items():
+        assert run["state"] == "preempting"
+        assert steps(wandb_server.history(name)) == [10, 20]
+    directories = start_group(*MEMBERS)
+    found = histories(wandb_server)
+    assert len(found) == 2
+    for directory, member in zip(directories, MEMBERS):
+        assert_history_is_that_of(directory, found[member["actor_wd"]])
+
+
+def test_runs_that_are_trained_together_can_be_sent_later(
+    start_group, wandb_server, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)  # where `wandb sync` leaves its own logs
+    log_in(monkeypatch, wandb_server)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    directories = start_group(*MEMBERS)
+    assert wandb_server.runs == {}
+    for directory in directories:
+        with open(os.path.join(directory, "output.txt")) as file:
+            sync_as_printed(file.read())
+    found = histories(wandb_server)
+    for directory, member in zip(directories, MEMBERS):
+        assert_history_is_that_of(directory, found[member["actor_wd"]])
+
+
+def test_an_evaluation_beside_training_comes_before_what_is_trained_beside_it(
+    start, wandb_server, monkeypatch
+):
+    """W&B takes no row of an update before the last one."""
+    log_in(monkeypatch, wandb_server)
+    monkeypatch.setattr(harness.run, "has_accelerator", lambda: True)
+    trained = threading.Event()
+    policy = rebrac.policy
+
+    def late(*arguments):
+        assert trained.wait(60)
+        return policy(*arguments)
+
+    def act(number):
+        if number == 2:
+            trained.clear()
+        if number == 4:  # then update 30 is logged, after the evaluation's 20
+            trained.set()
+
+    monkeypatch.setattr(rebrac, "policy", late)
+    before_epochs(monkeypatch, rebrac, act)
+    directory = start()
+    (name,) = wandb_server.runs
+    assert_history_is_that_of(directory, wandb_server.history(name))
 
 
 # --- Its mode ---

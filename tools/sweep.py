@@ -131,8 +131,6 @@ class Job:
         self.script = known[program]
         self.flags = command[command.index(program) + 1 :]
         config = read_config(self.script, self.flags)
-        if config.evaluate or config.video:
-            raise UserError("a sweep only trains; give --evaluate and --video to a script")
         # By its path, so that a sweep runs from any folder
         self.command = [self.script.__file__ if word == program else word for word in command]
         self.config = config
@@ -144,7 +142,8 @@ class Job:
 
     def last_words(self):
         """Return the last line of its output, without the directory."""
-        with open(self.output_path(), errors="replace") as file:
+        lines = []
+        with contextlib.suppress(OSError), open(self.output_path(), errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
         if not lines:
             return "no output; is the disk full?"
@@ -169,7 +168,7 @@ class Program:
         command = first.command
         flags = ""
         if len(self.jobs) > 1:
-            command = [sys.executable, "-m", "harness.group", first.script.__name__]
+            command = [sys.executable, "-u", "-m", "harness.group", first.script.__name__]
             flags = json.dumps([job.flags for job in self.jobs])
         os.makedirs(first.directory, exist_ok=True)
         with open(first.output_path(), "ab") as output, on_cores(slot, slots):
@@ -299,12 +298,13 @@ class Pool:
         if code is not None:
             del self.running[slot]
             for job in program.jobs:
-                self.note_end(job, code)
+                self.note_end(job, code, len(program.jobs) > 1)
 
-    def note_end(self, job, code):
+    def note_end(self, job, code, in_group):
         """Note how a job has ended, and print it unless it was stopped."""
         now = status(job.directory)
-        if code == os.EX_TEMPFAIL or now.busy:  # another process was faster
+        is_left_out = code == os.EX_TEMPFAIL or (in_group and code == 0)
+        if now.busy or (now.state == "unfinished" and is_left_out):  # another process was faster
             self.busy.append(job)
             return
         is_finished = now.state == "finished"

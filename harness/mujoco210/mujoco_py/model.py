@@ -9,6 +9,8 @@ import xml.etree.ElementTree as ET
 import mujoco
 import numpy as np
 
+VISUALS = True  # whether models get what is only drawn: most of their memory
+
 
 def load_model_from_path(path):
     """Compile the XML file at `path` into a `mujoco.MjModel` that moves as in MuJoCo 2.1.0."""
@@ -24,6 +26,10 @@ def load_model_from_path(path):
         for key in ("meshdir", "texturedir"):
             if key in compiler.attrib:
                 compiler.set(key, os.path.join(folder, compiler.get(key)))
+    if not VISUALS:
+        ET.SubElement(root, "compiler", discardvisual="true")
+        for element in root.iter():
+            element.attrib.pop("material", None)
     model = _compile(ET.tostring(root, encoding="unicode"))
     return copy.copy(model)  # environments write to their models
 

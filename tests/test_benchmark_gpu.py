@@ -1,0 +1,56 @@
+"""The benchmark's part `gpu`, small and on the CPU."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import iql
+from tools import benchmark, benchmark_gpu
+from tools.timing import first_states, make_config, random_data
+
+CONFIG = benchmark.Config(parts=["gpu"], scripts=["iql"], updates=2, rounds=1, members=[1, 2])
+
+
+def test_members_are_the_configs_runs_together():
+    """After an epoch each is where its own config ends alone."""
+    members = benchmark_gpu.Members(CONFIG, "iql", 2)
+    members()
+    states = jax.device_get(members.states.critic)
+    for i, rate in enumerate((1e-4, 1e-3)):
+        own = make_config(CONFIG, "iql", seed=i, actor_learning_rate=rate)
+        alone, _ = iql.epoch(own, first_states(iql, own, random_data()), random_data())
+        for x, y in zip(jax.tree.leaves(states), jax.tree.leaves(alone.critic)):
+            np.testing.assert_allclose(x[i], y[0], rtol=1e-4, atol=1e-6)
+    assert 0.005 < members.gigabytes() < 1
+
+
+def test_the_part_is_not_among_those_that_run_by_default():
+    assert "gpu" not in benchmark.Config().parts
+    assert "gpu" in benchmark.PARTS
+
+
+@pytest.mark.slow
+def test_a_small_one_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EPISODE_STEPS", "20")
+    CONFIG.gpu_file = str(tmp_path / "gpu.md")
+    CONFIG.run_updates = 200
+    benchmark_gpu.gpu_part(CONFIG, str(tmp_path))
+    printed = capsys.readouterr().out
+    with open(CONFIG.gpu_file) as file:
+        assert file.read() == printed
+    for number in (1, 2):
+        row = re.search(rf"\| IQL, members: {number} \|(.*)\|", printed)[1].split("|")
+        assert len(row) == 8
+        assert float(row[0]) > 0
+        assert 0 < float(row[4]) < 1.5
+    assert "IQL, 200 updates on the bundled Hopper data, seed 0: score" in printed
+    assert "IQL, --deterministic true, 4 updates twice: the same bits." in printed
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_gpu, "LIMIT", -1)
+    CONFIG.gpu_file = str(tmp_path / "gpu.md")
+    benchmark_gpu.gpu_part(CONFIG, str(tmp_path))
+    assert capsys.readouterr().out.count("Left out for lack of time: ") == 3
