@@ -109,7 +109,7 @@ def train(script, group):
     """Train a group to its end."""
     with group:
         while True:
-            with contextlib.suppress(FewerRuns):
+            with contextlib.suppress(FewerRuns), group.printing(group.records[0]):
                 return script.train(group.config, group)
 
 
@@ -128,8 +128,8 @@ def main():
             train(script, group)
         except UserError as error:  # the others are still trained
             problem = error
-    if problem:
-        raise problem
+    if problem:  # which is in the output of its own runs
+        sys.exit(problem.exit_code)
 
 
 if __name__ == "__main__":

@@ -726,7 +726,7 @@ def test_a_fresh_clone_shows_something_at_once(tmp_path):
     command += ["--reps", "50", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{names}: 76 finished seeds; left out: 0\n")
+    assert done.stdout.startswith(f"{names}: 81 finished seeds; left out: 0\n")
     figures = {os.path.basename(path) for path in glob.glob(str(tmp_path / "*.p*"))}
     for kind in KINDS.split():
         for suffix in ("png", "pdf"):

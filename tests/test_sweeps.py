@@ -666,6 +666,31 @@ def test_each_end_of_a_run_is_told(run_jobs, tmp_path):
     assert str(end).startswith("2 runs failed; output.txt in their directories says why")
 
 
+@pytest.mark.parametrize("code", [0, os.EX_TEMPFAIL])
+def test_each_run_of_a_program_has_its_own_end(tmp_path, code):
+    """One that it has left out is another process's. One may have printed nothing."""
+    jobs = [ShellJob(tmp_path / f"job{i}", "") for i in range(3)]
+    pool = sweep.Pool(jobs, 1, 3)
+    lines = []
+    pool.bar = SimpleNamespace(write=lambda line, stream: lines.append(line))
+    (program,) = pool.waiting
+    assert program.jobs == jobs
+    for job, name in zip(jobs, ("finished.json", "failed.txt")):
+        os.makedirs(job.directory)
+        with open(os.path.join(job.directory, name), "w") as file:
+            file.write("error: why\n")
+    with open(jobs[0].output_path(), "w") as file:
+        file.write("final score 1\n")
+    program.process = SimpleNamespace(poll=lambda: code)
+    pool.running[0] = program
+    pool.look_after(0, program)
+    assert (pool.done, pool.failed, pool.busy) == (jobs[:1], jobs[1:2], jobs[2:])
+    assert lines == [
+        "1 done, 0 failed, 2 to go: job0\n    final score 1",
+        "1 done, 1 failed, 1 to go: job1\n    no output; is the disk full?",
+    ]
+
+
 def test_the_first_signal_stops_and_the_second_kills(run_jobs, tmp_path):
     for delay in (1, 2.5):
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -805,14 +830,16 @@ def test_runs_that_are_trained_together_stop_resume_and_fail_one_by_one(tmp_path
 
 @pytest.mark.slow
 def test_two_at_once_share_a_sweep_of_groups(tmp_path, write_sweep):
-    path = write_sweep(seed=[0, 1, 2, 3], num_updates=2000, log_every=100, eval_every=2000)
-    processes = [start_here(path, "--together", "2") for _ in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    path = write_sweep(seed=[0, 1, 2, 3], num_updates=40_000, log_every=1000, eval_every=40_000)
+    first = start_here(path, "--together", "2")
+    wait_for_rows(tmp_path, first)
+    second = start_here(path, "--together", "2")
+    outputs = [process.communicate(timeout=600)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
     assert len(found(tmp_path, "finished.json")) == 4
-    assert any("another process is training: " in output for output in outputs)
+    assert outputs[1].count("another process is training: ") == 2
     for rows in rows_by_seed(tmp_path).values():
-        assert [int(row["update"]) for row in rows] == list(range(100, 2001, 100))
+        assert [int(row["update"]) for row in rows] == list(range(1000, 40_001, 1000))
 
 
 # --- W&B's sweep and agent ---
