@@ -89,7 +89,10 @@ class Group(Run):
             yield
 
     def give_up(self, broken, states=None, update=None):
-        """Save the others, and end those with an error. Raise FewerRuns, or the last error."""
+        """Save the others, if there are `states`, and end the broken ones.
+
+        Raises FewerRuns, or the last error if none is left.
+        """
         if self.pending:
             self.end_evaluation()
         parts = list(self.parts())

@@ -176,7 +176,7 @@ class Run:
         self.policy_data = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
         initial = self.arrays(states)
         parts = []  # of the arrays, a record's each
-        broken = {}  # records and their errors
+        broken = {}  # records that can't go on, and their errors
         is_new = False
         for record, part in self.parts():
             own = {key: array[part] for key, array in initial.items()}
@@ -288,9 +288,7 @@ class Run:
         problems = find_divergence(self.config, update, infos, states)
         broken = {}  # records and their errors
         for record, part in self.parts():
-            own = [
-                problems[member] for member in range(part.start, part.stop) if member in problems
-            ]
+            own = [text for i, text in problems.items() if part.start <= i < part.stop]
             if own:
                 path = record.path("checkpoint.npz")
                 end = f"the last good checkpoint is {path}, of update {record.saved}"

@@ -1,6 +1,7 @@
 """The benchmark's part `gpu`, small and on the CPU."""
 
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -34,11 +35,10 @@ def test_the_part_is_not_among_those_that_run_by_default():
 @pytest.mark.slow
 def test_a_small_one_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EPISODE_STEPS", "20")
-    CONFIG.gpu_file = str(tmp_path / "gpu.md")
-    CONFIG.run_updates = 200
-    benchmark_gpu.gpu_part(CONFIG, str(tmp_path))
+    config = replace(CONFIG, gpu_file=str(tmp_path / "gpu.md"), run_updates=200)
+    benchmark_gpu.gpu_part(config, str(tmp_path))
     printed = capsys.readouterr().out
-    with open(CONFIG.gpu_file) as file:
+    with open(config.gpu_file) as file:
         assert file.read() == printed
     for number in (1, 2):
         row = re.search(rf"\| IQL, members: {number} \|(.*)\|", printed)[1].split("|")
@@ -51,6 +51,6 @@ def test_a_small_one_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
 
 def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_gpu, "LIMIT", -1)
-    CONFIG.gpu_file = str(tmp_path / "gpu.md")
-    benchmark_gpu.gpu_part(CONFIG, str(tmp_path))
+    config = replace(CONFIG, gpu_file=str(tmp_path / "gpu.md"))
+    benchmark_gpu.gpu_part(config, str(tmp_path))
     assert capsys.readouterr().out.count("Left out for lack of time: ") == 3
