@@ -41,6 +41,15 @@ from harness.datasets import (
 )
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, make_envs
+from harness.inside import (
+    NUM_COMPARED,
+    action_distance,
+    feature_statistics,
+    jacobian_norm,
+    make_samples,
+    weight_norms,
+    with_ranks,
+)
 from harness.members import init_states, is_on, over_members
 from harness.policies import evaluate_run, host_policy
 from harness.run import Run
@@ -91,9 +100,11 @@ class Config:
     actor_gn: bool = False  # GN: GroupNorm with 32 groups
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
+    actor_rms: bool = False  # RMS: RMSNorm; beyond the paper
     actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
     actor_bc_noise: float = 0.0  # BCN: std of noise on temperature x advantage
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
+    actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
     actor_lr_decay: str = "cosine"  # of its learning rate: none, cosine, linear, exponential
     # Regularisers of Q and V, which the paper leaves alone
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
@@ -105,6 +116,7 @@ class Config:
     critic_gn: bool = False  # GroupNorm with 32 groups in Q and V
     critic_bn: bool = False  # BatchNorm in Q and V
     critic_sn: bool = False  # SpectralNorm of the last hidden Dense of Q and V
+    critic_rms: bool = False  # RMSNorm in Q and V
     critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
     critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
     # Run
@@ -163,9 +175,10 @@ def constraints(config):
 def make_dataset(config, raw):
     """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
 
-    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled;
-    terminals (N,); ends (N,), the last step of each episode; train and validation, the indices of
-    the steps that are transitions; mean and std of the states, (S,) or the scalars 0 and 1.
+    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled by
+    reward_scale; terminals (N,); ends (N,), the last step of each episode; train and validation,
+    the indices of the steps that are transitions; mean and std of the states, (S,) or the scalars
+    0 and 1.
     """
     ends = episode_ends(config.dataset_name, raw)
     ends[-1] = True
@@ -181,9 +194,7 @@ def make_dataset(config, raw):
     if len(validation) > 0:
         print(f"held out: {np.sum(ends & held_out)} episodes, {len(validation)} transitions")
 
-    rewards = raw["rewards"]
-    if config.normalize_reward:
-        rewards = rewards * reward_scale(config, raw)
+    scale = reward_scale(config, raw) if config.normalize_reward else np.float32(1)
     observations = raw["observations"]
     mean = np.float32(0)
     std = np.float32(1)
@@ -194,7 +205,8 @@ def make_dataset(config, raw):
     return dict(
         observations=observations,
         actions=raw["actions"],
-        rewards=rewards,
+        rewards=scale * raw["rewards"],
+        reward_scale=scale,
         terminals=raw["terminals"],
         ends=ends,
         train=train,
@@ -262,7 +274,8 @@ class ActorHidden(nn.Module):
     """The actor's hidden layers, states (B, S) to features (B, F).
 
     Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
-    and Dropout, in the paper's order. SpectralNorm acts on the last Dense.
+    and Dropout, in the paper's order. RMSNorm stands before Dropout. SpectralNorm acts on the
+    last Dense.
     """
 
     config: Config
@@ -288,6 +301,8 @@ class ActorHidden(nn.Module):
                 x = nn.GroupNorm(num_groups=32)(x)
             if config.actor_bn:
                 x = nn.BatchNorm(use_running_average=not train)(x)
+            if config.actor_rms:
+                x = nn.RMSNorm()(x)
             if train and is_on(config.actor_dropout):
                 x = dropout(self.make_rng("dropout"), config.actor_dropout, x)
         return x
@@ -317,6 +332,8 @@ class CriticHidden(nn.Module):
                 x = nn.GroupNorm(num_groups=32)(x)
             if config.critic_bn:
                 x = nn.BatchNorm(use_running_average=not train)(x)
+            if config.critic_rms:
+                x = nn.RMSNorm()(x)
             if train and is_on(config.critic_dropout):
                 x = dropout(self.make_rng("dropout"), config.critic_dropout, x)
         return x
@@ -386,6 +403,16 @@ def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
         optax.stateless(add_decay) if is_on(wd) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def ascend(params, grads, radius):
+    """Return the parameters at a distance of `radius` up the gradient (SAM, arXiv 2010.01412).
+
+    To first order the loss is the largest there within this distance. SAM's step is along the
+    gradient there.
+    """
+    scale = radius / jnp.maximum(optax.tree.norm(grads), 1e-12)  # the gradient may be 0
+    return jax.tree.map(lambda param, grad: param + scale * grad, params, grads)
 
 
 def optimize(optimizer, variables, opt_state, grads, noise, key):
@@ -575,6 +602,26 @@ def eval_actor_loss(config, state, batch):
     return loss
 
 
+def q_values(config, state, observations, actions):
+    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
+    nets = networks(config, actions)
+    return forward(nets.critics, state.critic, observations, actions).min(0)
+
+
+def overestimation(config, data, state, episodes):
+    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
+
+    Here s are the first states of the episodes without noise. Rewards are as the critics know
+    them. What an episode would gain after its time limit counts as 0.
+    """
+    starts = (episodes.starts - data["mean"]) / data["std"]
+    values = q_values(config, state, starts, act(config, state.actor, data, starts))
+    rewards = data["reward_scale"] * episodes.rewards + config.reward_shift
+    steps = jnp.arange(rewards.shape[-1])
+    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
+    return jnp.mean(values - (discounts * rewards).sum(-1))
+
+
 def actor_optimizer(config):
     """Return the actor's optimiser."""
     decay = config.actor_lr_decay
@@ -610,8 +657,12 @@ def update_value(config, state, batch, target_q, key, noise_key):
 
 def update_actor(config, state, batch, target_q, keys, noise_key):
     """Update the actor once; return the new state and a dictionary of scalars."""
+    params = state.actor["params"]
     grad_fn = jax.grad(actor_loss, has_aux=True)
-    grads, (actor, info) = grad_fn(state.actor["params"], config, state, batch, target_q, keys)
+    grads, (actor, info) = grad_fn(params, config, state, batch, target_q, keys)
+    if is_on(config.actor_sam):
+        params = ascend(params, grads, config.actor_sam)
+        grads, _ = grad_fn(params, config, state, batch, target_q, keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -714,11 +765,12 @@ def train(config, run):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
-            returns, visited = evaluate(config, act_in_all, envs, update)
+            episodes = evaluate(config, act_in_all, envs, update)
         if not config.analysis:
-            return returns, {}
+            return episodes.returns, {}
         with run.timed("analysis"):
-            return returns, with_pca_ranks(analyse(config, states, data, samples, visited))
+            measured = with_ranks(analyse(config, states, data, samples, episodes))
+        return episodes.returns, measured
 
     while True:
         is_last = num_updates == config.num_updates
@@ -738,59 +790,44 @@ def train(config, run):
 
 # --- Appendix: inside the actor ---
 
-NUM_STATES = 10_000  # at most, in each batch on which the actor is measured
 NUM_PROBED = 1024  # held-out states of the plasticity probe
 PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
 
 
-def make_samples(data):
-    """Return the batches on which the actor is measured, the same in each evaluation.
-
-    `train` and `validation` are indices of steps. `random` are states (NUM_STATES, S), uniform in
-    the range of the normalised states for training.
-    """
-    rng = np.random.default_rng(0)
-    samples = {}
-    for part in ("train", "validation"):
-        if len(data[part]) > 0:
-            size = min(len(data[part]), NUM_STATES)
-            samples[part] = rng.choice(data[part], size, replace=False)
-    low = []
-    high = []
-    for column in data["observations"].T:  # one at a time, to spare memory
-        used = column[data["train"]]
-        low.append(used.min())
-        high.append(used.max())
-    samples["random"] = rng.uniform(low, high, (NUM_STATES, len(low))).astype(np.float32)
-    return samples
-
-
-@over_members("state", "visited")
-def analyse(config, state, data, samples, visited):
-    """Return what the paper measures inside the actor, by names such as train/dead_neurons.
+@over_members("state", "episodes")
+def analyse(config, state, data, samples, episodes):
+    """Return what is measured inside the actor, by names such as train/dead_neurons.
 
     There are four batches: the steps samples["train"] and samples["validation"] of the data, the
-    normalised states samples["random"] (B, S), and the states `visited` (B, S) in evaluation.
-    Returns scalars, and for each batch a matrix `gram` (F, F) for `with_pca_ranks`.
+    normalised states samples["random"] (B, S), and the visited states of an evaluation's
+    `episodes`. Returns scalars, for each batch a matrix `gram` (F, F) for `with_ranks`, and
+    `features` (NUM_COMPARED, F), which a report compares with other runs'.
     """
     batches = {}
     for part in ("train", "validation"):
         if part in samples:
             batches[part] = transitions(data, samples[part])
     observations = {part: batch.observations for part, batch in batches.items()}
-    observations["evaluation"] = (visited - data["mean"]) / data["std"]
+    observations["evaluation"] = (episodes.visited - data["mean"]) / data["std"]
     observations["random"] = samples["random"]
 
-    info = {}
+    def actions_in(states):
+        return act(config, state.actor, data, states)
+
+    info = weight_norms(state.actor["params"])
     nets = networks(config, data["actions"])
     for part, states in observations.items():
         _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
-        preactivations = seen["intermediates"]["Hidden_0"]["preactivations"][0]
-        for key, value in measure(preactivations).items():
+        features = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+        for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
+        info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, states[:NUM_COMPARED])
+        if part == "train":
+            info["features"] = features[:NUM_COMPARED]
     for part, batch in batches.items():
         info[f"{part}/action_error"] = action_error(config, data, state.actor, batch)
         info[f"{part}/actor_loss"] = eval_actor_loss(config, state, batch)
+        info[f"{part}/q_gain"] = q_gain(config, data, state, batch)
     if "validation" in batches:
         for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
@@ -798,38 +835,11 @@ def analyse(config, state, data, samples, visited):
         cloned = clone_further(config, data, state, probe)
         loss_before = cloning_loss(config, data, state.actor, probe)
         info["plasticity/loss_left"] = cloning_loss(config, data, cloned, probe) / loss_before
+    states = observations["evaluation"][:NUM_COMPARED]
+    distance = action_distance(states, actions_in(states), batches["train"])
+    info["evaluation/action_distance"] = distance
+    info["evaluation/overestimation"] = overestimation(config, data, state, episodes)
     return info
-
-
-def measure(preactivations):
-    """Return statistics of the last hidden Dense's outputs before the ReLU (B, F).
-
-    dead_neurons is the fraction of neurons that are at most 0 on the whole batch. feature_* are
-    the mean norm of a row, and mean and standard deviation over rows and neurons.
-    """
-    return {
-        "dead_neurons": jnp.mean(jnp.all(preactivations <= 0, 0)),
-        "feature_norm": jnp.mean(jnp.linalg.norm(preactivations, axis=1)),
-        "feature_mean": preactivations.mean(),
-        "feature_std": preactivations.std(),
-        "gram": preactivations.T @ preactivations,
-    }
-
-
-def with_pca_ranks(measured):
-    """Replace the Gram matrices (seeds, F, F) of `analyse` by PCA ranks (seeds,).
-
-    The rank is the number of components that hold 99 % of the squared singular values, without
-    centring. In NumPy, since JAX's batched eigenvalues can hang on a CPU.
-    """
-    measured = jax.device_get(measured)
-    grams = [key for key in measured if key.endswith("/gram")]
-    for key in grams:
-        gram = measured.pop(key).astype(np.float64)
-        squares = np.linalg.eigvalsh(gram)[:, ::-1]  # of the singular values, largest first
-        is_needed = np.cumsum(squares, 1) < 0.99 * squares.sum(1, keepdims=True)
-        measured[key.replace("gram", "pca_rank")] = is_needed.sum(1) + 1
-    return measured
 
 
 def action_error(config, data, actor, batch):
@@ -841,6 +851,13 @@ def cloning_loss(config, data, actor, batch):
     """Return the squared error of the policy's actions, summed over an action's dimensions."""
     errors = (act(config, actor, data, batch.observations) - batch.actions) ** 2
     return errors.sum(-1).mean()
+
+
+def q_gain(config, data, state, batch):
+    """Return how much higher the critics value the policy's actions than the data's, as a mean."""
+    actions = act(config, state.actor, data, batch.observations)
+    gains = q_values(config, state, batch.observations, actions)
+    return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
 
 
 def clone_further(config, data, state, batch):
@@ -882,6 +899,9 @@ CHOSEN = {
     "InN": dict(actor_input_noise=0.01),
     "BCN": dict(actor_bc_noise=0.3),
     "GrN": dict(actor_grad_noise=0.01),
+    # Beyond the paper; SAM's radius is the default of its own paper
+    "RMS": dict(actor_rms=True),
+    "SAM": dict(actor_sam=0.05),
 }
 
 # Combinations of them -> the strengths that the paper chose anew for these

@@ -1,5 +1,7 @@
 """Episodes of a policy in lock-step, with and without noise."""
 
+from typing import NamedTuple
+
 import imageio
 import numpy as np
 
@@ -9,6 +11,19 @@ from harness.errors import UserError
 from harness.members import seeds
 
 NUM_VISITED = 10_000  # states of an evaluation, on which the actor is measured
+
+
+class Episodes(NamedTuple):
+    """The E episodes of an evaluation, of each seed. C of them are without noise.
+
+    T is the longest episode's number of steps, rounded up to thousands.
+    """
+
+    returns: np.ndarray  # (seeds, E), of all episodes
+    visited: np.ndarray  # (seeds, NUM_VISITED, S), drawn uniformly from the states without noise
+    starts: np.ndarray  # (seeds, C, S), the first states of episodes without noise
+    rewards: np.ndarray  # (seeds, C, T), of their steps, 0 after their ends
+    lengths: np.ndarray  # (seeds, C), their numbers of steps
 
 
 def evaluation_episodes(config):
@@ -58,8 +73,7 @@ def evaluate(config, policy, envs, update):
     An episode's start and its noise depend only on the training seed, the update and the
     episode's number. So an episode with noise starts as the one without.
 
-    Returns the returns (seeds, E), and states (seeds, NUM_VISITED, S) drawn uniformly from those
-    that were visited in the episodes without noise.
+    Returns Episodes.
     """
     rows = evaluation_episodes(config)
     num_seeds, num_episodes = config.num_seeds, len(rows)
@@ -71,13 +85,14 @@ def evaluate(config, policy, envs, update):
     has_noise = (noise > 0).any(1)
 
     observations = envs.reset(numbers)
+    starts = observations.copy()
     state_dim = observations.shape[1]
     action_dim = envs.own[0].action_space.shape[0]
     noisy = np.flatnonzero(has_noise)
     draws = normal_draws([numbers[i] for i in noisy], state_dim + action_dim)
-    returns = np.zeros(len(numbers))
     running = np.arange(len(numbers))
     visited = []  # pairs of episodes and their states
+    gained = []  # each step's rewards, 0 where an episode has ended
     while len(running):
         visited.append((running, observations[running]))
         seen = observations.copy()  # by the policy
@@ -87,8 +102,9 @@ def evaluate(config, policy, envs, update):
         actions = actions.reshape(len(numbers), -1)
         actions[noisy] += action_noise[noisy, None] * draw[:, state_dim:]
         actions[noisy] = actions[noisy].clip(-1, 1)  # D4RL's environments clip, too
-        observations[running], rewards, done = envs.step(running, actions[running])
-        returns[running] += rewards
+        rewards = np.zeros(len(numbers))
+        observations[running], rewards[running], done = envs.step(running, actions[running])
+        gained.append(rewards)
         running = running[~done]
 
     episodes = np.concatenate([running for running, _ in visited])
@@ -97,7 +113,20 @@ def evaluate(config, policy, envs, update):
     for seed in range(num_seeds):
         is_own = episodes // num_episodes == seed
         samples.append(sample_states(states[is_own & ~has_noise[episodes]], update))
-    return returns.reshape(num_seeds, num_episodes), np.stack(samples)
+
+    def of_seeds(values):
+        return values.reshape(num_seeds, num_episodes, *values.shape[1:])
+
+    clean = slice(0, config.eval_episodes)
+    padding = -len(gained) % 1000
+    rewards = np.pad(np.transpose(gained), [(0, 0), (0, padding)])
+    return Episodes(
+        returns=of_seeds(sum(gained)),
+        visited=np.stack(samples),
+        starts=of_seeds(starts)[:, clean],
+        rewards=of_seeds(rewards)[:, clean].astype(np.float32),
+        lengths=of_seeds(np.bincount(episodes))[:, clean],
+    )
 
 
 def normal_draws(numbers, size, num_steps=50):
@@ -131,8 +160,8 @@ def summary(scores):
 
 def print_scores(config, policy, envs, update):
     """Evaluate a policy and print a line for each kind of noise."""
-    returns, _ = evaluate(config, policy, envs, update)
-    scores = normalized_score(config.dataset_name, returns)
+    episodes = evaluate(config, policy, envs, update)
+    scores = normalized_score(config.dataset_name, episodes.returns)
     for name, index in score_columns(config).items():
         print(f"{name} {summary(scores[:, index])}")
 

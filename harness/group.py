@@ -36,26 +36,31 @@ class Group(Run):
         check_device()
         self.finished_before = False
         self.later = []  # configs of runs that are at another update
-        problem = BusyError("other processes are training all of these runs")
-        at = {}  # update and last evaluation -> records
+        self.problem = None  # the error of a run that can't begin
+        positions = {}  # of records: update and last evaluation
         for config in configs:
             record = Record(name, config, tuned)
             with self.printing(record):
                 try:
                     record.open()
+                    positions[record] = record.position()
                 except BusyError as error:
                     print(error)
-                    continue
-                try:
-                    at.setdefault(record.position(), []).append(record)
                 except UserError as error:
-                    self.end(record, error)
-                    problem = error
-        if not at:
-            raise problem
+                    self.end({record: error})
+                    self.problem = error
+        if not positions:
+            raise self.problem or BusyError("other processes are training all of these runs")
+        at = {}  # position -> records
+        earliest = min(positions.values())
+        for record, position in positions.items():
+            # A kill may have come when some of them had saved and others not yet
+            if position != earliest and record.go_back(earliest):
+                position = earliest
+            at.setdefault(position, []).append(record)
         records, *others = at.values()
         for record in itertools.chain(*others):
-            record.close(0)
+            record.close()
             self.later.append(record.config)
         for record in records:
             with self.printing(record):
@@ -64,16 +69,18 @@ class Group(Run):
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
-            for _ in self.parts():
-                print(f"error: {error}")
+            for record in self.records:
+                with self.printing(record):
+                    print(f"error: {error}")
         super().__exit__(kind, error, trace)
 
-    def end(self, record, error):
-        """End a run with its error."""
-        with self.printing(record):
-            print(f"error: {error}")
+    def end(self, broken):
+        """End some runs, {record: error}."""
+        for record, error in broken.items():
+            with self.printing(record):
+                print(f"error: {error}")
             record.fail(error)
-            record.close(1)
+        self.close(broken, 1)
 
     def take(self, records):
         """Train these."""
@@ -81,11 +88,13 @@ class Group(Run):
 
     @contextlib.contextmanager
     def printing(self, record):
-        """Print to a run's output.txt."""
-        with record.disk_errors():
-            os.makedirs(record.directory, exist_ok=True)
-            output = open(record.path("output.txt"), "a", buffering=1)  # in the order of lines
-        with output, contextlib.redirect_stdout(output):
+        """Print to a run's output.txt, or to the process's own output if that can't be opened."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                os.makedirs(record.directory, exist_ok=True)
+                lines = dict(buffering=1, errors="backslashreplace")
+                output = stack.enter_context(open(record.path("output.txt"), "a", **lines))
+                stack.enter_context(contextlib.redirect_stdout(output))
             yield
 
     def give_up(self, broken, states=None, update=None):
@@ -95,15 +104,14 @@ class Group(Run):
         """
         if self.pending:
             self.end_evaluation()
-        parts = list(self.parts())
+        parts = [(record, part) for record, part in self.parts() if record not in broken]
         if states is not None:
-            self.save([pair for pair in parts if pair[0] not in broken], states, update)
-        for record, error in broken.items():
-            self.end(record, error)
+            self.save(parts, states, update)
+        self.end(broken)
         self.bar.close()
-        self.records = [record for record, _ in parts if record not in broken]
+        self.records = [record for record, _ in parts]
         if not self.records:
-            raise error
+            raise next(iter(broken.values()))
         self.take(self.records)
         raise FewerRuns
 
@@ -127,6 +135,7 @@ def main():
     while configs:
         group = Group(script.__name__, configs, script.tuned)
         configs = group.later
+        problem = problem or group.problem
         try:
             train(script, group)
         except UserError as error:  # the others are still trained

@@ -6,9 +6,10 @@ import json
 import os
 import time
 
+import numpy as np
 import yaml
 
-from harness.checkpoint import last_checkpoint, write_checkpoint, write_file
+from harness.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint, write_file
 from harness.datasets import normalized_score
 from harness.directory import check_same_config, run_directory, saved_fields
 from harness.errors import BusyError, UserError
@@ -24,6 +25,7 @@ class Record:
     train.csv        a row for each epoch and seed: the losses' means over the epoch
     evaluations.csv  a row for each evaluation and seed: the scores, what is inside the actor
     episodes.csv     a row for each episode of an evaluation
+    features.npy     the actor's features on some states, in the last evaluation
     checkpoint.npz   everything from which the run resumes; previous.npz, the one before it
     finished.json    once the run is finished: how long it took
     failed.txt       once an error has stopped it: the error
@@ -33,13 +35,15 @@ class Record:
         self.algorithm = algorithm
         self.config = config
         self.directory = run_directory(algorithm, config, tuned)
-        check_same_config(self.directory, config)
         self.tables = Tables(self.directory)
         self.is_finished = os.path.exists(self.path("finished.json"))
         self.score = {}  # to show
         self.losses = {}  # to show
         self.saved = 0  # the last checkpoint's update
+        self.lock = None  # the file, once the directory is this process's
+        self.wandb = None
         self.held = None  # rows that W&B gets after an evaluation that is still played
+        self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)  # its share of the time
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -66,6 +70,11 @@ class Record:
         with self.disk_errors():
             os.makedirs(self.directory, exist_ok=True)
             self.take_lock()
+            try:
+                check_same_config(self.directory, self.config)
+            except UserError:
+                self.lock.close()  # its caller may keep the error, and so this object
+                raise
             text = yaml.safe_dump(saved_fields(vars(self.config)), sort_keys=False)
             write_file(self.path("config.yaml"), lambda file: file.write(text.encode()))
             self.remove("failed.txt")
@@ -93,6 +102,7 @@ class Record:
 
     def say_finished(self):
         """Print the score of a run that was finished before."""
+        check_same_config(self.directory, self.config)
         with open(self.path("finished.json")) as file:
             score = json.load(file)["score"]
         print(f"finished already: {self.directory}; final score {score}")
@@ -106,23 +116,38 @@ class Record:
         if os.getenv("WANDB_SWEEP_ID") or not whole:
             wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
             wandb.start(self.tables.updates())
-            wandb.close(0, preempted=False)
+            wandb.end(0, preempted=False)
+            wandb.close()
 
     def position(self):
         """Return the last checkpoint's update, and the last evaluation's before it."""
         found = last_checkpoint(self.directory)
         return (found[2]["update"], found[2]["evaluated"]) if found else (0, 0)
 
+    def go_back(self, position):
+        """Make the checkpoint before the last one the last, if it is of this position.
+
+        Returns whether it is.
+        """
+        try:
+            about = read_checkpoint(self.path("previous.npz"))[1]
+        except (OSError, ValueError):
+            return False
+        if (about["update"], about["evaluated"]) != position:
+            return False
+        os.replace(self.path("previous.npz"), self.path("checkpoint.npz"))
+        return True
+
     # Its end
 
-    def finish(self, seconds):
+    def finish(self):
         """Mark the run as finished."""
-        about = dict(updates=self.config.num_updates, seconds=seconds, **self.score)
+        about = dict(updates=self.config.num_updates, seconds=self.seconds, **self.score)
         with self.disk_errors():
             text = json.dumps(about)
             write_file(self.path("finished.json"), lambda file: file.write(text.encode()))
             self.remove("previous.npz")
-        times = [f"{phase} {value:.0f} s" for phase, value in seconds.items()]
+        times = [f"{phase} {value:.0f} s" for phase, value in self.seconds.items()]
         print(f"final score {self.score['score']}; {', '.join(times)}; {self.directory}")
 
     def fail(self, error):
@@ -132,10 +157,17 @@ class Record:
         with contextlib.suppress(OSError), open(self.path("failed.txt"), "wb") as file:
             file.write(text)
 
-    def close(self, exit_code, preempted=False):
-        """Give the directory free, and end the W&B run."""
-        self.wandb.close(exit_code, preempted)
-        self.lock.close()
+    def end_wandb(self, exit_code, preempted):
+        """Begin to end the W&B run. `close` waits for that."""
+        if self.wandb:
+            self.wandb.end(exit_code, preempted)
+
+    def close(self):
+        """Wait for the end of the W&B run, and give the directory free."""
+        if self.wandb:
+            self.wandb.close()
+        if self.lock:
+            self.lock.close()
 
     # Its checkpoints
 
@@ -163,6 +195,7 @@ class Record:
             self.tables.cut(about["tables"])
         self.wandb.start(self.tables.updates())
         self.score = about["score"]
+        self.seconds = about["seconds"]
         self.saved = about["update"]
         return arrays, about
 
@@ -181,7 +214,8 @@ class Record:
     def save(self, tree, about):
         """Save a tree of arrays, the tables' sizes, and the dictionary `about`."""
         with self.disk_errors():
-            about = dict(about, score=self.score, tables=self.tables.save())
+            own = dict(seconds=self.seconds, score=self.score, tables=self.tables.save())
+            about = {**about, **own}
             path = self.path("checkpoint.npz")
             write_checkpoint(path, tree, about, keep=self.path("previous.npz"))
         self.saved = about["update"]
@@ -195,7 +229,10 @@ class Record:
         self.losses = {key: f"{values.mean():.4g}" for key, values in means.items()}
 
     def log_evaluation(self, update, returns, measured):
-        """Log the returns (seeds, E) of an evaluation, and what was measured with it, (seeds,)."""
+        """Log the returns (seeds, E) of an evaluation, and what was measured with it, (seeds,).
+
+        `features` (seeds, B, F) among it go to a file, for the report.
+        """
         scores = normalized_score(self.config.dataset_name, returns)
         self.write("episodes.csv", episode_rows(self.config, update, returns, scores))
         means = {}
@@ -203,7 +240,12 @@ class Record:
             means[name] = scores[:, index].mean(1)
         held = self.held
         self.held = None
-        self.write("evaluations.csv", seed_rows(self.config, update, {**means, **measured}))
+        numbers = {key: values for key, values in measured.items() if key != "features"}
+        self.write("evaluations.csv", seed_rows(self.config, update, {**means, **numbers}))
+        if "features" in measured:
+            with self.disk_errors():
+                features = measured["features"]
+                write_file(self.path("features.npy"), lambda file: np.save(file, features))
         for rows in held or []:
             self.wandb.send(rows)
         without_noise = score_columns(self.config)["score"]

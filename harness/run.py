@@ -82,7 +82,7 @@ class Run:
         self.evaluated = 0  # the last evaluation's update
         self.saved_at = -np.inf  # when the last checkpoint was made
         self.save_seconds = 0.0  # how long that took
-        self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)
+        self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)  # of this process
         self.pending = None  # the evaluation that is played while training goes on
         self.bar = tqdm(
             total=config.num_updates,
@@ -93,13 +93,14 @@ class Run:
         )
 
     def parts(self):
-        """Yield pairs of a record and its members' slice, with what is printed going its way."""
+        """Return pairs of a record and its members' slice."""
+        pairs = []
         start = 0
         for record in self.records:
             stop = start + record.config.num_seeds
-            with self.printing(record):
-                yield record, slice(start, stop)
+            pairs.append((record, slice(start, stop)))
             start = stop
+        return pairs
 
     def printing(self, record):
         """Return a context in which what is printed goes where a record's lines belong."""
@@ -125,15 +126,23 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
-        for record, _ in self.parts():
-            if error is not None and not self.stopping:
+        if error is not None and not self.stopping:
+            for record in self.records:
                 record.fail(error)
-            record.close(0 if error is None else 1, preempted=bool(self.stopping))
+        self.close(self.records, 0 if error is None else 1, preempted=bool(self.stopping))
         if self.is_evaluating():  # Python's own end would crash in its thread
             if self.stopping:
                 sys.stdout.flush()
                 os._exit(128 + self.stopping)
             self.pending.ended.wait()
+
+    def close(self, records, exit_code, preempted=False):
+        """Close some records. Their W&B runs end at the same time, since each may take long."""
+        for record in records:
+            record.end_wandb(exit_code, preempted)
+        for record in records:
+            with self.printing(record):
+                record.close()
 
     def stop(self, number, _):
         """End the run on a signal.
@@ -145,22 +154,28 @@ class Run:
         is_second = self.stopping
         self.stopping = number
         if is_second or self.is_evaluating() or self.phase in ("starting", "evaluation"):
-            for record, _ in self.parts():
-                print(f"stopped; the same command goes on from update {record.saved}", flush=True)
+            for record in self.records:
+                with self.printing(record):
+                    line = f"stopped; the same command goes on from update {record.saved}"
+                    print(line, flush=True)
             sys.exit(128 + number)
 
     def finish(self):
         """Mark the run as finished."""
-        for record, _ in self.parts():
-            record.finish(self.seconds)
+        for record in self.records:
+            with self.printing(record):
+                record.finish()
 
     @contextlib.contextmanager
     def timed(self, phase):
-        """Add the time of the body to the phase's."""
+        """Add the time of the body to the phase's. Each record has an equal share of it."""
         self.phase = phase
         started = time.monotonic()
         yield
-        self.seconds[phase] += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.seconds[phase] += seconds
+        for record in self.records:
+            record.seconds[phase] += seconds / len(self.records)
         self.phase = "between"
 
     # Checkpoints
@@ -180,19 +195,19 @@ class Run:
         is_new = False
         for record, part in self.parts():
             own = {key: array[part] for key, array in initial.items()}
-            try:
-                arrays, about = record.restore(own)
-            except UserError as error:
-                broken[record] = error
-                continue
-            parts.append(arrays)
-            if about is None:
-                is_new = True
-                continue
-            print(f"resuming from update {about['update']}")
-            self.update = about["update"]
-            self.evaluated = about["evaluated"]
-            self.seconds = about["seconds"]
+            with self.printing(record):
+                try:
+                    arrays, about = record.restore(own)
+                except UserError as error:
+                    broken[record] = error
+                    continue
+                parts.append(arrays)
+                if about is None:
+                    is_new = True
+                    continue
+                print(f"resuming from update {about['update']}")
+                self.update = about["update"]
+                self.evaluated = about["evaluated"]
         if broken:
             self.give_up(broken)
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in initial}
@@ -223,15 +238,17 @@ class Run:
             return
         self.save(self.parts(), states, update)
         if self.stopping:
-            for _ in self.parts():
-                print(f"stopped at update {update}; the same command resumes there", flush=True)
+            for record in self.records:
+                with self.printing(record):
+                    line = f"stopped at update {update}; the same command resumes there"
+                    print(line, flush=True)
             sys.exit(128 + self.stopping)
 
     def save(self, parts, states, update):
         """Save some of the `parts`."""
         started = time.monotonic()
         arrays = self.arrays(states)
-        about = dict(update=update, evaluated=self.evaluated, seconds=self.seconds)
+        about = dict(update=update, evaluated=self.evaluated)
         for record, part in parts:
             own = {key: array[part] for key, array in arrays.items()}
             record.save({**own, "data": self.policy_data}, about)
@@ -246,7 +263,10 @@ class Run:
         On a GPU the episodes are played while training goes on, and `checkpoint` waits for them.
         """
         self.evaluated = update
-        self.speed = update / self.seconds["train"]  # to show
+        self.speed = {}  # to show, once this process has trained
+        if update > self.update:
+            pace = (update - self.update) / self.seconds["train"]
+            self.speed = {"updates/s": f"{pace:.0f}"}
         self.losses = [record.losses for record in self.records]  # to show
         if not has_accelerator():
             self.log_evaluation(*evaluation(states, update))
@@ -270,13 +290,13 @@ class Run:
         """Log the last evaluation: returns (members, E), and what was measured, (members,)."""
         for (record, part), losses in zip(self.parts(), self.losses):
             own = {key: values[part] for key, values in measured.items()}
-            record.log_evaluation(self.evaluated, returns[part], own)
-            inside = {key: f"{own[key].mean():.4g}" for key in SHOWN if key in own}
-            words = [f"{self.evaluated:>9,} updates"]
-            speed = {"updates/s": f"{self.speed:.0f}"}
-            for key, value in {**record.score, **losses, **inside, **speed}.items():
-                words.append(f"{key} {value}")
-            self.bar.write("  ".join(words), sys.stdout)
+            with self.printing(record):
+                record.log_evaluation(self.evaluated, returns[part], own)
+                inside = {key: f"{own[key].mean():.4g}" for key in SHOWN if key in own}
+                words = [f"{self.evaluated:>9,} updates"]
+                for key, value in {**record.score, **losses, **inside, **self.speed}.items():
+                    words.append(f"{key} {value}")
+                self.bar.write("  ".join(words), sys.stdout)
         self.saved_at = -np.inf  # so that the next checkpoint is due
 
     def log_epoch(self, update, infos, states):
@@ -293,7 +313,8 @@ class Run:
                 path = record.path("checkpoint.npz")
                 end = f"the last good checkpoint is {path}, of update {record.saved}"
                 broken[record] = UserError(f"{own[0]}; {end}")
-            else:
+                continue
+            with self.printing(record):
                 record.log_epoch(update, {key: values[part] for key, values in infos.items()})
         if broken:
             self.give_up(broken, states, update)

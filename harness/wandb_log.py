@@ -4,7 +4,9 @@ import contextlib
 import glob
 import os
 import shlex
+import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from harness.errors import one_line
 
 TIME_LIMIT = 30  # seconds to reach W&B, and to send the rest at the end
 ANSWER_LIMIT = 5  # seconds for the answer to a question
+PAUSE = 600  # seconds in which no other run of this process waits after one has in vain
 
 
 def wandb_mode():
@@ -66,8 +69,11 @@ class WandB:
     """A W&B run for a run's directory. A resumed run continues in the same W&B run.
 
     wandb sends from a process of its own, so that only the start and the end wait for it, and
-    not for longer than TIME_LIMIT each.
+    not for longer than TIME_LIMIT each. Nor do many runs of one process wait for longer: once one
+    has started in vain the others don't try to, and they end at the same time.
     """
+
+    waited_at = -np.inf  # when a run of this process has waited for W&B in vain
 
     def __init__(self, directory, algorithm, fields):
         try:
@@ -79,6 +85,7 @@ class WandB:
         print(f"{line}; {self.later}" if self.mode == "offline" else line)
         self.directory = directory
         self.run = None
+        self.ending = None  # once it has begun
         self.first_step = 0  # that W&B doesn't have from before
         self.step = 0
         self.sent = 0  # the last step that was sent whole
@@ -113,15 +120,35 @@ class WandB:
 
     def begin(self):
         """Return a W&B run, offline if W&B can't be reached in time."""
-        import wandb
+        from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
+        started = time.monotonic()
         try:
+            if self.mode != "offline" and started - WandB.waited_at < PAUSE:
+                raise TimeoutError("another run has just waited for W&B in vain")
             return self.init()
         except Exception as error:
             print(f"W&B: offline after all ({one_line(error)[:200]}); {self.later}")
-            wandb.teardown()  # or the next init would fail, too
+            if time.monotonic() - started >= TIME_LIMIT:
+                WandB.waited_at = time.monotonic()
             self.mode = "offline"
+        try:
             return self.init()
+        except ServerResponseError:
+            self.give_id_free()
+            return self.init()
+
+    def give_id_free(self):
+        """End what a failed wandb.init has left in wandb's process, where it has the run's id.
+
+        wandb.teardown would end the whole process, and so what other runs send.
+        """
+        import wandb
+
+        service = wandb.setup().ensure_service()
+        _, left = service.inform_attach(self.id)
+        left.deliver_exit(1)
+        service.inform_finish(self.id)
 
     def init(self):
         """Call wandb.init with the time limits, and so that it never waits for an answer."""
@@ -188,20 +215,29 @@ class WandB:
         for path in glob.glob(f"{folder}/offline-run-*-{self.id}/*.wandb"):
             open(f"{path}.synced", "w").close()
 
-    def close(self, exit_code, preempted):
+    def end(self, exit_code, preempted):
+        """Begin to end the W&B run, in a thread. `close` waits for that."""
+        if self.run is not None:
+            self.ending = ThreadPoolExecutor(1).submit(self.finish, exit_code, preempted)
+
+    def finish(self, exit_code, preempted):
         """End the W&B run. One that was preempted is given to another agent by its sweep."""
-        if self.run is None:
+        if exit_code == 0:  # otherwise the resumed run sends the last step, whole
+            self.flush()
+        if preempted and self.mode != "offline" and not self.was_stopped_there():
+            self.run.mark_preempting()
+        self.run.finish(exit_code=exit_code)
+        self.remember()
+        if self.mode != "offline":
+            self.mark_as_synced()
+
+    def close(self):
+        """Wait until the W&B run has ended."""
+        if self.ending is None:
             return
         with self.never_fatal():
-            if exit_code == 0:  # otherwise the resumed run sends the last step, whole
-                self.flush()
-            if preempted and self.mode != "offline" and not self.was_stopped_there():
-                self.run.mark_preempting()
             try:
-                self.run.finish(exit_code=exit_code)
-                self.remember()
-                if self.mode != "offline":
-                    self.mark_as_synced()
+                self.ending.result()
             except TimeoutError:
                 print(f"W&B has not taken everything in {TIME_LIMIT} s; {self.rest()}")
 

@@ -44,14 +44,17 @@ EXPERIMENTS = {
     "critic": ("regularised critics, the actor as in the baseline", "no: its open question"),
     "td3_bc": ("TD3+BC on all data", "no"),
     "networks": ("each regulariser on the decoder, the perturbation network, both", "no"),
+    "rms_and_sam": ("RMSNorm, sharpness-aware minimisation, and both", "no"),
 }
 NUM_SEEDS = {"final": 10, "as_run": 10}  # else 5
 PAPERS_DATASETS = list(scripts()["rebrac"].TUNED)
 
 NORMALISATIONS = ["LN", "FN", "GN", "BN", "SN"]
+BEYOND = ["RMS", "SAM"]  # regularisers that the paper hasn't; only `rms_and_sam` has them
 DROPOUTS = [0.1, 0.2, 0.3, 0.5, 0.75, 0.9]
 WEIGHT_DECAYS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 NOISES = [0.003, 0.01, 0.03, 0.1, 0.3]
+RADII = [0.01, 0.05, 0.1]  # of SAM, around its original's default
 ROBUSTNESS = [[0.2, 0.0], [0.0, 0.05]]  # standard deviations of noise on actions and on states
 
 # Those that the paper compares
@@ -82,6 +85,7 @@ def grids(script, domain):
 
     An algorithm that the paper doesn't have lacks those of what it tuned and published.
     """
+    chosen = papers_regularisers(script)
     best = ["none", *reversed(script.BEST)]  # a single regulariser, then the combination
     presets = getattr(script, "PRESETS", {})
     published = [name for name in presets if name.startswith("as-run")]
@@ -96,12 +100,13 @@ def grids(script, domain):
         "gradient_noise": dict(actor_grad_noise=NOISES),
         "combinations": dict(regularisers=COMBINATIONS),
         "lr_decay": dict(regularisers=["DO", "DO+LN"], actor_lr_decay=decays),
-        "pairs": dict(regularisers=pairs(script.CHOSEN)),
-        "triples": dict(regularisers=triples(script.CHOSEN)),
+        "pairs": dict(regularisers=pairs(chosen)),
+        "triples": dict(regularisers=triples(chosen)),
         "critic": dict(critic_ln=[False, True], critic_dropout=[0, 0.1], critic_wd=[0, 0.001]),
+        "rms_and_sam": dict(actor_rms=[False, True], actor_sam=[0, *RADII]),
     }
     found = {
-        "robustness": dict(regularisers=["none", *script.CHOSEN], eval_noise=[ROBUSTNESS]),
+        "robustness": dict(regularisers=["none", *chosen], eval_noise=[ROBUSTNESS]),
         "data_scaling": dict(regularisers=best, validation_frac=[0.1, 0.25, 0.5, 0.75, 0.9]),
     }
     if published:
@@ -115,10 +120,15 @@ def grids(script, domain):
         found["td3_bc"] = dict(preset=["td3-bc"])
     if hasattr(script.Config, "regularise"):
         networks = ["decoder", "perturbation", "both"]
-        held_out["networks"] = dict(regularise=networks, regularisers=["none", *script.CHOSEN])
+        held_out["networks"] = dict(regularise=networks, regularisers=["none", *chosen])
     for name, grid in held_out.items():
         found[name] = dict(grid, validation_frac=[0.05])
     return found
+
+
+def papers_regularisers(script):
+    """Return the flags in CHOSEN of the paper's regularisers, and of a fork's own."""
+    return {name: flags for name, flags in script.CHOSEN.items() if name not in BEYOND}
 
 
 def pairs(chosen):
@@ -138,7 +148,7 @@ def triples(chosen):
 
 def study(algorithm, script):
     """Return the grid of the README's study, which two cores can train."""
-    others = [name for name in script.CHOSEN if name not in NORMALISATIONS]
+    others = [name for name in papers_regularisers(script) if name not in NORMALISATIONS]
     regularisers = ["none", *NORMALISATIONS, *others, script.BEST.get("best", "DO+LN")]
     return {**STUDY_OF.get(algorithm, {}), "regularisers": regularisers, **STUDY}
 

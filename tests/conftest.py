@@ -115,9 +115,11 @@ ACTOR_FLAGS = dict(
     actor_gn=True,
     actor_bn=True,
     actor_sn=True,
+    actor_rms=True,
     actor_input_noise=0.1,
     actor_bc_noise=0.1,
     actor_grad_noise=0.1,
+    actor_sam=0.1,
     actor_lr_decay="cosine",
 )
 CRITIC_FLAGS = dict(
@@ -127,10 +129,11 @@ CRITIC_FLAGS = dict(
     critic_gn=True,
     critic_bn=True,
     critic_sn=True,
+    critic_rms=True,
     critic_grad_noise=0.1,
     critic_lr_decay="cosine",
 )
-NORMS = ("actor_ln", "actor_fn", "actor_gn", "actor_bn", "actor_sn")
+NORMS = ("actor_ln", "actor_fn", "actor_gn", "actor_bn", "actor_sn", "actor_rms")
 
 # Some of the actor's that work at any width
 REGULARISED = dict(
@@ -169,6 +172,7 @@ def small_data(size=64, seed=0):
         rewards=rng.normal(size=size).astype(np.float32),
         terminals=rng.random(size) < 0.2,
         train=np.arange(size - 1, dtype=np.int32),
+        reward_scale=np.float32(1),
         mean=np.float32(0),
         std=np.float32(1),
     )

@@ -2,7 +2,7 @@
 
 The tests hold the scripts' updates against these, in double precision. Nothing here is shared
 with the scripts: the formulas are those of the papers (ReBRAC: arXiv 2305.09836, HL-Gauss: arXiv
-2403.03950, IQL: arXiv 2110.06169, CQL: arXiv 2006.04779).
+2403.03950, IQL: arXiv 2110.06169, CQL: arXiv 2006.04779, SAM: arXiv 2010.01412).
 
 A network's parameters are nested dictionaries with Flax's names. Each `f(params, x)` has an
 `f_back(params, x, grad)`, which takes the gradient dL/dy (B, Y) by the outputs y = f(x) and
@@ -53,11 +53,37 @@ def layer_norm_back(params, x, grad):
     return grads, grad / std
 
 
+def root_mean_square(x):
+    """Return the root of the mean square of a row's units."""
+    return np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def rms_norm(params, x):
+    """Return y = scale x / rms."""
+    return params["scale"] * x / root_mean_square(x)
+
+
+def rms_norm_back(params, x, grad):
+    """Return dL/dscale = sum g n, and dL/dx = (h - n mean(h n)) / rms.
+
+    Here n = x / rms and h = scale g.
+    """
+    rms = root_mean_square(x)
+    n = x / rms
+    grads = {"scale": (grad * n).sum(0)}
+    h = params["scale"] * grad
+    return grads, (h - n * (h * n).mean(-1, keepdims=True)) / rms
+
+
+NORMS = {"LayerNorm": (layer_norm, layer_norm_back), "RMSNorm": (rms_norm, rms_norm_back)}
+
+
 def layer(params, i, x):
-    """Return the outputs of hidden layer i: Dense, ReLU, and LayerNorm if the layer has one."""
+    """Return the outputs of hidden layer i: Dense, ReLU, and the norm that it has, if any."""
     x = np.maximum(dense(params[f"Dense_{i}"], x), 0)
-    if f"LayerNorm_{i}" in params:
-        x = layer_norm(params[f"LayerNorm_{i}"], x)
+    for norm, (forward, _) in NORMS.items():
+        if f"{norm}_{i}" in params:
+            x = forward(params[f"{norm}_{i}"], x)
     return x
 
 
@@ -65,9 +91,10 @@ def layer_back(params, i, x, grad):
     """Return the gradients of `layer`. The ReLU lets those of positive outputs through."""
     grads = {}
     outputs = dense(params[f"Dense_{i}"], x)
-    name = f"LayerNorm_{i}"
-    if name in params:
-        grads[name], grad = layer_norm_back(params[name], np.maximum(outputs, 0), grad)
+    for norm, (_, backward) in NORMS.items():
+        name = f"{norm}_{i}"
+        if name in params:
+            grads[name], grad = backward(params[name], np.maximum(outputs, 0), grad)
     grad = grad * (outputs > 0)
     name = f"Dense_{i}"
     grads[name], grad = dense_back(params[name], x, grad)
@@ -134,6 +161,24 @@ def take_step(state, name, grads, learning_rate):
     """Return the state after an optimiser's step of the network `name`."""
     opt, params = adam(state[f"{name}_opt"], state[name], grads, learning_rate)
     return {**state, name: params, f"{name}_opt": opt}
+
+
+def ascend(state, name, grads, radius):
+    """Return the state with theta + radius g / |g| for the network `name`: SAM's."""
+    squares = []
+    tree_map(lambda grad: squares.append((grad**2).sum()), grads)
+    scale = radius / np.sqrt(sum(squares))
+    moved = tree_map(lambda theta, grad: theta + scale * grad, state[name], grads)
+    return {**state, name: moved}
+
+
+def sam_grads(gradients, config, state, *arguments):
+    """Return an actor's loss, and its gradients at theta, or with SAM where `ascend` leads."""
+    loss, grads = gradients(config, state, *arguments)
+    if config.actor_sam:
+        moved = ascend(state, "actor", grads, config.actor_sam)
+        _, grads = gradients(config, moved, *arguments)
+    return loss, grads
 
 
 def move_target(state, name, tau):
@@ -280,10 +325,15 @@ def rebrac_actor_loss(config, state, batch):
     return loss, grad
 
 
+def rebrac_actor_grads(config, state, batch):
+    """Return the actor's loss and its gradients by the parameters."""
+    loss, grad = rebrac_actor_loss(config, state, batch)
+    return loss, policy_back(state["actor"], batch.observations, grad)
+
+
 def rebrac_update_actor(config, state, batch):
     """Return the state after an update of the actor, then of both targets, and the loss."""
-    loss, grad = rebrac_actor_loss(config, state, batch)
-    grads = policy_back(state["actor"], batch.observations, grad)
+    loss, grads = sam_grads(rebrac_actor_grads, config, state, batch)
     state = take_step(state, "actor", grads, config.actor_learning_rate)
     state = move_target(state, "actor", config.tau)
     state = move_target(state, "critic", config.tau)
@@ -343,8 +393,8 @@ def iql_actor_loss(config, state, batch, target):
     return -(iql_weights(config, state, batch, target) * log_probs).mean()
 
 
-def iql_update_actor(config, state, batch, target):
-    """Update the actor by -w log pi(a|s).
+def iql_actor_grads(config, state, batch, target):
+    """Return the loss of -w log pi(a|s) and its gradients by the parameters.
 
     With z = (a - mean) / std, the gradient of log pi(a|s) is z / std by the mean, and z^2 - 1 by
     log std, where that isn't clipped.
@@ -362,7 +412,12 @@ def iql_update_actor(config, state, batch, target):
     mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
     std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
     layers, _ = hidden_back(params["Hidden_0"], batch.observations, by_features + more)
-    grads = {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+    return loss, {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+
+
+def iql_update_actor(config, state, batch, target):
+    """Return the state after an update of the actor, and the loss."""
+    loss, grads = sam_grads(iql_actor_grads, config, state, batch, target)
     state = take_step(state, "actor", grads, config.actor_learning_rate)
     return state, {"actor_loss": loss}
 
@@ -466,12 +521,12 @@ def bcq_vae_loss(config, state, batch, noise):
     return ((actions - batch.actions) ** 2).mean() + config.kl_coef * kl.mean()
 
 
-def bcq_update_vae(config, state, batch, noise):
-    """Update the encoder and the decoder. `noise` (B, 2 A) is drawn from a standard Gaussian.
+def bcq_vae_grads(config, state, batch, noise):
+    """Return the VAE's loss and its gradients by the encoder's and the decoder's parameters.
 
-    By z the decoder's error has a gradient g. By mu that of the loss is g + kl_coef mu / n, and by
-    log sigma g sigma noise + kl_coef (sigma^2 - 1) / n where that isn't clipped, where n are the
-    latents' entries.
+    `noise` (B, 2 A) is drawn from a standard Gaussian. By z the decoder's error has a gradient g.
+    By mu that of the loss is g + kl_coef mu / n, and by log sigma g sigma noise + kl_coef
+    (sigma^2 - 1) / n where that isn't clipped, where n are the latents' entries.
     """
     loss = bcq_vae_loss(config, state, batch, noise)
     params = state["encoder"]
@@ -494,8 +549,15 @@ def bcq_update_vae(config, state, batch, noise):
     mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
     std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
     layers, _ = hidden_back(params["Hidden_0"], x, by_features + more)
-    encoder_grads = {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+    return loss, {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}, decoder_grads
 
+
+def bcq_update_vae(config, state, batch, noise):
+    """Update the encoder and the decoder. SAM moves the decoder alone, for both gradients."""
+    loss, encoder_grads, decoder_grads = bcq_vae_grads(config, state, batch, noise)
+    if config.actor_sam and config.regularise in ("decoder", "both"):
+        moved = ascend(state, "decoder", decoder_grads, config.actor_sam)
+        _, encoder_grads, decoder_grads = bcq_vae_grads(config, moved, batch, noise)
     state = take_step(state, "encoder", encoder_grads, config.actor_learning_rate)
     state = take_step(state, "decoder", decoder_grads, config.actor_learning_rate)
     return state, {"vae_loss": loss}
@@ -536,8 +598,8 @@ def bcq_update_critics(config, state, batch, noise):
     return state, {"critic_loss": np.mean(losses)}
 
 
-def bcq_update_perturbation(config, state, batch, noise):
-    """Update the perturbation network by -Q_1(s, a + xi(s, a)), where a is the decoder's action.
+def bcq_perturbation_grads(config, state, batch, noise):
+    """Return the loss -Q_1(s, a + xi(s, a)) and its gradients, where a is the decoder's action.
 
     The gradient by the network's outputs is -dQ/da phi (1 - tanh^2) / B, and 0 where the action
     is clipped.
@@ -556,6 +618,15 @@ def bcq_update_perturbation(config, state, batch, noise):
     by_outputs = -slope * config.phi * (1 - changes**2) * (np.abs(actions) < 1) / len(x)
     grads, _ = network_back(params, bcq_number(params), x, by_outputs)
     loss = -values_of(state["critic"], 0, pairs(batch.observations, actions)).mean()
+    return loss, grads
+
+
+def bcq_update_perturbation(config, state, batch, noise):
+    """Return the state after an update of the perturbation network, and its loss."""
+    loss, grads = bcq_perturbation_grads(config, state, batch, noise)
+    if config.actor_sam and config.regularise in ("perturbation", "both"):
+        moved = ascend(state, "perturbation", grads, config.actor_sam)
+        _, grads = bcq_perturbation_grads(config, moved, batch, noise)
     state = take_step(state, "perturbation", grads, config.actor_learning_rate)
     return state, {"actor_loss": loss}
 
@@ -712,8 +783,8 @@ def cql_cloning_loss(config, state, batch, noise):
     return loss, alpha * 2 * drawn[0] / len(z), -alpha / len(z) + by_log_std, by_mean
 
 
-def cql_update_actor(config, state, batch, noise):
-    """Return the state after an update of the actor, and its loss. u = mean + std noise."""
+def cql_actor_grads(config, state, batch, noise):
+    """Return the actor's loss and its gradients by the parameters. u = mean + std noise."""
     by_mean = 0
     if state["actor_opt"][2] < config.bc_steps:
         loss, by_u, by_log_std, by_mean = cql_cloning_loss(config, state, batch, noise)
@@ -722,6 +793,12 @@ def cql_update_actor(config, state, batch, noise):
     _, log_stds, _ = cql_policy(config, state["actor"], batch.observations)
     by_log_std = by_log_std + by_u * np.exp(log_stds) * noise
     grads = cql_policy_back(config, state["actor"], batch.observations, by_u + by_mean, by_log_std)
+    return loss, grads
+
+
+def cql_update_actor(config, state, batch, noise):
+    """Return the state after an update of the actor, and its loss."""
+    loss, grads = sam_grads(cql_actor_grads, config, state, batch, noise)
     state = take_step(state, "actor", grads, config.actor_learning_rate)
     return state, {"actor_loss": loss}
 

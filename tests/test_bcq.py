@@ -59,8 +59,16 @@ def draw_noises(config, state, batch):
     return {name: np.asarray(jax.random.normal(*given)) for name, given in shapes.items()}
 
 
-@each_choice
-def test_updates_are_those_of_a_numpy_rederivation(regularise):
+@pytest.mark.parametrize(
+    "regularise, fields",
+    [
+        ("decoder", {}),
+        ("perturbation", {}),
+        ("both", {}),
+        ("both", dict(actor_sam=0.3, actor_rms=True)),
+    ],
+)
+def test_updates_are_those_of_a_numpy_rederivation(regularise, fields):
     """Of each choice, which changes nothing without regularisers but the layers' names."""
     config = replace(
         SMALL,
@@ -73,6 +81,7 @@ def test_updates_are_those_of_a_numpy_rederivation(regularise):
         min_weight=0.6,
         n_candidates=3,
         actor_learning_rate=2e-3,
+        **fields,
     )
     with jax.enable_x64(True):  # so that float32's rounding hides no difference
         state = widen(small_state(bcq, config, spread=0.5))
@@ -267,7 +276,7 @@ def test_an_epochs_actor_has_the_newest_critic():
 
 # --- Where the regularisers act ---
 
-LOSSES = ("actor_dropout", "actor_input_noise", "actor_bc_noise")
+LOSSES = ("actor_dropout", "actor_input_noise", "actor_bc_noise", "actor_sam")
 STEPS = ("actor_wd", "actor_grad_noise")
 
 
@@ -377,6 +386,7 @@ LAYERS = {
     "actor_ln": ("params", "LayerNorm_0"),
     "actor_bn": ("params", "BatchNorm_0"),
     "actor_sn": ("batch_stats", "SpectralNorm_0"),
+    "actor_rms": ("params", "RMSNorm_0"),
 }
 
 
@@ -397,7 +407,7 @@ def test_a_normalisation_is_in_the_chosen_networks_only(flag, regularise):
             assert layer not in layers
     assert variables["batch_stats"] == {}
     after, _ = update(config, state, BATCH)
-    if flag != "actor_ln":  # whose running statistics move
+    if flag in ("actor_bn", "actor_sn"):  # whose running statistics move
         for network in found:
             hidden, _ = bcq.layer_names(config, network)
             stats = [s.actor["batch_stats"][hidden] for s in (state, after)]

@@ -374,6 +374,8 @@ STRENGTHS = {
     "InN": (dict(actor_input_noise=0.003), dict(actor_input_noise=0.01)),
     "BCN": (dict(actor_bc_noise=0.01), dict(actor_bc_noise=0.3)),
     "GrN": (dict(actor_grad_noise=0.01), dict(actor_grad_noise=0.01)),
+    "RMS": (dict(actor_rms=True), dict(actor_rms=True)),  # these two are beyond the paper
+    "SAM": (dict(actor_sam=0.05), dict(actor_sam=0.05)),
 }
 
 

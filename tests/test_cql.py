@@ -60,8 +60,9 @@ def draw_numbers(state, shape, num):
         dict(max_backup=True),
         dict(lagrange_gap=2.0, max_backup=True, gap_clip=0.5),
         dict(bc_steps=2),
+        dict(actor_sam=0.3, actor_rms=True),
     ],
-    ids=["plain", "lagrange", "max-backup", "lagrange-max-backup-clip", "cloning"],
+    ids=["plain", "lagrange", "max-backup", "lagrange-max-backup-clip", "cloning", "sam-rms"],
 )
 def test_updates_are_those_of_a_numpy_rederivation(fields):
     config = replace(

@@ -64,13 +64,13 @@ def short_envs(config, limit=60):
 
 
 def play(env, policy, numbers, action_noise, state_noise):
-    """Play one episode, as `evaluate` says; return the return and the states that were met."""
+    """Play one episode, as `evaluate` says; return its rewards and the states that were met."""
     observation = reset(env, *numbers)
     rng = np.random.default_rng(numbers)
     state_dim = len(observation)
     action_dim = env.action_space.shape[0]
     states = []
-    total = 0.0
+    rewards = []
     done = False
     while not done:
         observation = observation.astype(np.float32)
@@ -81,8 +81,8 @@ def play(env, policy, numbers, action_noise, state_noise):
         if action_noise:
             action = np.clip(action + np.float32(action_noise) * draws[state_dim:], -1, 1)
         observation, reward, done, _ = env.step(action)
-        total += reward
-    return total, states
+        rewards.append(reward)
+    return rewards, states
 
 
 @pytest.mark.parametrize("name", STATE_DIMS)
@@ -90,23 +90,29 @@ def test_lock_step_returns_are_those_of_one_after_another(name):
     config = config_for(name, seed=5, eval_noise=NOISE)
     policy = policy_for(name)
     envs = short_envs(config)
-    together, visited = evaluate(config, policy, envs, update=100)
+    episodes = evaluate(config, policy, envs, update=100)
+    together, visited = episodes.returns, episodes.visited
     for seed in range(2):
         single = policy_of_seed(policy, seed)
         met = set()
         for i, (episode, action_noise, state_noise) in enumerate(evaluation_episodes(config)):
             numbers = (config.seed + seed, 100, episode)
-            total, states = play(envs.own[0], single, numbers, action_noise, state_noise)
-            assert together[seed, i] == pytest.approx(total, rel=1e-4, abs=1e-4)
+            rewards, states = play(envs.own[0], single, numbers, action_noise, state_noise)
+            assert together[seed, i] == pytest.approx(sum(rewards), rel=1e-4, abs=1e-4)
             if not action_noise and not state_noise:
                 met.update(states)
+                assert episodes.starts[seed, i].tobytes() == states[0]
+                assert episodes.lengths[seed, i] == len(rewards)
+                padded = np.pad(rewards, (0, 1000 - len(rewards)))
+                np.testing.assert_allclose(episodes.rewards[seed, i], padded, rtol=1e-3, atol=1e-4)
         assert {state.tobytes() for state in visited[seed]} == met  # all, since many are drawn
     assert together.shape == (2, 3 + 3 * 2)
     assert len(np.unique(together)) == 18
     assert visited.shape == (2, NUM_VISITED, STATE_DIMS[name])
-    again, _ = evaluate(config, policy, envs, update=100)
+    assert episodes.rewards.shape == (2, 3, 1000)
+    again, *_ = evaluate(config, policy, envs, update=100)
     np.testing.assert_array_equal(again, together)
-    other, _ = evaluate(config, policy, envs, update=200)
+    other, *_ = evaluate(config, policy, envs, update=200)
     assert not np.array_equal(other, together)
 
 
@@ -116,8 +122,8 @@ def test_more_processes_give_the_same_episodes(name):
     policy = policy_for(name)
     alone = Envs(name, 5, processes=1)
     shared = Envs(name, 5, processes=3)
-    returns, visited = evaluate(config, policy, alone, update=100)
-    same_returns, same_visited = evaluate(config, policy, shared, update=100)
+    returns, visited, *_ = evaluate(config, policy, alone, update=100)
+    same_returns, same_visited, *_ = evaluate(config, policy, shared, update=100)
     np.testing.assert_array_equal(same_returns, returns)
     np.testing.assert_array_equal(same_visited, visited)
     processes = [process for process, _ in shared.workers]
@@ -129,11 +135,11 @@ def test_more_processes_give_the_same_episodes(name):
 def test_seeds_evaluated_together_are_those_evaluated_alone():
     config = config_for("hopper-medium-v2", eval_noise=NOISE[2:])
     policy = policy_for("hopper-medium-v2")
-    returns, visited = evaluate(config, policy, short_envs(config), update=100)
+    returns, visited, *_ = evaluate(config, policy, short_envs(config), update=100)
     for i in range(2):
         alone = replace(config, seed=config.seed + i, num_seeds=1)
         single = policy_of_seed(policy, i)
-        own_returns, own_visited = evaluate(alone, single, short_envs(alone), update=100)
+        own_returns, own_visited, *_ = evaluate(alone, single, short_envs(alone), update=100)
         np.testing.assert_array_equal(own_returns[0], returns[i])
         np.testing.assert_array_equal(own_visited[0], visited[i])
 
@@ -193,12 +199,12 @@ def test_noise_is_that_of_one_draw_a_step():
 def test_an_episodes_noise_does_not_depend_on_the_other_pairs():
     config = config_for("hopper-medium-v2", eval_noise=NOISE)
     policy = policy_for("hopper-medium-v2")
-    returns, _ = evaluate(config, policy, short_envs(config), update=100)
+    returns, *_ = evaluate(config, policy, short_envs(config), update=100)
     fewer = replace(config, eval_noise=NOISE[2:], seed=1, num_seeds=1)
-    own_returns, _ = evaluate(fewer, policy_of_seed(policy, 1), short_envs(fewer), update=100)
+    own_returns, *_ = evaluate(fewer, policy_of_seed(policy, 1), short_envs(fewer), update=100)
     np.testing.assert_array_equal(own_returns[0], returns[1, [0, 1, 2, 7, 8]])
     still = replace(config, eval_noise=((0.0, 0.0),))
-    same_returns, _ = evaluate(still, policy, short_envs(still), update=100)
+    same_returns, *_ = evaluate(still, policy, short_envs(still), update=100)
     np.testing.assert_array_equal(same_returns, returns[:, [0, 1, 2, 0, 1]])
 
 

@@ -31,7 +31,7 @@ def read(*path):
         return file.read()
 
 
-def with_rms_norm(source):
+def with_ofn(source):
     """Apply the README's diff to a script. Each hunk must fit in exactly one place."""
     (diff,) = re.findall(r"^```diff\n(.*?)^```", read("README.md"), re.DOTALL | re.MULTILINE)
     hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]
@@ -103,36 +103,36 @@ def run(checkout, write_dataset):
     return run
 
 
-# --- RMSNorm ---
+# --- Output feature normalisation ---
 
 
 @pytest.mark.parametrize("original", scripts().values(), ids=scripts())
-def test_rms_norm_is_exactly_off_or_divides_by_the_root_mean_square(original, tmp_path):
+def test_ofn_is_exactly_off_or_makes_features_of_unit_length(original, tmp_path):
     path = tmp_path / "forked.py"
-    path.write_text(with_rms_norm(read(os.path.basename(original.__file__))))
+    path.write_text(with_ofn(read(os.path.basename(original.__file__))))
     forked = import_from(path)
     off = lowered_epoch(forked)
     assert off == lowered_epoch(original)
-    assert off != lowered_epoch(forked, actor_rms=True)
+    assert off != lowered_epoch(forked, actor_ofn=True)
 
-    config = forked.tuned(forked.Config(hidden_dim=16, actor_layers=1, actor_dropout=0.0))
+    config = forked.tuned(forked.Config(hidden_dim=16, actor_layers=2, actor_dropout=0.0))
     x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     plain = forked.ActorHidden(config)
-    rms = forked.ActorHidden(replace(config, actor_rms=True))
-    variables = forked.init_network(rms, jax.random.key(0), x)
+    ofn = forked.ActorHidden(replace(config, actor_ofn=True))
+    variables = forked.init_network(ofn, jax.random.key(0), x)
     y = forked.forward(plain, variables, x)
-    expected = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(forked.forward(rms, variables, x), expected, rtol=1e-5)
+    expected = y / np.linalg.norm(y, axis=1, keepdims=True)
+    np.testing.assert_allclose(forked.forward(ofn, variables, x), expected, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_rms_norm_trains_by_its_name_and_is_reported_under_it(checkout, run):
+def test_ofn_trains_by_its_name_and_is_reported_under_it(checkout, run):
     for script in ("rebrac.py", "iql.py"):
-        (checkout / script).write_text(with_rms_norm(read(script)))
-        output = run.train(script, regularisers="DO+RMS")
-        assert "actor_dropout=0.1,actor_rms=true" in output.splitlines()[-1]
+        (checkout / script).write_text(with_ofn(read(script)))
+        output = run.train(script, regularisers="DO+OFN")
+        assert "actor_dropout=0.1,actor_ofn=true" in output.splitlines()[-1]
     run("-m", "tools.report", reps=50)
-    assert (checkout / "report" / "tables.md").read_text().count("| DO+RMS |") >= 2
+    assert (checkout / "report" / "tables.md").read_text().count("| DO+OFN |") >= 2
 
 
 # --- Behaviour cloning ---

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ from harness.checkpoint import last_checkpoint, read_checkpoint
 from harness.directory import status
 from harness.environments import make_env, reset
 from harness.errors import one_line_errors
+from harness.record import Record
 from harness.run import Run
 from harness.tables import TABLES
 from tools import report_runs
@@ -73,6 +75,8 @@ def assert_same_to_rounding(directory, other):
             for key, text in row.items():
                 exact = key in ("seed", "update", "episode") or "rank" in key or "dead" in key
                 tolerance = {} if exact else dict(rel=1e-3, abs=1e-4)
+                if "effective_rank" in key:  # its root makes much of rounding in the Gram matrix
+                    tolerance = dict(rel=1e-2)
                 assert float(text) == pytest.approx(float(own[key]), **tolerance), key
     arrays, about = read_checkpoint(os.path.join(directory, "checkpoint.npz"))
     expected, about_other = read_checkpoint(os.path.join(other, "checkpoint.npz"))
@@ -140,6 +144,29 @@ def test_a_members_directory_is_evaluated_and_reported_as_any(
     assert [seed["config"]["actor_wd"] for seed in seeds] == [0.0, 0.1]
 
 
+def test_the_time_is_shared_and_the_shown_speed_is_the_runs_own(
+    start_group, start_alone, monkeypatch, capsys
+):
+    """Two runs make three epochs of 0.5 s together, and then one of them the others alone."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(harness.run, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def act(number, states, infos):
+        clock.now += 0.5
+
+    after_epochs(monkeypatch, iql, act)
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, iql, 3)
+        exits(128 + signal.SIGTERM, start_group, PLAIN, STRONG)
+    clock.now += 1000
+    output = read(start_group.directories[0], "output.txt")
+    alone = start_alone(PLAIN)
+    speeds = re.findall(" updates  score .*  updates/s (.*)", output + capsys.readouterr().out)
+    assert speeds == ["20"] * 3
+    assert json.loads(read(alone, "finished.json"))["seconds"]["train"] == 3 * 0.25 + 3 * 0.5
+    assert last_checkpoint(start_group.directories[1])[2]["seconds"]["train"] == 3 * 0.25
+
+
 # --- They go on, in any company ---
 
 
@@ -159,6 +186,28 @@ def test_they_stop_and_go_on_together_with_the_same_bits(start_group, monkeypatc
         assert differences(contents(directory), expected) == []
 
 
+def test_a_kill_between_their_checkpoints_does_not_part_them(start_group, monkeypatch):
+    """The first has saved update 40, and the second not yet."""
+    whole = [contents(one) for one in start_group(PLAIN, STRONG, results="whole")]
+    save = Record.save
+
+    def killed(record, tree, about):
+        if about["update"] == 40 and record.config.seed == STRONG["seed"]:
+            raise KeyError("a kill")
+        save(record, tree, about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "save", killed)
+        with pytest.raises(KeyError):
+            start_group(PLAIN, STRONG)
+    directories = start_group.directories
+    assert [last_checkpoint(one)[2]["update"] for one in directories] == [40, 20]
+    start_group(PLAIN, STRONG)
+    for directory, expected in zip(directories, whole):
+        assert "resuming from update 20" in read(directory, "output.txt")
+        assert differences(contents(directory), expected) == []
+
+
 def test_they_go_on_alone_and_in_other_groups(start_group, start_alone, monkeypatch, capsys):
     """Then each ends once, and to rounding where it does alone."""
     with monkeypatch.context() as patch:
@@ -167,9 +216,9 @@ def test_they_go_on_alone_and_in_other_groups(start_group, start_alone, monkeypa
     plain, strong, stronger = start_group.directories
     # One is trained further alone, so that it is at another update
     with monkeypatch.context() as patch:
-        signal_in_epoch(patch, iql, 1)
+        signal_in_epoch(patch, iql, 2)
         exits(128 + signal.SIGTERM, start_alone, STRONG)
-    assert last_checkpoint(strong)[2]["update"] == 40
+    assert last_checkpoint(strong)[2]["update"] == 50
     # Another is finished by a process of its own
     start_alone(PLAIN)
     assert "resuming from update 30" in capsys.readouterr().out
@@ -177,7 +226,7 @@ def test_they_go_on_alone_and_in_other_groups(start_group, start_alone, monkeypa
     fourth = dict(seed=9, actor_wd=0.3)
     new = start_group(PLAIN, fourth, STRONG, STRONGER)[1]
     assert os.path.getmtime(os.path.join(plain, "finished.json")) == finished
-    assert "resuming from update 40" in read(strong, "output.txt")
+    assert "resuming from update 50" in read(strong, "output.txt")
     assert "resuming from update 30" in read(stronger, "output.txt")
     for directory, member in (
         (plain, PLAIN),
@@ -265,7 +314,7 @@ def test_where_all_diverge_each_has_its_error_and_the_process_fails(start_group,
             infos["critic_loss"] = infos["critic_loss"].at[:, 2].set(jnp.nan)
 
     after_epochs(monkeypatch, iql, act)
-    exits(1, start_group, PLAIN, STRONG)
+    exits(1, start_group, PLAIN, STRONG, results="odd \udcff [1]")
     for directory, seed in zip(start_group.directories, (3, 4)):
         assert f"(seed {seed})" in read(directory, "failed.txt")
         assert f"(seed {seed})" in read(directory, "output.txt").splitlines()[-1]
@@ -321,6 +370,42 @@ def test_one_without_a_whole_checkpoint_fails_alone(start_group, monkeypatch, lo
     stronger = start_group.directories[2]
     assert status(stronger).state == "finished"
     assert status(strong).state == "finished"
+
+
+def test_one_that_was_begun_under_other_defaults_fails_alone(start_group, start_alone, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, iql, 1)
+        exits(128 + signal.SIGTERM, start_group, PLAIN, STRONG)
+    plain, strong = start_group.directories
+    config = read(plain, "config.yaml").replace("gamma: 0.99", "gamma: 0.5")
+    with open(os.path.join(plain, "config.yaml"), "w") as file:
+        file.write(config)
+    exits(1, start_group, PLAIN, STRONG)
+    state, reason, update, is_busy = status(plain)
+    assert (state, update, is_busy) == ("failed", 10, False)
+    assert f"{plain} was begun when gamma was 0.5 by default, and now it is 0.99; " in reason
+    assert f"{read(plain, 'output.txt').splitlines()[-1]}\n" == reason
+    assert read(plain, "config.yaml") == config
+    assert status(strong).state == "finished"
+    # A run alone says so, too, also of a finished one
+    fails("was begun when gamma was 0.5 by default", start_alone, PLAIN)
+    with open(os.path.join(plain, "finished.json"), "w") as file:
+        file.write('{"score": 1}')
+    fails("was begun when gamma was 0.5 by default", start_alone, PLAIN)
+
+
+def test_one_whose_directory_can_not_be_made_fails_alone(
+    start_group, monkeypatch, tmp_path, capsys
+):
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, iql, 1)
+        exits(128 + signal.SIGTERM, start_group, PLAIN)
+    plain = start_group.directories[0]
+    shutil.rmtree(plain)
+    open(plain, "w").close()  # no directory, which root couldn't write to, either
+    exits(1, start_group, PLAIN, STRONG)
+    assert f"error: can't write to {plain} (" in capsys.readouterr().out
+    assert status(start_group.directories[1]).state == "finished"
 
 
 def test_an_error_that_nobody_foresaw_is_in_each_output(start_group, monkeypatch):

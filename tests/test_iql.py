@@ -37,7 +37,8 @@ update = jax.jit(iql.update, static_argnums=0)
 # --- One update ---
 
 
-def test_updates_are_those_of_a_numpy_rederivation():
+@pytest.mark.parametrize("fields", [{}, dict(actor_sam=0.3, actor_rms=True)])
+def test_updates_are_those_of_a_numpy_rederivation(fields):
     config = replace(
         SMALL,
         expectile=0.8,
@@ -47,6 +48,7 @@ def test_updates_are_those_of_a_numpy_rederivation():
         log_std_min=-0.5,
         log_std_max=0.5,
         actor_learning_rate=2e-3,
+        **fields,
     )
     with jax.enable_x64(True):  # so that float32's rounding hides no difference
         state = widen(small_state(iql, config, spread=0.5))

@@ -50,6 +50,7 @@ NARROW = dict(v_min=-1.0, v_max=1.0)  # so that targets lie outside
         dict(critic_loss="hl_gauss", clip_targets=False, **NARROW),
         dict(critic_loss="mse"),
         dict(critic_loss="mse", actor_q_coef=1.0),
+        dict(critic_loss="mse", actor_sam=0.3, actor_rms=True),
     ],
 )
 def test_updates_are_those_of_a_numpy_rederivation(fields):

@@ -15,6 +15,7 @@ from conftest import (
     CRITIC_FLAGS,
     KEYS,
     NORMS,
+    assert_close,
     both_scripts,
     init_states,
     lowered_epoch,
@@ -82,6 +83,18 @@ def test_layer_norm_normalises_each_row_and_learns_a_scale(network, train):
     norm = variables["params"]["LayerNorm_0"]
     expected = normalised(plain_features(variables), -1) * norm["scale"] + norm["bias"]
     np.testing.assert_allclose(features, expected, atol=1e-4)
+
+
+@both_networks
+def test_rms_norm_divides_each_row_by_its_root_mean_square_and_learns_a_scale(network):
+    module = hidden_layers(network, rms=True)
+    variables = init_layers(module)
+    features, _ = apply_layers(module, variables, train=True)
+    plain = plain_features(variables)
+    rms = np.sqrt((plain**2).mean(-1, keepdims=True))
+    expected = plain / rms * variables["params"]["RMSNorm_0"]["scale"]
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+    assert set(variables["params"]["RMSNorm_0"]) == {"scale"}
 
 
 @both_networks
@@ -181,8 +194,9 @@ def test_dropout_is_off_in_targets_and_in_evaluation(flag):
 
 @both_networks
 def test_norms_and_dropout_stand_in_the_papers_order(network):
-    """Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm, Dropout."""
-    module = hidden_layers(network, width=256, ln=True, fn=True, gn=True, bn=True, dropout=0.3)
+    """Dense, ReLU, LayerNorm, FeatureNorm, GroupNorm, BatchNorm, ours: RMSNorm, Dropout."""
+    norms = dict(ln=True, fn=True, gn=True, bn=True, rms=True)
+    module = hidden_layers(network, width=256, dropout=0.3, **norms)
     variables = init_layers(module)
     params = jax.tree.map(np.asarray, variables["params"])
 
@@ -194,6 +208,7 @@ def test_norms_and_dropout_stand_in_the_papers_order(network):
     groups = normalised(x.reshape(32, 32, 8), -1)
     x = scaled(groups.reshape(x.shape), "GroupNorm_0")
     x = scaled((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), "BatchNorm_0")
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True)) * params["RMSNorm_0"]["scale"]
     features, _ = apply_layers(module, variables, train=True)
     features = np.asarray(features)
     is_kept = features != 0
@@ -315,6 +330,63 @@ def test_gradient_noise_reaches_its_own_networks_alone(script):
         assert spread == pytest.approx(expected, rel=0.1), name
 
 
+def test_sam_takes_the_gradient_of_a_quadratic_loss_uphill():
+    """Of sum h theta^2 / 2 it is h (theta + radius g / |g|), where g = h theta."""
+    theta = np.array([3.0, -1.0, 2.0])
+    h = np.array([1.0, 4.0, 0.5])
+
+    def split(x):
+        return {"a": jnp.asarray(x[:1]), "b": {"c": jnp.asarray(x[1:])}}
+
+    def loss(params):
+        scaled = jax.tree.map(lambda h, x: h * x**2 / 2, split(h), params)
+        return sum(leaf.sum() for leaf in jax.tree.leaves(scaled))
+
+    def gradient(theta, radius):
+        params = split(theta)
+        moved = rebrac.ascend(params, jax.grad(loss)(params), radius)
+        return np.concatenate(jax.tree.leaves(jax.grad(loss)(moved)))
+
+    g = h * theta
+    for radius in (0.0, 0.1, 2.0):
+        expected = h * (theta + radius * g / np.linalg.norm(g))
+        np.testing.assert_allclose(gradient(theta, radius), expected, rtol=1e-6)
+    np.testing.assert_array_equal(gradient(0 * theta, 0.1), 0 * theta)  # there |g| is 0
+
+
+def after_one_update(script, **flags):
+    """Return the actor's first moments after an update, and all that SAM must leave as it is."""
+    config = replace(small_config(script), log_every=1, **flags)
+    if script is rebrac:
+        config = replace(config, policy_freq=1)
+    states = jax.tree.map(lambda x: x[None], small_state(script, config))
+    states, infos = script.epoch(config, states, small_data())
+    moments = jax.tree.leaves(states.actor_opt[0].mu)
+    others = {name: value for name, value in states._asdict().items() if "actor" not in name}
+    others |= {"key": None, "batch_stats": states.actor["batch_stats"], "infos": infos}
+    return np.concatenate([np.ravel(leaf) for leaf in moments]), others
+
+
+@both_scripts
+def test_sam_changes_the_actors_gradient_alone_and_draws_nothing_anew(script):
+    """Losses and running statistics are those of the first pass, and both have the same noise."""
+    noisy = dict(
+        actor_bn=True,
+        actor_dropout=0.3,
+        actor_input_noise=0.1,
+        actor_bc_noise=0.1,
+        actor_grad_noise=0.1,
+    )
+    plain, others = after_one_update(script, **noisy)
+    near, others_near = after_one_update(script, actor_sam=1e-6, **noisy)
+    far, others_far = after_one_update(script, actor_sam=0.5, **noisy)
+    size = np.abs(plain).max()
+    assert np.abs(near - plain).max() < 1e-3 * size
+    assert np.abs(far - plain).max() > 1e-2 * size
+    for found in (others_near, others_far):
+        assert_close(found, others, rtol=1e-4, atol=1e-6)
+
+
 # --- The actor's loss ---
 
 
@@ -396,6 +468,8 @@ PARTS_OF_REGULARISERS = [
     (nn, "GroupNorm"),
     (nn, "BatchNorm"),
     (nn, "SpectralNorm"),
+    (nn, "RMSNorm"),
+    (optax.tree, "norm"),
     (jnp, "sign"),
 ]
 

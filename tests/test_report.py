@@ -20,6 +20,8 @@ import wandb
 import yaml
 from conftest import ROOT
 from rliable import library, metrics
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from wandb_server import Server
 
 import iql
@@ -129,6 +131,8 @@ def make_rows(scores):
         ("rebrac", dict(actor_ln=True, actor_dropout=0.1), (), ("DO+LN",)),
         ("rebrac", dict(actor_dropout=0.3), (), ("DO(0.3)",)),
         ("rebrac", dict(actor_wd=1e-4, actor_l1_ratio=0.5), (), ("EN",)),
+        ("rebrac", dict(regularisers="SAM"), (), ("SAM",)),
+        ("cql", dict(actor_sam=0.1, actor_dropout=0.1, actor_rms=True), (), ("DO+RMS+SAM(0.1)",)),
         ("rebrac", dict(actor_wd=1.0), (), ("L2(1)",)),
         ("rebrac", dict(actor_wd=1.0, actor_l1_ratio=1.0), (), ("L1(1)",)),
         ("rebrac", dict(actor_wd=2, actor_l1_ratio=0.3), (), ("actor_wd actor_l1_ratio=0.3(2)",)),
@@ -212,26 +216,26 @@ def test_runs_are_named_after_their_regularisers(algorithm, flags, settings, lab
 def test_a_regulariser_that_only_iql_has_labels_its_runs(monkeypatch):
     config_class = dataclasses.make_dataclass(
         "Config",
-        [("actor_rms", bool, False), ("weight_noise", float, 0.0)],
+        [("actor_ofn", bool, False), ("weight_noise", float, 0.0)],
         bases=(iql.Config,),
         frozen=True,
     )
     script = types.ModuleType("iql")
     vars(script).update(vars(iql), Config=config_class)
-    own = {"RMS": {"actor_rms": True}, "WN": {"weight_noise": 0.2}}
+    own = {"OFN": {"actor_ofn": True}, "WN": {"weight_noise": 0.2}}
     script.CHOSEN = {**iql.CHOSEN, **own}
     monkeypatch.setitem(report_runs.SCRIPTS, "iql", script)
     for flags, label in (
-        (dict(actor_rms=True), "RMS"),
-        (dict(actor_rms=True, actor_ln=True, weight_noise=0.2), "LN+RMS+WN"),
+        (dict(actor_ofn=True), "OFN"),
+        (dict(actor_ofn=True, actor_ln=True, weight_noise=0.2), "LN+OFN+WN"),
         (dict(weight_noise=0.5), "WN(0.5)"),
     ):
         config = script.tuned(config_class(dataset_name=HOPPER, **flags))
         about = report_runs.describe("iql", saved_fields(vars(config)))
         assert about["labels"] == (label,)
         assert about["settings"] == ()
-    assert report_runs.label_key(script, "LN") < report_runs.label_key(script, "RMS")
-    assert report_runs.label_key(script, "RMS") < report_runs.label_key(script, "DO+RMS")
+    assert report_runs.label_key(script, "LN") < report_runs.label_key(script, "OFN")
+    assert report_runs.label_key(script, "OFN") < report_runs.label_key(script, "DO+OFN")
 
 
 @pytest.mark.parametrize(
@@ -643,7 +647,8 @@ def test_differences_are_taken_seed_by_seed():
     rows.index = index  # L2's runs on b are none's
     columns = {"a": ["a"], "b": ["b"], "mean": ["a", "b"]}
     cells = report_tables.difference_table("", rows, columns).cells
-    assert list(cells) == ["a", "b", "mean"]
+    assert list(cells) == ["a", "p, a", "b", "p, b", "mean", "p, mean"]
+    cells = cells[["a", "b", "mean"]]
     half = t * np.std([2, 4, 5, 9], ddof=1) / 2
     own = t * np.std([28, 29, 31, 30], ddof=1) / 2
     mean = f"**+2.5 (+{2.5 - half / 2:.1f} – +{2.5 + half / 2:.1f})**"
@@ -661,6 +666,40 @@ def test_equal_scores_are_not_the_same_runs():
     rows = make_rows({label: {"a": {0: 0.0, 1: 0.0}} for label in ("baseline", "DO")})
     cells = report_tables.difference_table("", rows, {"a": ["a"]}).cells
     assert cells["a"].tolist() == ["0.0 (0.0 – 0.0)", "+0.0 (+0.0 – +0.0)"]
+    assert cells["p, a"].tolist() == ["", "1.000"]
+
+
+def test_bold_differences_are_those_that_holms_correction_leaves():
+    """The means are a family of their own, and so are the single datasets."""
+    rng = np.random.default_rng(0)
+    names = ["baseline", "A", "B", "C"]
+    scores = {}
+    for name, gain in zip(names, (0, 3, 6, 40)):
+        scores[name] = {}
+        for dataset in ("a", "b"):
+            scores[name][dataset] = dict(enumerate(50 + gain + rng.normal(0, 2, 5)))
+    rows = make_rows(scores)
+    columns = {"a": ["a"], "b": ["b"], "mean": ["a", "b"]}
+    table = report_tables.difference_table("", rows, columns)
+    p = {}
+    for column, datasets in columns.items():
+        means = [np.mean([list(scores[x][y].values()) for y in datasets], 0) for x in names]
+        p[column] = [stats.ttest_rel(own, means[0]).pvalue for own in means[1:]]
+    singles = multipletests(p["a"] + p["b"], method="holm")[1]
+    expected = {
+        "a": singles[:3],
+        "b": singles[3:],
+        "mean": multipletests(p["mean"], 0.05, "holm")[1],
+    }
+    bold = 0
+    for column, values in expected.items():
+        texts = ["<0.001" if value < 0.001 else f"{value:.3f}" for value in values]
+        assert table.cells[f"p, {column}"].tolist() == ["", *texts]
+        is_bold = table.cells[column].str.startswith("**").tolist()
+        assert is_bold == [False, *(value < 0.05 for value in values)]
+        bold += sum(is_bold)
+    uncorrected = np.concatenate(list(p.values())) < 0.05
+    assert 3 < bold < uncorrected.sum()  # so that the correction matters
 
 
 def test_the_order_of_labels():
@@ -681,6 +720,53 @@ def test_pairs_are_drawn_at_the_papers_strengths():
     singles = rows[~rows["label"].isin(["DO+LN", "DO+LN(0.3)"])]
     assert report_figures.pair_map(singles, ["a"], rebrac.CHOSEN) is None
     assert report_figures.strength_map(singles, ["a"], rebrac.CHOSEN) is not None
+
+
+def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, tmp_path):
+    for seed in range(3):
+        for flags, gain in (
+            ({}, 0),
+            (dict(actor_ln=True), 5),
+            (dict(actor_fn=True), 0),
+            (dict(actor_ln=True, actor_fn=True), 20),
+            (dict(actor_ln=True, actor_gn=True), 0),
+        ):
+            score = 50 + gain + seed / 10 + (seed % 2) * len(flags) / 10
+            path = make_run([[1.0, score]], seed=seed, **flags)
+            table = os.path.join(path, "evaluations.csv")
+            with open(table) as file:
+                header, *lines = file.read().splitlines()
+            lines = [f"{line},{score / 3}" for line in lines]
+            with open(table, "w") as file:
+                file.write("\n".join([f"{header},train/new_measure", *lines]) + "\n")
+    found = make_report("results")
+    cells = found["ReBRAC: interactions"]
+    assert list(cells.index) == ["LN+FN"]
+    assert cells.loc["LN+FN", ["sum of the parts", "together", "blocks"]].tolist() == [
+        "+5.1",
+        "+20.1",
+        "3",
+    ]
+    assert cells.loc["LN+FN", "interaction"].startswith("**+15.0 (+15.0 – ")
+    cells = found["ReBRAC: what explains the score"]
+    assert list(cells.index) == ["train/new_measure"]  # the others are constant
+    assert cells["share alone (%)"].tolist() == ["100.0 (100.0 – 100.0)"]
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "The strongest synergy is LN+FN: +15.0" in text
+    assert "No conflict can be told from chance." in text
+    assert "have all parts at the same strengths: LN+GN." in text
+    assert "| measure | points per standard deviation |" in text
+    for name in ("interactions", "what-explains-the-score"):
+        assert os.path.exists(tmp_path / "report" / f"1-rebrac-{name}.png")
+
+
+def test_a_pair_without_its_parts_is_told_to_be_missing(make_run, make_report, tmp_path):
+    for seed in (0, 1):
+        make_run([[1, 50]], seed=seed)
+        make_run([[1, 60]], seed=seed, actor_ln=True, actor_fn=True)
+    assert "ReBRAC: interactions" not in make_report("results")
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "### ReBRAC: interactions\n\nCan't be told, since no two blocks have all parts" in text
 
 
 def test_tables_in_three_languages(tmp_path):
@@ -765,10 +851,10 @@ def test_a_regulariser_that_only_a_fork_knows_labels_its_runs(make_run, make_rep
         for value, score in ((True, 60), (False, 50)):
             path = make_run([[1.0, score]], seed=seed, folder=f"fork{value}", actor_ln=True)
             with open(os.path.join(path, "config.yaml"), "a") as file:
-                file.write(f"actor_rms: {str(value).lower()}\n")
+                file.write(f"actor_ofn: {str(value).lower()}\n")
     whole = make_report("results", "forkTrue", csv=str(tmp_path / "all.csv"))
     table = whole["ReBRAC, Gym-MuJoCo: scores"]
-    assert list(table.index) == ["baseline", "LN+actor_rms=True"]
+    assert list(table.index) == ["baseline", "LN+actor_ofn=True"]
     again = make_report("all.csv")["ReBRAC, Gym-MuJoCo: scores"]
     pd.testing.assert_frame_equal(again, table)
     table = make_report("results", "forkFalse")["ReBRAC, Gym-MuJoCo: scores"]
@@ -796,6 +882,7 @@ def test_odd_characters_stand_in_tables_as_they_are():
     cells = pd.DataFrame({"a|b": ["~^{}\\"]}, index=["x_y"])
     markdown = report_tables.to_markdown(Table("title", cells, "note"))
     assert r"| regularisers | a\|b |" in markdown
+    assert "a $<$ b" in report_tables.to_latex(Table("a < b", cells, "note"))
     latex = report_tables.to_latex(Table("title", cells, "note"))
     expected = r"x\_y & \textasciitilde \textasciicircum \{\}\textbackslash "
     assert expected in latex
@@ -892,7 +979,8 @@ def test_a_wandb_project_gives_the_same_report(make_run, make_report, tmp_path, 
             is_finished = os.path.exists(os.path.join(path, "finished.json"))
             run = WandB(path, "rebrac", read_fields(path))
             run.start(Tables(path).updates())
-            run.close(0 if is_finished else 1, preempted=False)
+            run.end(0 if is_finished else 1, preempted=False)
+            run.close()
         server.runs["other"] = dict(config={}, history=[], state="crashed", exit=1, started=True)
         wandb.teardown()  # which keeps its server's address
         found = make_report(wandb="team/project")

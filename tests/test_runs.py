@@ -204,7 +204,7 @@ def test_each_field_that_is_saved_changes_the_name():
 
 def test_a_new_field_changes_no_name(monkeypatch):
     new = dataclasses.make_dataclass(
-        "Config", [("actor_rms", bool, False)], bases=(rebrac.Config,), frozen=True
+        "Config", [("actor_ofn", bool, False)], bases=(rebrac.Config,), frozen=True
     )
     flags = dict(actor_ln=True, seed=2, dataset_name="pen-human-v1")
 
@@ -213,7 +213,7 @@ def test_a_new_field_changes_no_name(monkeypatch):
         return run_directory("rebrac", config, rebrac.tuned)
 
     assert name() == name_of(**flags)
-    assert name(actor_rms=True) != name_of(**flags)
+    assert name(actor_ofn=True) != name_of(**flags)
 
 
 def test_a_run_that_was_begun_under_other_defaults_is_not_mixed_with_this_one(start, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -70,6 +71,7 @@ GRIDS = {
     "networks": dict(
         regularise={"decoder", "perturbation", "both"}, regularisers=ALL | {"none"}, **HELD_OUT
     ),
+    "rms_and_sam": dict(actor_rms={False, True}, actor_sam={0, 0.01, 0.05, 0.1}, **HELD_OUT),
     "critic": dict(
         critic_ln={False, True}, critic_dropout={0, 0.1}, critic_wd={0, 0.001}, **HELD_OUT
     ),
@@ -144,8 +146,8 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     written = sorted(glob.glob("**/*.yaml", root_dir=tmp_path, recursive=True))
     assert written == sorted(FILES + STUDIES)
-    number = 2 * 3 * 17 + 1  # ReBRAC's batch.yaml is of Adroit alone
-    number += 3 * 14 * (len(SCRIPTS) - 2)  # the others have no tuning, as_run and final
+    number = 2 * 3 * 18 + 1  # ReBRAC's batch.yaml is of Adroit alone
+    number += 3 * 15 * (len(SCRIPTS) - 2)  # the others have no tuning, as_run and final
     number += 3 + 3  # ReBRAC's td3_bc and BCQ's networks
     assert len(FILES) == number
     for path in written:
@@ -166,18 +168,27 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
         assert command[:3] == ["/usr/bin/env", sys.executable, config["program"]]
 
     script = SCRIPTS[config["program"]]
-    tuned = {}  # runs that differ in the seed alone are parsed once
-    for command in commands:
-        plain = tuple(word for word in command if not re.fullmatch(r"--seed=\d", word))
-        assert len(plain) == len(command) - 1
-        if plain not in tuned:
-            tuned[plain] = tuned_config(command)
-            check(tuned[plain], script.constraints, script.BOUNDS)
-            assert tuned[plain].num_updates == (20_000 if path in STUDIES else 1_000_000)
+    tuned = [tuned_config(command) for command in sample_of_grid(commands)]
+    for one in tuned:
+        check(one, script.constraints, script.BOUNDS)
+        assert one.num_updates == (20_000 if path in STUDIES else 1_000_000)
     for key, values in config["parameters"].items():  # each value reaches its field
         given = values.get("values", [values.get("value")])
         if key not in ("seed", "preset", "regularisers", "eval_noise"):
-            assert {getattr(one, key) for one in tuned.values()} == set(given), key
+            assert {getattr(one, key) for one in tuned} == set(given), key
+
+
+def sample_of_grid(commands):
+    """Return commands in which each dataset and each combination of other flags occurs."""
+    datasets = dict.fromkeys(word for line in commands for word in line if "dataset_name" in word)
+    others = {}  # as an ordered set
+    for line in commands:
+        rest = [word for word in line if not re.match("--(seed|dataset_name)=", word)]
+        assert len(rest) == len(line) - 2
+        others[tuple(rest)] = None
+    number = max(len(datasets), len(others))
+    pairs = zip(itertools.cycle(others), itertools.cycle(datasets), range(number))
+    return [[*rest, dataset] for rest, dataset, _ in pairs]
 
 
 def grid_of(path):

@@ -34,15 +34,16 @@ import harness.run
 import iql
 import rebrac
 from harness import wandb_log
-from harness.wandb_log import wandb_mode
+from harness.wandb_log import WandB, wandb_mode
 
 # A script's `main` in a process that waits for W&B at most 5 s each time
 IMPATIENT = "from harness import wandb_log; wandb_log.TIME_LIMIT = 5; import rebrac; rebrac.main()"
 
 
 @pytest.fixture(autouse=True)
-def wandb_server():
+def wandb_server(monkeypatch):
     """A stand-in for W&B's server. What wandb keeps between runs is taken down with it."""
+    monkeypatch.setattr(WandB, "waited_at", -np.inf)
     wandb.teardown()  # what another file's tests have left
     with Server() as server:
         yield server
@@ -194,11 +195,79 @@ def test_runs_that_are_trained_together_can_be_sent_later(
     directories = start_group(*MEMBERS)
     assert wandb_server.runs == {}
     for directory in directories:
-        with open(os.path.join(directory, "output.txt")) as file:
-            sync_as_printed(file.read())
+        sync_as_printed(output_of(directory))
     found = histories(wandb_server)
     for directory, member in zip(directories, MEMBERS):
         assert_history_is_that_of(directory, found[member["actor_wd"]])
+
+
+def test_many_runs_wait_once_for_a_server_that_never_answers(
+    start_group, wandb_server, monkeypatch
+):
+    log_in(monkeypatch, wandb_server)
+    monkeypatch.setattr(wandb_log, "TIME_LIMIT", 3)
+    wandb_server.silent.set()
+    modes = watch_starts(monkeypatch)
+    directories = start_group(*MEMBERS, dict(actor_wd=0.3))
+    assert modes.count("online") == 1
+    for directory in directories:
+        assert f"later, `wandb sync {directory}/wandb` sends it" in output_of(directory)
+        assert glob.glob(f"{directory}/wandb/offline-run-*/run-*.wandb")
+
+
+def test_many_runs_wait_at_the_same_time_for_their_ends(start_group, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ends = threading.Barrier(len(MEMBERS))
+
+    def finish(run, exit_code):
+        ends.wait(20)
+        raise TimeoutError
+
+    monkeypatch.setattr(wandb.Run, "finish", finish)
+    for directory in start_group(*MEMBERS):
+        assert "W&B has not taken everything in 30 s; later, `wandb sync" in output_of(directory)
+
+
+def test_a_start_that_fails_leaves_other_runs_alone(
+    start_group, wandb_server, monkeypatch, tmp_path
+):
+    """The server doesn't answer while the second run starts."""
+    monkeypatch.chdir(tmp_path)  # where `wandb sync` leaves its own logs
+    log_in(monkeypatch, wandb_server)
+    monkeypatch.setattr(wandb_log, "TIME_LIMIT", 3)
+
+    def act(modes):
+        if modes == ["online", "online"]:
+            wandb_server.silent.set()
+        if modes == ["online", "online", "offline"]:
+            wandb_server.speak()
+
+    watch_starts(monkeypatch, act)
+    first, second = start_group(*MEMBERS)
+    assert "offline after all" not in output_of(first)
+    ((_, history),) = histories(wandb_server).items()
+    assert_history_is_that_of(first, history)
+    sync_as_printed(output_of(second))
+    assert_history_is_that_of(second, histories(wandb_server)[MEMBERS[1]["actor_wd"]])
+
+
+def watch_starts(monkeypatch, act=lambda modes: None):
+    """Return a list that gets the mode of each wandb.init; `act` is called with it before that."""
+    modes = []
+    init = wandb.init
+
+    def watched(**options):
+        modes.append(options["mode"])
+        act(modes)
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", watched)
+    return modes
+
+
+def output_of(directory):
+    with open(os.path.join(directory, "output.txt")) as file:
+        return file.read()
 
 
 def test_an_evaluation_beside_training_comes_before_what_is_trained_beside_it(

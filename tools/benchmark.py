@@ -44,6 +44,7 @@ from harness.datasets import load_dataset
 from harness.environments import Envs, make_env, reset
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, evaluation_episodes, make_envs
+from harness.inside import make_samples
 from harness.members import check_device
 from harness.scripts import ROOT, scripts
 from tools.benchmark_gpu import gpu_part
@@ -117,7 +118,7 @@ def load_part(config, folder):
         with contextlib.redirect_stdout(io.StringIO()):
             data = rebrac.make_dataset(settings, load_dataset(settings))
         rebrac.with_value_range(settings, data)
-        rebrac.make_samples(data)
+        make_samples(data)
         jax.block_until_ready(jax.device_put(data))
 
     functions = {}

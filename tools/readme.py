@@ -45,6 +45,10 @@ WHERE = {  # where a regulariser acts
     "BCN": "noise on the objective: cloned actions (ReBRAC), weights (IQL)",
     "GrN": "decaying noise on the gradient, before Adam",
 }
+BEYOND = {  # the same of those that the paper hasn't
+    "RMS": "RMSNorm after each hidden ReLU (not in the paper)",
+    "SAM": "sharpness-aware minimisation: the gradient is taken this far uphill (not in the paper)",
+}
 
 
 def path_of(*parts):
@@ -63,7 +67,7 @@ def markdown(header, rows):
 def regularisers():
     """The regularisers: flag, where it acts, strength in each script."""
     rows = []
-    for name, text in WHERE.items():
+    for name, text in {**WHERE, **BEYOND}.items():
         strengths = []
         for script in SCRIPTS.values():
             flags = script.CHOSEN[name]
@@ -328,19 +332,24 @@ def study_scores(algorithm):
             if dataset in STUDIED:
                 columns[STUDIED[dataset]] = {line[0]: line[i] for line in lines}
     rows = []
-    for label, mean in means[2:]:
-        rows.append([label, *(columns[short][label] for short in STUDIED.values()), mean])
-    return markdown(["", *STUDIED.values(), "mean of the three"], rows)
+    for label, mean, p in means[2:]:
+        rows.append([label, *(columns[short][label] for short in STUDIED.values()), mean, p])
+    return markdown(["", *STUDIED.values(), "mean of the three", "p of the mean"], rows)
 
 
 def findings():
-    """What the study found: the mean of the three datasets, in a line for each algorithm."""
+    """What the study found: the mean of the three datasets, in a line for each algorithm.
+
+    p is that of the differences in points, corrected by Holm over the algorithm's.
+    """
     tables = report_tables()
     rows = []
     for algorithm, script in SCRIPTS.items():
         changes = tables[f"{script.NAME}, all domains: aggregates"]
         column = changes[0].index("change of the mean")
         cells = {line[0].split(" (")[0]: line[column] for line in changes[2:]}
+        for label, _, p in tables[f"{script.NAME}, all domains: differences"][3:]:
+            cells[label] += f", p {p}"
         baseline = changes[2][changes[0].index("mean")]
         single = [name for name in WHERE if name in cells]
         best = max(single, key=lambda name: float(cells[name].split(" %")[0]))

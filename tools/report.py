@@ -31,6 +31,7 @@ from markdown_it import MarkdownIt
 from harness.config import parse
 from harness.datasets import DOMAINS
 from harness.errors import UserError, one_line, one_line_errors
+from tools import report_effects as effects
 from tools import report_figures as figures
 from tools import report_tables as tables
 from tools.report_runs import BASELINE, SCRIPTS, by_label, by_settings, read_results, read_wandb
@@ -227,12 +228,35 @@ def add_runs(report, config, script, rows, datasets):
     report.add_figure(f"{title}: strength of a regulariser", strengths)
     pairs = figures.pair_map(rows, datasets, script.CHOSEN)
     report.add_figure(f"{title}: pairs of regularisers", pairs)
+    add_interactions(report, config, script, rows)
     inside = tables.inside_table(f"{title}: inside the actor", rows, datasets)
     if inside.cells.size:
         report.add_table(inside)
+    add_explanation(report, config, script, rows)
     rows = rows[rows["label"].isin(labels[:24])]
     report.add_figure(f"{title}: inside the actor", figures.inside_figure(rows, datasets))
     report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets))
+
+
+def add_interactions(report, config, script, rows):
+    """Add what pairs and triples gain beyond their parts, where there are pairs."""
+    found = effects.interactions(rows, script.CHOSEN, config.reps)
+    missing = effects.untold(rows, script.CHOSEN, found)
+    title = f"{script.NAME}: interactions"
+    if len(found):
+        report.add_table(effects.interaction_table(title, found, missing))
+        report.add_figure(title, figures.interaction_map(found, script.CHOSEN))
+    elif any(label.count("+") == 1 for label in missing):
+        report.add_text(f"### {title}\n\n{effects.missing_text(missing)}\n")
+
+
+def add_explanation(report, config, script, rows):
+    """Add which measures of the inside explain the score, if there are enough runs."""
+    found = effects.explain(rows, script.CHOSEN, config.reps)
+    if found is not None:
+        title = f"{script.NAME}: what explains the score"
+        report.add_table(effects.explanation_table(title, found))
+        report.add_figure(title, figures.explanation_figure(found))
 
 
 def without_failed_datasets(seeds):

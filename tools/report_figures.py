@@ -11,6 +11,7 @@ import seaborn as sns
 from cycler import cycler
 from rliable import library
 
+from tools import report_effects as effects
 from tools import report_tables as tables
 from tools.report_runs import BASELINE
 
@@ -151,16 +152,39 @@ def pair_map(rows, datasets, names):
     return heat_map(title, values.loc[paired, paired])
 
 
-def heat_map(title, gains):
-    """Draw a DataFrame of gains, NaN where there is none, on colours from red to blue around 0."""
+def interaction_map(found, names):
+    """Draw the interactions of pairs, in the places that pair_map has for their gains."""
+    values = pd.DataFrame(index=list(names), columns=list(names), dtype=float)
+    texts = pd.DataFrame("", index=list(names), columns=list(names))
+    for label, effect in found.iterrows():
+        pair = label.split("+")
+        if len(pair) == 2:
+            for one, other in (pair, pair[::-1]):
+                values.loc[one, other] = effect["point"]
+                texts.loc[one, other] = f"{effect['point']:.1f}" + star(effect["p"])
+    paired = [name for name in names if values[name].notna().any()]
+    title = "interactions of pairs (*: p below 0.05, corrected)"
+    bar = "gain together − sum of the gains"
+    return heat_map(title, values.loc[paired, paired], texts.loc[paired, paired], bar)
+
+
+def star(p):
+    return "*" if p < tables.LEVEL else ""
+
+
+def heat_map(title, gains, texts=True, bar="score − score without"):
+    """Draw a DataFrame of gains, NaN where there is none, on colours from red to blue around 0.
+
+    `texts` are written into the cells, instead of the gains.
+    """
     if not gains.notna().any(axis=None):
         return None
     lines, columns = gains.shape
     figure, axis = plt.subplots(figsize=(3.2 + 0.62 * columns, max(3.2, 1.2 + 0.27 * lines)))
     bound = gains.abs().max(axis=None) or 1
     colours = dict(cmap="RdBu", vmin=-bound, vmax=bound)
-    texts = dict(annot=True, fmt=".1f", annot_kws={"fontsize": 7})
-    sns.heatmap(gains, ax=axis, cbar_kws={"label": "score − score without"}, **colours, **texts)
+    style = dict(fmt=".1f" if texts is True else "", annot_kws={"fontsize": 7})
+    sns.heatmap(gains, ax=axis, annot=texts, cbar_kws={"label": bar}, **colours, **style)
     axis.grid(False)
     axis.set(title=title, xlabel="", ylabel="")
     axis.tick_params("y", rotation=0)
@@ -190,6 +214,24 @@ def inside_figure(rows, datasets):
         axis.set_title(tables.INSIDE[key][0])
         turn_labels(axis, 60)
     add_legend(figure, axes[0])
+    return figure
+
+
+def explanation_figure(found):
+    """Draw what each measure explains of the score: points of `effects.Explanation`, intervals."""
+    height = 1.2 + 0.24 * len(found.p)
+    figure, axes = make_axes(len(effects.QUANTITIES), width=3.1, height=height)
+    for axis, (quantity, title) in zip(axes, effects.QUANTITIES.items()):
+        estimates = found.estimates[found.estimates["quantity"] == quantity]
+        draw_intervals(axis, estimates)
+        p = found.p.get(effects.TESTED.get(quantity))
+        if p is not None:
+            for label, high in zip(estimates["label"], estimates["high"]):
+                axis.text(high, label, star(p[label]), va="center", fontsize=12)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(title)
+        axis.tick_params(labelleft=axis is axes[0])
+    figure.supxlabel("*: p below 0.05, corrected", fontsize=8)
     return figure
 
 

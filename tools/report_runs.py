@@ -26,6 +26,7 @@ import pandas as pd
 from harness.datasets import domain
 from harness.directory import read_fields, saved_fields, status
 from harness.errors import UserError, one_line
+from harness.inside import linear_cka
 from harness.scripts import scripts
 from harness.tables import Tables
 from tools.results import parse_row, read_table
@@ -362,7 +363,39 @@ def read_results(paths):
             directories |= find_runs(path)
     seeds, left_out = read_all(rows, read_row)
     more_seeds, more_left_out = read_all(directories, read_directory)
-    return count_once(seeds + more_seeds, left_out + more_left_out)
+    seeds, left_out = count_once(seeds + more_seeds, left_out + more_left_out)
+    return with_cka(seeds), left_out
+
+
+def with_cka(seeds):
+    """Add how similar each seed's features are to the baseline's of that seed: cka_to_baseline.
+
+    Both must be there as directories. A table keeps what was found before.
+    """
+    baselines = {}
+    for seed in seeds:
+        if BASELINE in seed["labels"]:
+            baselines[features_key(seed)] = seed
+    for seed in seeds:
+        features = [read_features(seed), read_features(baselines.get(features_key(seed)))]
+        if all(own is not None for own in features):
+            seed["cka_to_baseline"] = float(linear_cka(*features))
+    return seeds
+
+
+def features_key(seed):
+    """Return in what two seeds agree whose features are comparable."""
+    return tuple(seed[name] for name in ("algorithm", "settings", "dataset", "seed"))
+
+
+def read_features(seed):
+    """Return a finished seed's features (B, F), or None if they aren't there."""
+    if seed is None or seed["state"] != "finished":
+        return None
+    path = os.path.join(seed["run"], "features.npy")
+    if not os.path.exists(path):
+        return None
+    return np.load(path)[seed["seed"] - seed["config"]["seed"]]
 
 
 def find_runs(folder):

@@ -20,10 +20,17 @@ INSIDE = {
     "evaluation/dead_neurons": ("dead neurons (share, evaluation)", 3),
     "train/feature_norm": ("feature norm (training data)", 1),
     "train/pca_rank": ("PCA rank (training data)", 1),
+    "train/srank": ("srank (training data)", 1),
+    "train/effective_rank": ("effective rank (training data)", 1),
+    "cka_to_baseline": ("CKA to the baseline's features", 3),
+    "train/jacobian_norm": ("norm of the actions' Jacobian (training data)", 2),
     "train/action_error": ("action error (training data)", 3),
     "validation/action_error": ("action error (held-out data)", 3),
     "gap/action_error": ("gap of the action error", 3),
     "ratio/action_error": ("action error: held-out / training", 3),
+    "evaluation/action_distance": ("distance to the data's actions (evaluation)", 3),
+    "train/q_gain": ("Q of the policy's actions − of the data's", 2),
+    "evaluation/overestimation": ("overestimation of the return", 1),
     "plasticity/loss_left": ("plasticity (share of the loss that is left)", 3),
 }
 AGGREGATES = ["IQM", "median", "mean", "optimality gap"]
@@ -37,9 +44,10 @@ class Table(NamedTuple):
     title: str
     cells: pd.DataFrame
     note: str
+    first: str = "regularisers"  # the first column's name
 
     def lines(self):
-        return [["regularisers", *self.cells], *self.cells.reset_index().to_numpy()]
+        return [[self.first, *self.cells], *self.cells.reset_index().to_numpy()]
 
 
 def to_markdown(table):
@@ -77,7 +85,7 @@ def escape(text):
     text = text.replace("\\", r"\textbackslash ")
     text = re.sub(r"([%&_#${}])", r"\\\1", text)
     text = text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
-    text = text.replace("±", r"$\pm$").replace("–", "--")
+    text = text.replace("±", r"$\pm$").replace("–", "--").replace("<", "$<$")
     return re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", text)
 
 
@@ -115,6 +123,28 @@ def mean_and_interval(values):
     degrees = values.count(axis=1) - 1
     halves = values.sem(axis=1) * stats.t.ppf(0.975, degrees)
     return values.mean(axis=1).where(halves.notna()), halves
+
+
+def p_values(values):
+    """Return Student's two-sided p of rows over seeds having the mean 0.
+
+    A row of fewer than two seeds has none: NaN. A row of zeros has 1.
+    """
+    errors = values.sem(axis=1)
+    statistics = (values.mean(axis=1).abs() / errors).fillna(0)  # 0 / 0
+    p = 2 * stats.t.sf(statistics, values.count(axis=1) - 1)
+    return pd.Series(p, values.index).where(errors.notna())
+
+
+def holm(p):
+    """Return p values corrected by Holm, in an array of the same shape. NaNs don't count."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, axis=None)  # NaNs last
+    number = np.isfinite(p).sum()
+    factors = np.maximum(number - np.arange(p.size), 1)
+    corrected = np.empty(p.size)
+    corrected[order] = np.maximum.accumulate(p.flat[order] * factors)
+    return np.minimum(corrected, 1).reshape(p.shape)
 
 
 def score_arrays(rows, datasets):
@@ -239,22 +269,54 @@ def score_cell(runs, expected):
     return text
 
 
+LEVEL = 0.05  # what is bold has a p value below it
+FAMILIES = "over the means, which are the question, and apart from them over the single datasets"
+
+
 def difference_table(title, rows, columns):
-    """Return the differences from the baseline. A column is a mean over columns[name]."""
+    """Return the differences from the baseline. A column is a mean over columns[name].
+
+    Beside each is a column of p values. The column "mean" is a family for Holm, and all others are
+    another one.
+    """
     labels = list(rows["label"].cat.categories)
+    scores = {}
+    p = pd.DataFrame(index=labels)
+    for name, datasets in columns.items():
+        scores[name] = by_seed(rows, "final", datasets).reindex(labels)
+        p[name] = p_values(scores[name] - scores[name].loc[BASELINE])
+        p.loc[[BASELINE, *same_as_baseline(rows, datasets)], name] = np.nan
+    for family in (["mean"], [name for name in columns if name != "mean"]):
+        own = p.columns.intersection(family)
+        p[own] = holm(p[own])
+
     cells = pd.DataFrame(index=labels)
     for name, datasets in columns.items():
-        scores = by_seed(rows, "final", datasets).reindex(labels)
-        means, halves = mean_and_interval(scores - scores.loc[BASELINE])
-        cells[name] = [difference_text(*pair) for pair in zip(means, halves)]
-        means, halves = mean_and_interval(scores)
+        means, halves = mean_and_interval(scores[name] - scores[name].loc[BASELINE])
+        texts = [interval_text(*pair, "+") for pair in zip(means, halves)]
+        cells[name] = [bold(text, own) for text, own in zip(texts, p[name])]
+        means, halves = mean_and_interval(scores[name])
         cells.loc[BASELINE, name] = interval_text(means[BASELINE], halves[BASELINE], "")
         cells.loc[same_as_baseline(rows, datasets), name] = "the same runs"
+        cells[f"p, {name}"] = p[name].map(p_text)
+    families = FAMILIES if len(columns) > 1 else "over this table's differences"
     note = (
         "The baseline's score, and the others' differences from it, seed by seed. In brackets 95 % "
-        "intervals by Student's t. Bold: without 0."
+        "intervals of each alone, by Student's t. p is Student's, corrected by Holm: "
+        f"{families}. Bold: p below 0.05."
     )
     return Table(title, cells, note)
+
+
+def bold(text, p):
+    """Return a text, in bold if its p value is below LEVEL."""
+    return f"**{text}**" if p < LEVEL else text
+
+
+def p_text(p):
+    if np.isnan(p):
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def interval_text(mean, half, sign):
@@ -262,11 +324,6 @@ def interval_text(mean, half, sign):
     if np.isnan(half):
         return "incomplete"
     return f"{mean:{sign}.1f} ({mean - half:{sign}.1f} – {mean + half:{sign}.1f})"
-
-
-def difference_text(mean, half):
-    text = interval_text(mean, half, "+")
-    return f"**{text}**" if abs(mean) > half else text
 
 
 def same_as_baseline(rows, datasets):
