@@ -74,6 +74,7 @@ class WandB:
     """
 
     waited_at = -np.inf  # when a run of this process has waited for W&B in vain
+    live = set()  # of this process: those whose W&B runs have begun and not ended
 
     def __init__(self, directory, algorithm, fields):
         try:
@@ -110,6 +111,7 @@ class WandB:
             return
         with self.never_fatal():
             self.run = self.begin()
+            WandB.live.add(self)
             if self.mode == "offline":
                 self.first_step = sent_step(self.directory, self.id) + 1
             else:
@@ -120,7 +122,7 @@ class WandB:
 
     def begin(self):
         """Return a W&B run, offline if W&B can't be reached in time."""
-        from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
+        import wandb
 
         started = time.monotonic()
         try:
@@ -131,24 +133,10 @@ class WandB:
             print(f"W&B: offline after all ({one_line(error)[:200]}); {self.later}")
             if time.monotonic() - started >= TIME_LIMIT:
                 WandB.waited_at = time.monotonic()
+            if not WandB.live:  # it would end theirs
+                wandb.teardown()  # or what is left of this start may keep the next from its id
             self.mode = "offline"
-        try:
             return self.init()
-        except ServerResponseError:
-            self.give_id_free()
-            return self.init()
-
-    def give_id_free(self):
-        """End what a failed wandb.init has left in wandb's process, where it has the run's id.
-
-        wandb.teardown would end the whole process, and so what other runs send.
-        """
-        import wandb
-
-        service = wandb.setup().ensure_service()
-        _, left = service.inform_attach(self.id)
-        left.deliver_exit(1)
-        service.inform_finish(self.id)
 
     def init(self):
         """Call wandb.init with the time limits, and so that it never waits for an answer."""
@@ -179,6 +167,7 @@ class WandB:
         except Exception as error:
             print(f"W&B: off after all ({one_line(error)[:200]})")
             self.run = None
+            WandB.live.discard(self)
 
     def send(self, rows):
         """Send an update's rows of one table, a row for each seed."""
@@ -240,6 +229,7 @@ class WandB:
                 self.ending.result()
             except TimeoutError:
                 print(f"W&B has not taken everything in {TIME_LIMIT} s; {self.rest()}")
+        WandB.live.discard(self)
 
     def was_stopped_there(self):
         """Return whether somebody has stopped the run in W&B's pages, if W&B says so in time.
