@@ -72,6 +72,7 @@ def test_a_run_leaves_its_config_tables_checkpoint_and_end(start, script):
         "config.yaml",
         "episodes.csv",
         "evaluations.csv",
+        "features.npy",
         "finished.json",
         "lock",
         "train.csv",
