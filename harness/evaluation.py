@@ -107,26 +107,36 @@ def evaluate(config, policy, envs, update):
         gained.append(rewards)
         running = running[~done]
 
+    shape = (num_seeds, num_episodes)
+    samples = sample_visited(visited, ~has_noise.reshape(shape), update)
+    padding = -len(gained) % 1000
+    rewards = np.pad(np.transpose(gained), [(0, 0), (0, padding)])
+    lengths = np.bincount(np.concatenate([running for running, _ in visited]))
+    first = slice(0, config.eval_episodes)  # those without noise
+    return Episodes(
+        returns=sum(gained).reshape(shape),
+        visited=samples,
+        starts=starts.reshape(*shape, -1)[:, first],
+        rewards=rewards.reshape(*shape, -1)[:, first].astype(np.float32),
+        lengths=lengths.reshape(shape)[:, first],
+    )
+
+
+def sample_visited(visited, is_clean, update):
+    """Draw NUM_VISITED of the states of each seed's clean episodes, (seeds, NUM_VISITED, S).
+
+    `visited` has pairs of the episodes that ran in a step and their states. `is_clean` (seeds, E)
+    says which episodes are without noise. A seed's draws are those of a seed that is trained alone.
+    """
     episodes = np.concatenate([running for running, _ in visited])
     states = np.concatenate([states for _, states in visited])
+    num_seeds, num_episodes = is_clean.shape
     samples = []
     for seed in range(num_seeds):
         is_own = episodes // num_episodes == seed
-        samples.append(sample_states(states[is_own & ~has_noise[episodes]], update))
-
-    def of_seeds(values):
-        return values.reshape(num_seeds, num_episodes, *values.shape[1:])
-
-    clean = slice(0, config.eval_episodes)
-    padding = -len(gained) % 1000
-    rewards = np.pad(np.transpose(gained), [(0, 0), (0, padding)])
-    return Episodes(
-        returns=of_seeds(sum(gained)),
-        visited=np.stack(samples),
-        starts=of_seeds(starts)[:, clean],
-        rewards=of_seeds(rewards)[:, clean].astype(np.float32),
-        lengths=of_seeds(np.bincount(episodes))[:, clean],
-    )
+        own = states[is_own & is_clean.ravel()[episodes]]
+        samples.append(np.random.default_rng(update).choice(own, NUM_VISITED))
+    return np.stack(samples)
 
 
 def normal_draws(numbers, size, num_steps=50):
@@ -141,11 +151,6 @@ def normal_draws(numbers, size, num_steps=50):
         for rng, own in zip(rngs, draws):
             rng.standard_normal(dtype=np.float32, out=own)
         yield from draws.swapaxes(0, 1)
-
-
-def sample_states(states, update):
-    """Draw NUM_VISITED of the states, as a seed would that is trained alone."""
-    return np.random.default_rng(update).choice(states, NUM_VISITED)
 
 
 def summary(scores):

@@ -52,13 +52,17 @@ def with_ranks(measured):
 
     In NumPy, since JAX's batched eigenvalues can hang on a CPU. The other arrays stay.
     """
-    measured = jax.device_get(measured)
-    for key in [key for key in measured if key.endswith("/gram")]:
-        gram = measured.pop(key).astype(np.float64)
-        squares = np.linalg.eigvalsh(gram)[:, ::-1].clip(0)  # of the singular values, largest first
-        for name, values in ranks(squares).items():
-            measured[key.replace("gram", name)] = values
-    return measured
+    found = {}
+    for key, values in jax.device_get(measured).items():
+        part, _, name = key.rpartition("/")
+        if name != "gram":
+            found[key] = values
+            continue
+        eigenvalues = np.linalg.eigvalsh(values.astype(np.float64))
+        squares = eigenvalues[:, ::-1].clip(0)  # of the singular values, largest first
+        for rank, numbers in ranks(squares).items():
+            found[f"{part}/{rank}"] = numbers
+    return found
 
 
 def ranks(squares):
@@ -110,18 +114,18 @@ def jacobian_norm(policy, observations):
 
 
 def action_distance(observations, actions, batch):
-    """Return how far actions (B, A) are from those of the data in similar states, as a mean.
+    """Return how far actions (B, A) are from the data's in similar states, as a mean.
 
-    An action's distance is that to the nearest of the actions which the data's `batch` has in the
-    NUM_NEIGHBOURS states that are nearest to its own of `observations` (B, S).
+    For each of the `observations` (B, S), the NUM_NEIGHBOURS nearest states of the data's `batch`
+    are found. The distance is that to the nearest of the actions there.
     """
-    # |x - y|^2 without x's own norm, which changes no order
-    products = observations @ batch.observations.T
-    distances = jnp.sum(batch.observations**2, 1) - 2 * products
+    # |x - y|^2 = |x|^2 + |y|^2 - 2 x y, but without |x|^2, which changes no order
+    squares = jnp.sum(batch.observations**2, 1)
+    distances = squares - 2 * observations @ batch.observations.T
     number = min(NUM_NEIGHBOURS, len(batch.actions))
     _, nearest = jax.lax.top_k(-distances, number)
-    gaps = jnp.linalg.norm(actions[:, None] - batch.actions[nearest], axis=-1)
-    return gaps.min(1).mean()
+    differences = actions[:, None] - batch.actions[nearest]
+    return jnp.linalg.norm(differences, axis=-1).min(1).mean()
 
 
 def linear_cka(x, y):
@@ -131,4 +135,5 @@ def linear_cka(x, y):
     """
     x = x - x.mean(0)
     y = y - y.mean(0)
-    return np.linalg.norm(x.T @ y) ** 2 / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+    in_common = np.linalg.norm(x.T @ y) ** 2
+    return in_common / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
