@@ -52,17 +52,15 @@ def with_ranks(measured):
 
     In NumPy, since JAX's batched eigenvalues can hang on a CPU. The other arrays stay.
     """
-    found = {}
-    for key, values in jax.device_get(measured).items():
-        part, _, name = key.rpartition("/")
-        if name != "gram":
-            found[key] = values
-            continue
-        eigenvalues = np.linalg.eigvalsh(values.astype(np.float64))
+    measured = jax.device_get(measured)
+    grams = [key for key in measured if key.endswith("/gram")]
+    for key in grams:
+        gram = measured.pop(key).astype(np.float64)
+        eigenvalues = np.linalg.eigvalsh(gram)
         squares = eigenvalues[:, ::-1].clip(0)  # of the singular values, largest first
-        for rank, numbers in ranks(squares).items():
-            found[f"{part}/{rank}"] = numbers
-    return found
+        for name, values in ranks(squares).items():
+            measured[key.replace("gram", name)] = values
+    return measured
 
 
 def ranks(squares):
