@@ -308,7 +308,15 @@ def assert_off(script, config, names):
     assert same_bits(infos, expected_infos)
 
 
-STRONG = dict(dropout=0.2, wd=0.1, l1_ratio=0.5, input_noise=0.1, bc_noise=0.1, grad_noise=0.1)
+STRONG = dict(
+    dropout=0.2,
+    wd=0.1,
+    l1_ratio=0.5,
+    input_noise=0.1,
+    bc_noise=0.1,
+    grad_noise=0.1,
+    sam=0.05,
+)
 
 
 def mixed_members(script):
