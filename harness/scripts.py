@@ -1,5 +1,6 @@
 """The algorithms' scripts. They are found, not listed: an algorithm of your own is just a file."""
 
+import functools
 import glob
 import importlib.util
 import os
@@ -18,8 +19,14 @@ PROVIDES = (r"^NAME = ", r"^class Config\b", r"^def tuned\(", r"^def main\(")
 
 def script_names():
     """Return the names of the top level's files that define an algorithm, ReBRAC first."""
+    return names_in(ROOT)
+
+
+@functools.cache  # a sweep asks for each of its runs
+def names_in(folder):
+    """Return the names of a folder's files that define an algorithm, ReBRAC first."""
     names = []
-    for path in glob.glob(os.path.join(glob.escape(ROOT), "*.py")):
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.py")):
         with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read()
         if all(re.search(pattern, text, re.MULTILINE) for pattern in PROVIDES):
