@@ -1,4 +1,4 @@
-"""Writes the experiments and the README's study as W&B sweeps.
+"""Writes the experiments and the README's two studies as W&B sweeps.
 
     python sweeps/generate.py  # as they are in the repository: each seed is a run of its own
     python sweeps/generate.py --num_seeds 5  # five in a run, for a GPU with room
@@ -79,6 +79,43 @@ STUDY = dict(
 # larger files ReBRAC's actor leaves the study's data, which tools/collect.py has made, in part.
 STUDY_OF = {"rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1])}
 
+# The README's second study: where do regularisers help?
+SECOND_PARTS = {
+    "coefficients": "its coefficients, by seeds that no other part has",
+    "less_data": "2 to 25 % of the episodes",
+    "dropout": "strengths of dropout on 10 % of the episodes",
+    "l2": "strengths of weight decay on 10 % of the episodes",
+    "both_ln": "LayerNorm in the actor, in the critics, in both",
+    "both_dropout": "dropout in the actor, in the critics, in both",
+    "both_l2": "weight decay in the actor, in the critics, in both",
+    "pairs": "all pairs on 10 % of the episodes",
+    "curves": "learning curves",
+    "pen": "Adroit",
+    "networks": "regularisers on each of its networks",
+    "antmaze": "AntMaze, on a full file of the project's own",
+    "long": "one long run",
+}
+SECOND = dict(
+    STUDY,
+    num_updates=[10_000],
+    eval_every=[10_000],
+    seed=[0, 1, 2, 3, 4],
+    dataset_name=STUDY_DATASETS,
+)
+SECOND_OF = {  # what fits the bundled data
+    "rebrac": dict(actor_bc_coef=[0.1]),
+    "iql": {},
+    "cql": dict(batch_size=[64], actor_learning_rate=[3e-4], eval_episodes=[50]),
+    "bcq": dict(batch_size=[100], kl_coef=[0.1], eval_episodes=[20]),
+}
+LESS_DATA = [0.75, 0.9, 0.95, 0.98]  # shares of the episodes that are held out
+ACTOR_OR_CRITIC = {  # on all data, and on a tenth
+    "both_ln": dict(actor_ln=[False, True], critic_ln=[False, True]),
+    "both_dropout": dict(actor_dropout=[0, 0.1], critic_dropout=[0, 0.1]),
+}
+LONG = dict(num_updates=[1_000_000], eval_every=[50_000], seed=[0], dataset_name=STUDY_DATASETS[:1])
+CURVES = dict(eval_every=[2000], seed=[0, 1, 2], dataset_name=STUDY_DATASETS[:2])
+
 
 def grids(script, domain):
     """Return the grid of each experiment in a domain: flags by lists of their values.
@@ -153,12 +190,62 @@ def study(algorithm, script):
     return {**STUDY_OF.get(algorithm, {}), "regularisers": regularisers, **STUDY}
 
 
+def second_study(algorithm, script):
+    """Return the grids of the README's second study. An algorithm of one's own has none."""
+    if algorithm not in SECOND_OF:
+        return {}
+    best = script.BEST.get("best", "DO+LN")
+    l2 = script.CHOSEN["L2"]["actor_wd"]
+    chosen = papers_regularisers(script)
+    parts = {
+        "less_data": dict(
+            regularisers=["none", "DO", "LN", "L2", "DO+LN", best], validation_frac=LESS_DATA
+        ),
+        "both_l2": dict(actor_wd=[0, l2], critic_wd=[0, l2], validation_frac=[0.1, 0.9]),
+        "long": LONG,
+    }
+    for name, grid in ACTOR_OR_CRITIC.items():
+        parts[name] = dict(grid, validation_frac=[0.1, 0.9])
+    if algorithm == "rebrac":
+        parts["long"] = dict(LONG, critic_loss=["mse"])
+        parts["coefficients"] = dict(
+            actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.01, 0.1], seed=[10, 11, 12]
+        )
+    if algorithm == "iql":
+        parts["dropout"] = dict(actor_dropout=[0, 0.1, 0.3, 0.5], validation_frac=[0.9])
+        parts["l2"] = dict(actor_wd=[0, 0.001, 0.01, 0.1], validation_frac=[0.9])
+        parts["pairs"] = dict(
+            regularisers=["none", *chosen, *pairs(chosen)],
+            validation_frac=[0.9],
+            seed=[0, 1, 2],
+            dataset_name=STUDY_DATASETS[:1],
+        )
+        parts["antmaze"] = dict(
+            regularisers=["none", best],
+            validation_frac=[0.0],
+            validation_seed=[None],
+            num_updates=[100_000],
+            eval_every=[20_000],
+            dataset_name=["antmaze-umaze-v2"],
+        )
+    if algorithm in ("cql", "bcq"):
+        parts = {"curves": dict(regularisers=["none", "DO", "LN", "DO+LN"], **CURVES)}
+    if algorithm == "cql":
+        pen = dict(CURVES, dataset_name=["pen-expert-v1"])
+        parts["pen"] = dict(regularisers=["none", "DO+LN"], **pen)
+    if algorithm == "bcq":
+        networks = ["decoder", "perturbation", "both"]
+        parts["networks"] = dict(regularise=networks, regularisers=["DO+LN"], **CURVES)
+    return {name: {**SECOND, **SECOND_OF[algorithm], **grid} for name, grid in parts.items()}
+
+
 def write_sweep(path, name, program, title, grid):
     """Write the YAML file of a sweep. `grid` maps flags to lists of values."""
     num_runs = math.prod(len(values) for values in grid.values())
     num_updates = grid.get("num_updates", [1_000_000])[0]
+    runs = "1 run" if num_runs == 1 else f"{num_runs:,} runs"
     lines = [
-        f"# {title}. {num_runs:,} runs of {num_updates:,} updates. See generate.py.",
+        f"# {title}. {runs} of {num_updates:,} updates. See generate.py.",
         f"name: {name}",
         "project: regularised-actors",
         f"program: {program}",
@@ -179,10 +266,11 @@ def write_sweep(path, name, program, title, grid):
 def write_sweeps(directory, algorithm, script, seeds_in_a_run):
     """Write all sweeps of an algorithm."""
 
-    def write(path, about, grid, num_seeds, datasets):
-        grid = {**grid, "seed": [*range(0, num_seeds, seeds_in_a_run)], "dataset_name": datasets}
+    def write(path, about, grid):
+        seeds = grid["seed"]
         if seeds_in_a_run > 1:
-            grid["num_seeds"] = [seeds_in_a_run]
+            grid = {**grid, "seed": seeds[::seeds_in_a_run]}
+            grid["num_seeds"] = [min(seeds_in_a_run, len(seeds))]
         name = f"{algorithm}-{path.replace('/', '-')}"
         file = os.path.join(directory, algorithm, f"{path}.yaml")
         write_sweep(file, name, f"{algorithm}.py", f"{script.NAME}{about}", grid)
@@ -191,8 +279,12 @@ def write_sweeps(directory, algorithm, script, seeds_in_a_run):
         datasets = [name for name in PAPERS_DATASETS if domain(name) == key]
         for name, grid in grids(script, key).items():
             about = f" on {words}: {EXPERIMENTS[name][0]}"
-            write(f"{key}/{name}", about, grid, NUM_SEEDS.get(name, 5), datasets)
-    write("study", ": the study in data/README.md", study(algorithm, script), 5, STUDY_DATASETS)
+            seeds = [*range(NUM_SEEDS.get(name, 5))]
+            write(f"{key}/{name}", about, {**grid, "seed": seeds, "dataset_name": datasets})
+    grid = {**study(algorithm, script), "seed": [0, 1, 2, 3, 4], "dataset_name": STUDY_DATASETS}
+    write("study", ": the study in data/README.md", grid)
+    for name, grid in second_study(algorithm, script).items():
+        write(f"second_study/{name}", f", second study: {SECOND_PARTS[name]}", grid)
 
 
 def main():

@@ -769,6 +769,41 @@ def test_a_pair_without_its_parts_is_told_to_be_missing(make_run, make_report, t
     assert "### ReBRAC: interactions\n\nCan't be told, since no two blocks have all parts" in text
 
 
+def test_a_report_tells_whether_a_gain_grows_as_the_data_shrinks(make_run, make_report, tmp_path):
+    for seed, noise in enumerate([-0.1, 0.0, 0.1]):
+        for halvings, validation_frac in ((1, 0.5), (2, 0.75), (4, 0.9375)):
+            level = 50 - 5 * halvings + 10 * seed  # which the comparison takes out
+            flags = dict(seed=seed, validation_frac=validation_frac)
+            make_run([[1.0, level]], **flags)
+            make_run([[1.0, level + 3 * halvings + noise]], **flags, actor_ln=True)
+            gain = -1 + (noise - 0.5) * halvings
+            make_run([[1.0, level + gain]], **flags, actor_dropout=0.1)
+    cells = make_report("results")["ReBRAC: gain by share of the data"]
+    assert list(cells.index) == ["DO", "LN"]
+    assert list(cells) == ["6.25 %", "25 %", "50 %", "for each halving", "p"]
+    half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    expected = [f"**{signed(mean, half)}**" for mean in (12, 6, 3)]
+    assert cells.loc["LN"].tolist() == [*expected, "**+3.0 (+3.0 – +3.0)**", "<0.001"]
+    expected = [f"**{signed(-1 - 0.5 * h, half * h)}**" for h in (4, 2, 1)]
+    p = 2 * stats.t.sf(0.5 / 0.1 * np.sqrt(3), 2)  # LN's is smaller, so that the factor is 1
+    assert cells.loc["DO"].tolist() == [*expected, f"**{signed(-0.5, half)}**", f"{p:.3f}"]
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "## Less data, other settings: eval_every=1000, num_updates=2000\n" in text
+    assert text.count("gain by share of the data](") == 1
+
+
+def signed(mean, half):
+    return f"{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
+
+
+def test_runs_on_the_same_share_make_no_section_on_less_data(make_run, make_report):
+    for seed in (0, 1):
+        make_run([[1.0, 50]], seed=seed, validation_frac=0.5)
+        make_run([[1.0, 60]], seed=seed, validation_frac=0.5, actor_ln=True)
+        make_run([[1.0, 60]], seed=seed, validation_frac=0.75, batch_size=64)
+    assert not [title for title in make_report("results") if "share of the data" in title]
+
+
 def test_tables_in_three_languages(tmp_path):
     cells = pd.DataFrame({"y & z": ["**1 ± 2**", "50 %", ""]}, index=["baseline", "L2", "L1"])
     table = Table("A_b", cells, "note")

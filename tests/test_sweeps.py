@@ -32,8 +32,9 @@ from tools import sweep
 
 SCRIPTS = {f"{name}.py": script for name, script in harness.scripts.scripts().items()}
 FOLDER = os.path.join(ROOT, "sweeps")
-FILES = sorted(glob.glob("*/*/*.yaml", root_dir=FOLDER))
-STUDIES = [f"{name}/study.yaml" for name in harness.scripts.scripts()]
+SECOND_STUDY = sorted(glob.glob("*/second_study/*.yaml", root_dir=FOLDER))
+STUDIES = [f"{name}/study.yaml" for name in harness.scripts.scripts()] + SECOND_STUDY
+FILES = sorted(set(glob.glob("*/*/*.yaml", root_dir=FOLDER)) - set(SECOND_STUDY))
 
 # --- What the paper did, listed here by hand ---
 
@@ -124,7 +125,14 @@ def load(path):
 def stated_runs(path):
     """Return the number of runs that a file's first line says."""
     with open(os.path.join(FOLDER, path)) as file:
-        found = re.search(r"([\d,]+) runs of [\d,]+ updates", file.readline())
+        found = re.search(r"([\d,]+) runs? of [\d,]+ updates", file.readline())
+    return int(found[1].replace(",", ""))
+
+
+def stated_updates(path):
+    """Return the number of updates of a run that a file's first line says."""
+    with open(os.path.join(FOLDER, path)) as file:
+        found = re.search(r"runs? of ([\d,]+) updates", file.readline())
     return int(found[1].replace(",", ""))
 
 
@@ -150,6 +158,7 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     number += 3 * 15 * (len(SCRIPTS) - 2)  # the others have no tuning, as_run and final
     number += 3 + 3  # ReBRAC's td3_bc and BCQ's networks
     assert len(FILES) == number
+    assert len(SECOND_STUDY) == 6 + 9 + 2 + 2  # ReBRAC, IQL, CQL, BCQ
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:
             assert (tmp_path / path).read_text() == file.read()
@@ -163,19 +172,27 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
     commands = sweep.expand(os.path.join(FOLDER, path))
     assert len(runs) == len(commands) == stated_runs(path)
     for run, command in zip(runs, commands):
-        flags = {f"--{key}={value['value']}" for key, value in run.config.items()}
-        assert set(command[3:]) == flags
+        values = {key: value["value"] for key, value in run.config.items()}
+        given = {f"--{key}={value}" for key, value in values.items() if value is not None}
+        assert set(command[3:]) == given
         assert command[:3] == ["/usr/bin/env", sys.executable, config["program"]]
 
     script = SCRIPTS[config["program"]]
     tuned = [tuned_config(command) for command in sample_of_grid(commands)]
     for one in tuned:
         check(one, script.constraints, script.BOUNDS)
-        assert one.num_updates == (20_000 if path in STUDIES else 1_000_000)
+        assert one.num_updates == stated_updates(path)
     for key, values in config["parameters"].items():  # each value reaches its field
         given = values.get("values", [values.get("value")])
         if key not in ("seed", "preset", "regularisers", "eval_noise"):
             assert {getattr(one, key) for one in tuned} == set(given), key
+
+
+def test_rebracs_coefficients_are_chosen_by_seeds_that_no_other_part_has():
+    chosen_by = grid_of("rebrac/second_study/coefficients.yaml")["seed"]
+    for path in SECOND_STUDY:
+        if not path.endswith("coefficients.yaml"):
+            assert chosen_by.isdisjoint(grid_of(path)["seed"]), path
 
 
 def sample_of_grid(commands):

@@ -24,6 +24,7 @@ from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT, load_script
 from tools.report_runs import BASELINE, by_label, read_results
+from tools.report_tables import interval_text, mean_and_interval
 
 SCRIPTS = {name: load_script(name) for name in ("rebrac", "iql")}  # those of the paper
 STUDIED = {  # datasets of the study: D4RL's name and a short one
@@ -384,6 +385,53 @@ def antmaze():
     return markdown(header, rows)
 
 
+def batch():
+    """The two-by-two on Pen: the published batch and rates, and the published regularisers.
+
+    A cell is a mean over the seeds or a mean of their differences, with its 95 % interval.
+    """
+    seeds, _ = read_results([path_of("data", "batch.csv")])
+    columns = {}  # scores by seed
+    for seed in seeds:
+        is_plain = seed["config"]["actor_dropout"] == 0
+        row = "baseline" if is_plain else "DO+LN"
+        column = columns.setdefault((row, seed["config"]["batch_size"]), {})
+        column[seed["seed"]] = seed["score"]
+    scores = pd.DataFrame(columns)
+    with_difference = pd.concat(
+        {
+            "baseline": scores["baseline"],
+            "DO+LN": scores["DO+LN"],
+            "difference": scores["DO+LN"] - scores["baseline"],
+        }
+    )  # rows of (what, seed)
+    with_difference["difference"] = with_difference[1024] - with_difference[256]
+    rows = []
+    for name in ("baseline", "DO+LN", "difference"):
+        means, halves = mean_and_interval(with_difference.loc[name].T)
+        cells = []
+        for column in (256, 1024, "difference"):
+            sign = "+" if "difference" in (name, column) else ""
+            cells.append(interval_text(means[column], halves[column], sign))
+        rows.append([name, *cells])
+    return markdown(["", "256, rates 3e-4", "1,024, rates 1e-3", "difference"], rows)
+
+
+def curves(algorithm):
+    """The scores of an algorithm over the updates, from data/curves.csv, a row for each label."""
+    seeds, _ = read_results([path_of("data", "curves.csv")])
+    table = by_label(pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm]))
+    rows = []
+    for (dataset, label), own in table.groupby(["dataset", "label"], sort=False):
+        means = []
+        for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
+            means.append(f"{updates // 1000}: {scores.mean():.1f}")
+        last = ", ".join(f"{scores[-1]:.1f}" for scores in own.sort_values("seed")["scores"])
+        rows.append([dataset, label, ", ".join(means), last])
+    header = ["dataset", "regularisers", "thousand updates: mean score", "at the end, by seed"]
+    return markdown(header, rows)
+
+
 def gpu():
     """What the benchmark's part `gpu` has measured, if it has run on a GPU."""
     path = path_of("data", "gpu.md")
@@ -395,6 +443,9 @@ def gpu():
 
 BLOCKS = {
     "antmaze": antmaze,
+    "batch": batch,
+    "curves-cql": lambda: curves("cql"),
+    "curves-bcq": lambda: curves("bcq"),
     "regularisers": regularisers,
     "findings": findings,
     "sweeps": sweep_files,

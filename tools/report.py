@@ -33,6 +33,7 @@ from harness.datasets import DOMAINS
 from harness.errors import UserError, one_line, one_line_errors
 from tools import report_effects as effects
 from tools import report_figures as figures
+from tools import report_shares as shares
 from tools import report_tables as tables
 from tools.report_runs import BASELINE, SCRIPTS, by_label, by_settings, read_results, read_wandb
 from tools.results import mean_of_last, write_results
@@ -259,6 +260,22 @@ def add_explanation(report, config, script, rows):
         report.add_figure(title, figures.explanation_figure(found))
 
 
+def add_shares(report, config, seeds):
+    """Add what regularisers gain by the share of the episodes that they were trained on."""
+    for algorithm, script in SCRIPTS.items():
+        own = seeds[(seeds["algorithm"] == algorithm) & seeds["final"].notna()]
+        if own["share"].nunique() < 2:
+            continue
+        rows = by_label(own)
+        if BASELINE not in set(rows["label"]) or rows["label"].nunique() < 2:
+            continue
+        rows = rows[rows["label"].isin(rows["label"].cat.categories[: config.variants])]
+        *_, datasets = datasets_by_domain(rows).values()
+        title = f"{script.NAME}: gain by share of the data"
+        report.add_table(shares.share_table(title, rows, datasets))
+        report.add_figure(title, shares.share_figure(rows, datasets))
+
+
 def without_failed_datasets(seeds):
     """Return the seeds without those of datasets on which all runs failed, as of a wrong file."""
     alive = {seed["dataset"] for seed in seeds if seed["state"] != "failed"}
@@ -327,6 +344,10 @@ def main(config):
         words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
         report.begin_section(f"Settings: {', '.join(words)}")
         add_settings(report, config, own)
+    for settings, own in shares.by_share(pd.DataFrame(seeds)):
+        words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
+        report.begin_section(f"Less data, other settings: {', '.join(words)}")
+        add_shares(report, config, own)
     if published is not None:
         add_published(report, published, seeds)
     if left_out:
