@@ -146,11 +146,14 @@ SPEED = {  # rows of the benchmark -> titles, and what the second number is a sh
     "ReBRAC (hl_gauss), batch 1024: 4.49 GFLOP": ("ReBRAC, batch 1024: updates/s", "products"),
     "ReBRAC (hl_gauss), batch 256: 1.12 GFLOP": ("ReBRAC, batch 256: updates/s", "products"),
     "IQL, batch 256: 0.56 GFLOP": ("IQL, batch 256: updates/s", "products"),
+    "CQL, batch 256: 13.49 GFLOP": ("CQL, batch 256: updates/s", "products"),
+    "BCQ, batch 256: 7.67 GFLOP": ("BCQ, batch 256: updates/s", "products"),
     "rebrac, 8 seeds": ("ReBRAC, 8 seeds at once: updates/s of all", "one seed"),
     "iql, 8 seeds": ("IQL, 8 seeds at once: updates/s of all", "one seed"),
     "halfcheetah-medium-v2": ("evaluation on HalfCheetah: steps/s", "bare environment"),
     "antmaze-umaze-v2": ("evaluation on AntMaze: steps/s", "bare environment"),
     "pen-human-v1": ("evaluation on Pen: steps/s", "bare environment"),
+    "halfcheetah-medium-v2, BCQ": ("BCQ's on HalfCheetah: steps/s", "bare environment"),
 }
 
 
@@ -177,7 +180,7 @@ def thousands(text):
 def regulariser_times():
     """The time of an update with each regulariser, relative to the baseline."""
     measured = measured_rows()
-    names = [*WHERE, SCRIPTS["rebrac"].BEST["best"]]
+    names = [*WHERE, *BEYOND, SCRIPTS["rebrac"].BEST["best"]]
     rows = []
     for algorithm in ("rebrac", "iql"):
         times = [measured[f"{algorithm} {name}"][2] for name in names]
