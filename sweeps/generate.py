@@ -82,6 +82,7 @@ STUDY_OF = {"rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1])}
 # The README's second study: where do regularisers help?
 SECOND_PARTS = {
     "coefficients": "its coefficients, by seeds that no other part has",
+    "batch": "the published batch and rates of Adroit, and the published regularisers",
     "less_data": "2 to 25 % of the episodes",
     "dropout": "strengths of dropout on 10 % of the episodes",
     "l2": "strengths of weight decay on 10 % of the episodes",
@@ -208,6 +209,14 @@ def second_study(algorithm, script):
         parts[name] = dict(grid, validation_frac=[0.1, 0.9])
     if algorithm == "rebrac":
         parts["long"] = dict(LONG, critic_loss=["mse"])
+        parts["batch"] = dict(
+            preset=["none", "batch-1024"],
+            regularisers=["none", "best"],
+            batch_size=None,
+            actor_bc_coef=None,
+            dataset_name=["pen-expert-v1"],
+        )
+        # Chosen by seeds that no other part has
         parts["coefficients"] = dict(
             actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.01, 0.1], seed=[10, 11, 12]
         )
@@ -222,8 +231,8 @@ def second_study(algorithm, script):
         )
         parts["antmaze"] = dict(
             regularisers=["none", best],
-            validation_frac=[0.0],
-            validation_seed=[None],
+            validation_frac=None,
+            validation_seed=None,
             num_updates=[100_000],
             eval_every=[20_000],
             dataset_name=["antmaze-umaze-v2"],
@@ -236,7 +245,11 @@ def second_study(algorithm, script):
     if algorithm == "bcq":
         networks = ["decoder", "perturbation", "both"]
         parts["networks"] = dict(regularise=networks, regularisers=["DO+LN"], **CURVES)
-    return {name: {**SECOND, **SECOND_OF[algorithm], **grid} for name, grid in parts.items()}
+    found = {}
+    for name, grid in parts.items():
+        grid = {**SECOND, **SECOND_OF[algorithm], **grid}
+        found[name] = {flag: values for flag, values in grid.items() if values is not None}
+    return found
 
 
 def write_sweep(path, name, program, title, grid):

@@ -158,7 +158,7 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     number += 3 * 15 * (len(SCRIPTS) - 2)  # the others have no tuning, as_run and final
     number += 3 + 3  # ReBRAC's td3_bc and BCQ's networks
     assert len(FILES) == number
-    assert len(SECOND_STUDY) == 6 + 9 + 2 + 2  # ReBRAC, IQL, CQL, BCQ
+    assert len(SECOND_STUDY) == 7 + 9 + 2 + 2  # ReBRAC, IQL, CQL, BCQ
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:
             assert (tmp_path / path).read_text() == file.read()
@@ -172,9 +172,8 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
     commands = sweep.expand(os.path.join(FOLDER, path))
     assert len(runs) == len(commands) == stated_runs(path)
     for run, command in zip(runs, commands):
-        values = {key: value["value"] for key, value in run.config.items()}
-        given = {f"--{key}={value}" for key, value in values.items() if value is not None}
-        assert set(command[3:]) == given
+        flags = {f"--{key}={value['value']}" for key, value in run.config.items()}
+        assert set(command[3:]) == flags
         assert command[:3] == ["/usr/bin/env", sys.executable, config["program"]]
 
     script = SCRIPTS[config["program"]]

@@ -24,7 +24,7 @@ from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT, load_script
 from tools.report_runs import BASELINE, by_label, read_results
-from tools.report_tables import interval_text, mean_and_interval
+from tools.report_tables import holm, interval_text, mean_and_interval, p_text, p_values
 
 SCRIPTS = {name: load_script(name) for name in ("rebrac", "iql")}  # those of the paper
 STUDIED = {  # datasets of the study: D4RL's name and a short one
@@ -391,7 +391,8 @@ def antmaze():
 def batch():
     """The two-by-two on Pen: the published batch and rates, and the published regularisers.
 
-    A cell is a mean over the seeds or a mean of their differences, with its 95 % interval.
+    A cell is a mean over the seeds, or a mean of their differences. It has a 95 % interval, and a
+    difference has p by Student's t, corrected by Holm over the five.
     """
     seeds, _ = read_results([path_of("data", "batch.csv")])
     columns = {}  # scores by seed
@@ -401,22 +402,22 @@ def batch():
         column = columns.setdefault((row, seed["config"]["batch_size"]), {})
         column[seed["seed"]] = seed["score"]
     scores = pd.DataFrame(columns)
-    with_difference = pd.concat(
-        {
-            "baseline": scores["baseline"],
-            "DO+LN": scores["DO+LN"],
-            "difference": scores["DO+LN"] - scores["baseline"],
-        }
-    )  # rows of (what, seed)
-    with_difference["difference"] = with_difference[1024] - with_difference[256]
+    tables = {"baseline": scores["baseline"], "DO+LN": scores["DO+LN"]}
+    tables["difference"] = tables["DO+LN"] - tables["baseline"]
+    for name, table in tables.items():
+        tables[name] = table.assign(difference=table[1024] - table[256]).T
+    values = pd.concat(tables)  # rows of (name, column), columns of seeds
+
+    means, halves = mean_and_interval(values)
+    differences = [key for key in values.index if "difference" in key]
+    p = dict(zip(differences, holm(p_values(values.loc[differences]))))
     rows = []
-    for name in ("baseline", "DO+LN", "difference"):
-        means, halves = mean_and_interval(with_difference.loc[name].T)
-        cells = []
-        for column in (256, 1024, "difference"):
-            sign = "+" if "difference" in (name, column) else ""
-            cells.append(interval_text(means[column], halves[column], sign))
-        rows.append([name, *cells])
+    for name in tables:
+        row = [name]
+        for key in ((name, 256), (name, 1024), (name, "difference")):
+            text = interval_text(means[key], halves[key], "+" if key in p else "")
+            row.append(f"{text}, p {p_text(p[key])}" if key in p else text)
+        rows.append(row)
     return markdown(["", "256, rates 3e-4", "1,024, rates 1e-3", "difference"], rows)
 
 
