@@ -422,16 +422,24 @@ def batch():
 
 
 def curves(algorithm):
-    """The scores of an algorithm over the updates, from data/curves.csv, a row for each label."""
+    """The scores of an algorithm over the updates, from data/curves.csv.
+
+    A row for each combination of regularisers, and of what else is said of BCQ.
+    """
     seeds, _ = read_results([path_of("data", "curves.csv")])
     table = by_label(pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm]))
+    table["others"] = [
+        ", ".join(f"`{key}` {value}" for key, value in own if key in ("kl_coef", "regularise"))
+        for own in table["settings"]
+    ]
     rows = []
-    for (dataset, label), own in table.groupby(["dataset", "label"], sort=False):
+    for key, own in table.groupby(["dataset", "others", "label"], observed=True):
         means = []
         for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
             means.append(f"{updates // 1000}: {scores.mean():.1f}")
         last = ", ".join(f"{scores[-1]:.1f}" for scores in own.sort_values("seed")["scores"])
-        rows.append([dataset, label, ", ".join(means), last])
+        dataset, others, label = key
+        rows.append([dataset, label + (f" ({others})" if others else ""), ", ".join(means), last])
     header = ["dataset", "regularisers", "thousand updates: mean score", "at the end, by seed"]
     return markdown(header, rows)
 
