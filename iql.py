@@ -3,7 +3,7 @@
 The paper: "The Role of Deep Learning Regularizations on Actors in Offline RL" (arXiv 2409.07606).
 The algorithm: "Offline Reinforcement Learning with Implicit Q-Learning" (IQL, arXiv 2110.06169).
 
-    python iql.py --dataset_name hopper-medium-v2  # the paper's baseline
+    python iql.py --dataset_name hopper-medium-v2  # the baseline
     python iql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
     python iql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
 

@@ -3,8 +3,8 @@
     python sweeps/generate.py  # as they are in the repository: each seed is a run of its own
     python sweeps/generate.py --num_seeds 5  # five in a run, for a GPU with room
 
-They go to sweeps/<algorithm>/<domain>/<experiment>.yaml. With seeds together the results differ
-by rounding alone.
+They go to sweeps/<algorithm>/<domain>/<experiment>.yaml, and the studies beside the domains. With
+seeds together the results differ by rounding alone.
 """
 
 import argparse
@@ -31,9 +31,12 @@ EXPERIMENTS = {
     "input_noise": ("input noise", "yes"),
     "objective_noise": ("objective noise", "yes"),
     "gradient_noise": ("gradient noise", "yes"),
-    "combinations": ("two to four regularisers at the strengths chosen for them", "yes"),
-    "lr_decay": ("DO and DO+LN with decay of the actor's learning rate", "linear alone"),
-    "tuning": ("the combination that is tuned for each dataset", "yes"),
+    "combinations": (
+        "two to four regularisers at the strengths chosen for them",
+        "yes; of IQL five",
+    ),
+    "lr_decay": ("DO and DO+LN with decay of the actor's learning rate", "ReBRAC's linear alone"),
+    "tuning": ("the combination that is tuned for each dataset", "yes, but see below"),
     "as_run": ("the published configurations to the last value, on all data", "yes"),
     "data_scaling": ("less data", "ReBRAC's baseline alone"),
     "final": ("the baseline, and best regularisers, with all else equal, on all data", "no"),
@@ -81,9 +84,9 @@ STUDY_OF = {"rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1])}
 
 # The README's second study: where do regularisers help?
 SECOND_PARTS = {
-    "coefficients": "its coefficients, by seeds that no other part has",
+    "coefficients": "how its coefficients were chosen, on seeds of their own",
     "batch": "the published batch and rates of Adroit, and the published regularisers",
-    "less_data": "2 to 25 % of the episodes",
+    "less_data": "2 to 90 % of the episodes",
     "dropout": "strengths of dropout on 10 % of the episodes",
     "l2": "strengths of weight decay on 10 % of the episodes",
     "both_ln": "LayerNorm in the actor, in the critics, in both",
@@ -103,13 +106,13 @@ SECOND = dict(
     seed=[0, 1, 2, 3, 4],
     dataset_name=STUDY_DATASETS,
 )
-SECOND_OF = {  # what fits the bundled data
+SECOND_OF = {  # the settings that fit the bundled data
     "rebrac": dict(actor_bc_coef=[0.1]),
     "iql": {},
     "cql": dict(batch_size=[64], actor_learning_rate=[3e-4], eval_episodes=[50]),
     "bcq": dict(batch_size=[100], kl_coef=[0.1], eval_episodes=[20]),
 }
-LESS_DATA = [0.75, 0.9, 0.95, 0.98]  # shares of the episodes that are held out
+LESS_DATA = [0.1, 0.75, 0.9, 0.95, 0.98]  # shares of the episodes that are held out
 ACTOR_OR_CRITIC = {  # on all data, and on a tenth
     "both_ln": dict(actor_ln=[False, True], critic_ln=[False, True]),
     "both_dropout": dict(actor_dropout=[0, 0.1], critic_dropout=[0, 0.1]),
@@ -192,7 +195,7 @@ def study(algorithm, script):
 
 
 def second_study(algorithm, script):
-    """Return the grids of the README's second study. An algorithm of one's own has none."""
+    """Return the grids of the README's second study, none for an algorithm of one's own."""
     if algorithm not in SECOND_OF:
         return {}
     best = script.BEST.get("best", "DO+LN")
@@ -212,11 +215,10 @@ def second_study(algorithm, script):
         parts["batch"] = dict(
             preset=["none", "batch-1024"],
             regularisers=["none", "best"],
-            batch_size=None,
+            batch_size=None,  # the preset's, and the algorithm's own
             actor_bc_coef=None,
             dataset_name=["pen-expert-v1"],
         )
-        # Chosen by seeds that no other part has
         parts["coefficients"] = dict(
             actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.01, 0.1], seed=[10, 11, 12]
         )

@@ -29,11 +29,10 @@ esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 source .venv/bin/activate
 again() {
-    kill -TERM "$agent"
-    wait "$agent" || true
+    kill -TERM $! || true  # unless it has just ended
+    wait $! || true
     scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 }
 trap again TERM
 "${command[@]}" &
-agent=$!
-wait "$agent"
+wait $!

@@ -206,6 +206,15 @@ def test_parameters_start_orthogonal():
         np.testing.assert_allclose(kernel.T @ kernel, 2 * np.eye(32), atol=1e-5)
 
 
+def test_the_last_weights_start_at_their_scales():
+    """The means at sqrt(2), as in IQL, and the log standard deviations at 1, as in the paper's."""
+    actor = iql.init_state(replace(SMALL, hidden_dim=32), small_batch(1), 0).actor["params"]
+    for layer, scale in (("Dense_0", np.sqrt(2)), ("Dense_1", 1.0)):
+        kernel = np.asarray(actor[layer]["kernel"])
+        expected = scale**2 * np.eye(kernel.shape[1])
+        np.testing.assert_allclose(kernel.T @ kernel, expected, atol=1e-5)
+
+
 # --- The paper's hyperparameters ---
 
 

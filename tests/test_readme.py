@@ -13,15 +13,12 @@ import pandas as pd
 import pytest
 from conftest import ROOT, random_columns
 
-import iql
-import rebrac
 from harness.config import parse
 from harness.datasets import episode_returns, normalized_score, read_dataset
 from harness.directory import run_directory
 from harness.environments import make_env
+from harness.scripts import scripts
 from tools import readme, report
-
-SCRIPTS = {"rebrac": rebrac, "iql": iql}
 
 
 def read(path):
@@ -99,7 +96,7 @@ def test_the_runs_in_a_table_have_the_names_of_their_configs(table, number):
     rows = pd.read_csv(os.path.join(ROOT, "data", f"{table}.csv"), dtype=str, keep_default_na=False)
     assert len(rows) == number
     for row in rows.to_dict("records"):
-        script = SCRIPTS[row["algorithm"]]
+        script = scripts()[row["algorithm"]]
         fields = vars(script.Config())
         words = [f"--{key}={text}" for key, text in row.items() if key in fields and text]
         config = script.tuned(parse(script.Config, words))

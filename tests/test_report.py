@@ -31,7 +31,7 @@ from harness.environments import registered_names
 from harness.errors import UserError
 from harness.tables import Tables
 from harness.wandb_log import WandB
-from tools import report, report_figures, report_runs, report_tables
+from tools import report, report_figures, report_runs, report_shares, report_tables
 from tools.report import Config, Report
 from tools.report_tables import Table
 
@@ -769,39 +769,91 @@ def test_a_pair_without_its_parts_is_told_to_be_missing(make_run, make_report, t
     assert "### ReBRAC: interactions\n\nCan't be told, since no two blocks have all parts" in text
 
 
-def test_a_report_tells_whether_a_gain_grows_as_the_data_shrinks(make_run, make_report, tmp_path):
+def make_runs_on_less_data(make_run):
+    """Make 3 seeds on 1/2, 1/4 and 1/16 of the data.
+
+    LN gains 3 for each halving. DO loses 1, and 0.5 for each. DO(0.3) loses 0.3 for each.
+    """
     for seed, noise in enumerate([-0.1, 0.0, 0.1]):
         for halvings, validation_frac in ((1, 0.5), (2, 0.75), (4, 0.9375)):
             level = 50 - 5 * halvings + 10 * seed  # which the comparison takes out
             flags = dict(seed=seed, validation_frac=validation_frac)
-            make_run([[1.0, level]], **flags)
-            make_run([[1.0, level + 3 * halvings + noise]], **flags, actor_ln=True)
-            gain = -1 + (noise - 0.5) * halvings
-            make_run([[1.0, level + gain]], **flags, actor_dropout=0.1)
-    cells = make_report("results")["ReBRAC: gain by share of the data"]
-    assert list(cells.index) == ["DO", "LN"]
+            for gain, regulariser in (
+                (0, {}),
+                (3 * halvings + noise, dict(actor_ln=True)),
+                (-1 + (noise - 0.5) * halvings, dict(actor_dropout=0.1)),
+                ((noise - 0.3) * halvings, dict(actor_dropout=0.3)),
+            ):
+                make_run([[1.0, level + gain]], **flags, **regulariser)
+
+
+def test_a_report_tells_whether_a_gain_grows_as_the_data_shrinks(make_run, make_report, tmp_path):
+    make_runs_on_less_data(make_run)
+    for seed in range(3):  # of another algorithm, on one share: it has no such section
+        make_run([[1.0, 50]], "iql", seed=seed, validation_frac=0.5)
+        make_run([[1.0, 60]], "iql", seed=seed, validation_frac=0.5, actor_ln=True)
+    make_run([[1.0, 50]], seed=0, validation_frac=0.25, finished=False)
+    cells = make_report("results", variants=2)["ReBRAC: gain by share of the data"]
+    assert list(cells.index) == ["DO", "DO(0.3)", "LN"]
     assert list(cells) == ["6.25 %", "25 %", "50 %", "for each halving", "p"]
     half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
     expected = [f"**{signed(mean, half)}**" for mean in (12, 6, 3)]
     assert cells.loc["LN"].tolist() == [*expected, "**+3.0 (+3.0 – +3.0)**", "<0.001"]
+    p = [2 * stats.t.sf(mean / 0.1 * np.sqrt(3), 2) for mean in (0.5, 0.3)]
     expected = [f"**{signed(-1 - 0.5 * h, half * h)}**" for h in (4, 2, 1)]
-    p = 2 * stats.t.sf(0.5 / 0.1 * np.sqrt(3), 2)  # LN's is smaller, so that the factor is 1
-    assert cells.loc["DO"].tolist() == [*expected, f"**{signed(-0.5, half)}**", f"{p:.3f}"]
+    assert cells.loc["DO"].tolist() == [*expected, f"**{signed(-0.5, half)}**", f"{2 * p[0]:.3f}"]
+    expected = [signed(-0.3 * h, half * h) for h in (4, 2, 1)]  # each p is 3 times 0.035
+    assert cells.loc["DO(0.3)"].tolist() == [*expected, f"**{signed(-0.3, half)}**", f"{p[1]:.3f}"]
     text = (tmp_path / "report" / "tables.md").read_text()
-    assert "## Less data, other settings: eval_every=1000, num_updates=2000\n" in text
+    assert "## ReBRAC, less data. Settings: eval_every=1000, num_updates=2000\n" in text
     assert text.count("gain by share of the data](") == 1
+    assert "IQL, less data" not in text
 
 
 def signed(mean, half):
     return f"{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
 
 
-def test_runs_on_the_same_share_make_no_section_on_less_data(make_run, make_report):
+def test_a_label_needs_no_share_that_only_others_have(make_run, make_report):
+    make_runs_on_less_data(make_run)
+    for seed in range(3):
+        for validation_frac, gain in ((0.0, 0), (0.5, 2), (0.75, 4)):
+            flags = dict(seed=seed, validation_frac=validation_frac)
+            make_run([[1.0, 45 + gain + seed / 10]], "iql", **flags)
+            if validation_frac:
+                make_run([[1.0, 45 + 2 * gain + seed / 10]], "iql", **flags, actor_ln=True)
+        make_run([[1.0, 40]], "iql", seed=seed, dataset_name=WALKER)  # on all of the data alone
+    tables = make_report("results")
+    cells = tables["IQL: gain by share of the data"]
+    assert list(cells) == ["25 %", "50 %", "100 %", "for each halving", "p"]
+    expected = ["+4.0 (+4.0 – +4.0)", "+2.0 (+2.0 – +2.0)", "incomplete", "+2.0 (+2.0 – +2.0)"]
+    assert [cell.strip("*") for cell in cells.loc["LN"].tolist()[:4]] == expected
+
+
+def test_runs_on_the_same_share_make_no_section_on_less_data(make_run, make_report, tmp_path):
     for seed in (0, 1):
         make_run([[1.0, 50]], seed=seed, validation_frac=0.5)
         make_run([[1.0, 60]], seed=seed, validation_frac=0.5, actor_ln=True)
         make_run([[1.0, 60]], seed=seed, validation_frac=0.75, batch_size=64)
-    assert not [title for title in make_report("results") if "share of the data" in title]
+    make_report("results")
+    assert "less data" not in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_the_gap_is_drawn_below_the_gain():
+    rows = []
+    for share, label, seed in itertools.product((0.5, 0.25), ("baseline", "DO"), (0, 1)):
+        gain = 3.0 if label == "DO" else 0.0
+        row = dict(share=share, label=label, seed=seed, dataset=HOPPER, final=50 + gain + seed)
+        rows.append({**row, "gap/action_error": 0.1 / share + gain})
+    rows = pd.DataFrame(rows)
+    rows["label"] = pd.Categorical(rows["label"], ["baseline", "DO"], ordered=True)
+    figure = report_shares.share_figure(rows, [HOPPER])
+    upper, lower = figure.axes
+    drawn = {line.get_label(): line.get_ydata() for line in lower.lines}
+    np.testing.assert_allclose(drawn["baseline"], [0.4, 0.2])
+    np.testing.assert_allclose(drawn["DO"], [3.4, 3.2])
+    np.testing.assert_allclose(upper.lines[0].get_ydata(), [3, 3])
+    np.testing.assert_allclose(upper.lines[0].get_xdata(), [25, 50])
 
 
 def test_tables_in_three_languages(tmp_path):

@@ -36,7 +36,7 @@ SECOND_STUDY = sorted(glob.glob("*/second_study/*.yaml", root_dir=FOLDER))
 STUDIES = [f"{name}/study.yaml" for name in harness.scripts.scripts()] + SECOND_STUDY
 FILES = sorted(set(glob.glob("*/*/*.yaml", root_dir=FOLDER)) - set(SECOND_STUDY))
 
-# --- What the paper did, listed here by hand ---
+# --- The grids, the paper's and others, listed here by hand ---
 
 KINDS = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
@@ -228,7 +228,7 @@ COMPARED |= {frozenset(("DO", "LN", "BCN", "L2"))}
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_each_grid_is_the_papers(path):
+def test_each_grid_is_the_one_listed(path):
     algorithm, domain, experiment = path.removesuffix(".yaml").split("/")
     grid = grid_of(path)
     assert grid.pop("dataset_name") == DATASETS[domain]

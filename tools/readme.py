@@ -427,21 +427,24 @@ def curves(algorithm):
     A row for each combination of regularisers, and of what else is said of BCQ.
     """
     seeds, _ = read_results([path_of("data", "curves.csv")])
-    table = by_label(pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm]))
+    table = pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm])
+    table = by_label(table[table["state"] == "finished"])
     table["others"] = [
         ", ".join(f"`{key}` {value}" for key, value in own if key in ("kl_coef", "regularise"))
         for own in table["settings"]
     ]
+    numbers = sorted(table["seed"].unique())
     rows = []
     for key, own in table.groupby(["dataset", "others", "label"], observed=True):
-        means = []
-        for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
-            means.append(f"{updates // 1000}: {scores.mean():.1f}")
-        last = ", ".join(f"{scores[-1]:.1f}" for scores in own.sort_values("seed")["scores"])
+        curve = own.explode(["updates", "scores"]).groupby("updates")["scores"].mean()
+        texts = [f"{updates / 1000:g}: {score:.1f}" for updates, score in curve.items()]
+        scores = dict(zip(own["seed"], own["score"]))
+        last = [f"{scores[number]:.1f}" if number in scores else "–" for number in numbers]
         dataset, others, label = key
-        rows.append([dataset, label + (f" ({others})" if others else ""), ", ".join(means), last])
-    header = ["dataset", "regularisers", "thousand updates: mean score", "at the end, by seed"]
-    return markdown(header, rows)
+        name = f"{label} ({others})" if others else label
+        rows.append([dataset, name, ", ".join(texts), ", ".join(last)])
+    by_seed = f"at the end, by seed ({', '.join(map(str, numbers))})"
+    return markdown(["dataset", "regularisers", "thousand updates: mean score", by_seed], rows)
 
 
 def gpu():

@@ -6,8 +6,8 @@
     python -m tools.report --results '[results]' --csv results.csv  # and a table, to be read again
 
 Into `output` go tables.md, tables.tex, each figure as .png and .pdf, and index.html, one page with
-all of it. Runs are compared with those of the same settings: whatever differs from the paper's
-values, beside datasets, seeds and regularisers, makes sections. Of several seeds trained in one
+all of it. Runs are compared with those of the same settings: whatever differs from the defaults
+for the dataset, beside seeds and regularisers, makes sections. Of several seeds trained in one
 run each counts as a run.
 """
 
@@ -260,20 +260,23 @@ def add_explanation(report, config, script, rows):
         report.add_figure(title, figures.explanation_figure(found))
 
 
-def add_shares(report, config, seeds):
-    """Add what regularisers gain by the share of the episodes that they were trained on."""
+def add_less_data(report, config, seeds):
+    """Add what regularisers gain where fewer episodes are trained on, if some runs had fewer."""
     for algorithm, script in SCRIPTS.items():
-        own = seeds[(seeds["algorithm"] == algorithm) & seeds["final"].notna()]
-        if own["share"].nunique() < 2:
-            continue
-        rows = by_label(own)
-        if BASELINE not in set(rows["label"]) or rows["label"].nunique() < 2:
-            continue
-        rows = rows[rows["label"].isin(rows["label"].cat.categories[: config.variants])]
-        *_, datasets = datasets_by_domain(rows).values()
-        title = f"{script.NAME}: gain by share of the data"
-        report.add_table(shares.share_table(title, rows, datasets))
-        report.add_figure(title, shares.share_figure(rows, datasets))
+        own = seeds[seeds["algorithm"] == algorithm]
+        for settings, rows in shares.groups(own) if len(own) else ():
+            report.begin_section(f"{script.NAME}, less data. {settings_text(settings)}")
+            datasets = list(datasets_by_domain(rows).values())[-1]  # of all domains
+            title = f"{script.NAME}: gain by share of the data"
+            report.add_table(shares.share_table(title, rows, datasets))
+            drawn = list(rows["label"].sort_values().unique())[: config.variants]
+            figure = shares.share_figure(rows[rows["label"].isin(drawn)], datasets)
+            report.add_figure(title, figure)
+
+
+def settings_text(settings):
+    words = [f"{key}={value}" for key, value in settings] or ["the defaults"]
+    return f"Settings: {', '.join(words)}"
 
 
 def without_failed_datasets(seeds):
@@ -341,13 +344,9 @@ def main(config):
         final = "the mean of the last 10 evaluations, on AntMaze 5"
     report.add_text(f"# Report\n\n{summary}. A run's score is that of {final}.\n")
     for settings, own in by_settings(pd.DataFrame(seeds)):
-        words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
-        report.begin_section(f"Settings: {', '.join(words)}")
+        report.begin_section(settings_text(settings))
         add_settings(report, config, own)
-    for settings, own in shares.by_share(pd.DataFrame(seeds)):
-        words = [f"{key}={value}" for key, value in settings] or ["the paper's"]
-        report.begin_section(f"Less data, other settings: {', '.join(words)}")
-        add_shares(report, config, own)
+    add_less_data(report, config, pd.DataFrame(seeds))
     if published is not None:
         add_published(report, published, seeds)
     if left_out:

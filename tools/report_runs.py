@@ -3,7 +3,7 @@
 A run is a dictionary for each training seed:
 
     algorithm, dataset, domain, seed
-    settings  fields that differ from the paper's values, without the regularisers: pairs
+    settings  fields that differ from the dataset's defaults, without the regularisers: pairs
     labels    the names under which it counts, such as ("DO+LN", "best")
     config    its fields
     state     finished, failed or unfinished
@@ -111,7 +111,7 @@ def published_name(script, config, default, presets):
 
 
 def run_labels(script, config, default, tuned):
-    """Return the labels of a run, from its fields and the paper's for its dataset.
+    """Return the labels of a run, from its fields and the defaults for its dataset.
 
     "DO+LN"               dropout and LayerNorm, at the paper's strengths
     "LN", "DO+LN"         both names, if the paper has dropout anyway on this dataset
@@ -146,7 +146,7 @@ def changed_fields(config, default):
 
 
 def run_settings(script, config, default, loss):
-    """Return what else differs from the paper's: (("batch_size", "256"), ...).
+    """Return what else differs from the defaults: (("batch_size", "256"), ...).
 
     What `tuned` makes of the regularisers is left out, such as BCQ's widths with GroupNorm.
     """
@@ -161,10 +161,10 @@ def run_settings(script, config, default, loss):
 
 @functools.cache
 def paper(script, dataset, **loss):
-    """Return the paper's fields for a dataset, what it tuned, and what it published.
+    """Return the defaults for a dataset, and what the paper tuned and published.
 
     That is {"best": {"DO": 0.2, ...}, ...} and {"as-run": all fields, ...}. Each loss has tuned
-    values of its own, but only the default one is the paper's.
+    values of its own, but the defaults are those of the default loss.
     """
     plain = script.Config(dataset_name=dataset, **loss)
     tuned = {}

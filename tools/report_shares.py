@@ -1,8 +1,10 @@
 """The report's section on less data: does a regulariser gain more where less is trained on?
 
-`rows` is a DataFrame with a row for each seed and label of one algorithm. Its column `final` has
-the final score, and `share` the share of the episodes that it was trained on.
+`rows` is a DataFrame with a row for each seed, dataset, share and label of one algorithm. `final`
+is the final score, and `share` the share of the episodes that was asked for.
 """
+
+import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,92 +12,126 @@ import pandas as pd
 
 from tools import report_figures as figures
 from tools import report_tables as tables
-from tools.report_runs import BASELINE, by_settings
+from tools.report_runs import BASELINE, by_label, by_settings
 
 GAP = "gap/action_error"
+BASELINE_STYLE = dict(color="black", marker="x", linestyle="-")
 
 
-def by_share(seeds):
-    """Yield settings, and the seeds (a DataFrame) that share them but for validation_frac.
+def groups(seeds):
+    """Yield groups of one algorithm's seeds whose settings differ in what is held out alone.
 
-    Only those whose validation_frac differs are of use. Their column `share` is made here.
+    A group is the other settings, and its finished seeds as `rows`. It has the datasets on which
+    the baseline has two shares or more, and the labels that do. One without such others is left
+    out.
     """
-    others = []
-    for own in seeds["settings"]:
-        others.append(tuple(pair for pair in own if pair[0] != "validation_frac"))
-    shares = [round(1 - config["validation_frac"], 6) for config in seeds["config"]]
-    for settings, own in by_settings(seeds.assign(settings=others, share=shares)):
-        if own["share"].nunique() > 1:
-            yield settings, own
+    seeds = seeds[seeds["final"].notna()]
+    seeds = seeds.assign(
+        settings=[without_share(*pair) for pair in zip(seeds["settings"], seeds["config"])],
+        share=[round(1 - config["validation_frac"], 6) for config in seeds["config"]],
+    )
+    for settings, own in by_settings(seeds):
+        rows = by_label(own)
+        baseline = rows[rows["label"] == BASELINE]
+        rows = rows[rows["dataset"].isin(with_shares(baseline, "dataset"))]
+        rows = rows[rows["label"].isin(with_shares(rows, "label"))]
+        if rows["label"].nunique() > 1:
+            yield settings, rows
 
 
-def by_seed(rows, column, datasets):
-    """Return a column's means over datasets: a row for each label and share, columns of seeds.
+def without_share(settings, config):
+    """Return settings without validation_frac, and without the seed where nothing is held out."""
+    skipped = ["validation_frac"]
+    if config["validation_frac"] == 0:
+        skipped.append("validation_seed")
+    return tuple(pair for pair in settings if pair[0] not in skipped)
 
-    NaN where a dataset is missing.
+
+def with_shares(rows, column):
+    """Return a column's values that have two shares or more."""
+    numbers = rows.groupby(column, observed=True)["share"].nunique()
+    return numbers.index[numbers > 1]
+
+
+def by_label_and_share(rows, column, datasets):
+    """Return a column's means over datasets: rows of (label, share), columns of seeds.
+
+    NaN where a run is missing.
     """
     found = {}
     for share, own in rows.groupby("share"):
         found[share] = tables.by_seed(own, column, datasets)
     values = pd.concat(found, names=["share"]).swaplevel()
-    names = set(rows["label"])
-    labels = [name for name in rows["label"].cat.categories if name in names]
-    complete = pd.MultiIndex.from_product([labels, found], names=["label", "share"])
-    return values.reindex(complete)
+    present = set(rows["label"])
+    labels = [label for label in rows["label"].cat.categories if label in present]
+    every = pd.MultiIndex.from_product([labels, found], names=["label", "share"])
+    return values.reindex(every)
 
 
 def gains(rows, datasets):
-    """Return the scores minus the baseline's of the same seed and share, like `by_seed`."""
-    scores = by_seed(rows, "final", datasets)
-    baseline = scores.loc[BASELINE]
-    others = scores.drop(BASELINE, level="label")
-    return others.sub(baseline, level="share")
+    """Return each score minus the baseline's of the same seed and share.
+
+    Rows and columns are those of `by_label_and_share`, without the baseline's.
+    """
+    scores = by_label_and_share(rows, "final", datasets)
+    regularised = scores.drop(BASELINE, level="label")
+    return regularised.sub(scores.loc[BASELINE], level="share")
 
 
 def per_halving(gained):
     """Return by how much the gain grows as the data is halved: a row per label, columns of seeds.
 
-    It is each seed's slope of the gain against -log2 of the share, by least squares. A seed that
-    lacks a share has none: NaN.
+    It is the slope of the gain against -log2 of the share, by least squares over the shares that
+    a label has. NaN for a seed that lacks one of these.
     """
-    halvings = -np.log2(gained.index.unique("share").to_numpy())
-    halvings = halvings - halvings.mean()
     slopes = {}
-    for label, own in gained.groupby("label", sort=False):
-        slopes[label] = pd.Series(halvings @ own.to_numpy() / (halvings @ halvings), own.columns)
-    return pd.DataFrame(slopes).T
+    for label in gained.index.unique("label"):
+        own = gained.loc[label].dropna(how="all")
+        x = -np.log2(own.index.to_numpy())
+        x = x - x.mean() if len(x) > 1 else np.full(len(x), np.nan)
+        slopes[label] = (own.mul(x, axis=0)).sum(skipna=False) / (x @ x)
+    return pd.DataFrame(slopes, gained.columns).T
+
+
+def texts_and_p(values, sign="+"):
+    """Return the means of rows over seeds with their intervals as texts, and p values by Holm."""
+    p = tables.holm(tables.p_values(values))
+    texts = []
+    for mean, half, one in zip(*tables.mean_and_interval(values), p):
+        texts.append(tables.bold(tables.interval_text(mean, half, sign), one))
+    return texts, p
 
 
 def share_table(title, rows, datasets):
     """Return the table of gains at each share, and of how they grow as the data shrinks.
 
-    The gains at the shares are a family for Holm, and how they grow is another one.
+    Holm corrects the gains together, and the slopes together.
     """
     gained = gains(rows, datasets)
-    p = tables.holm(tables.p_values(gained))
-    means, halves = tables.mean_and_interval(gained)
-    texts = [tables.interval_text(mean, half, "+") for mean, half in zip(means, halves)]
-    texts = [tables.bold(text, own) for text, own in zip(texts, p)]
-    cells = pd.Series(texts, gained.index).unstack("share", sort=False).rename(columns=percent)
-
-    slopes = per_halving(gained)
-    p = tables.holm(tables.p_values(slopes))
-    means, halves = tables.mean_and_interval(slopes)
-    texts = [tables.interval_text(mean, half, "+") for mean, half in zip(means, halves)]
-    cells["for each halving"] = [tables.bold(text, own) for text, own in zip(texts, p)]
-    cells["p"] = [tables.p_text(own) for own in p]
-    over = "as means over the datasets" if len(datasets) > 1 else "on one dataset"
+    texts, _ = texts_and_p(gained)
+    cells = pd.Series(texts, gained.index).unstack("share", sort=False)
+    cells = cells.rename(columns=lambda share: f"{100 * share:g} %")
+    texts, p = texts_and_p(per_halving(gained))
+    cells["for each halving"] = texts
+    cells["p"] = [tables.p_text(one) for one in p]
     note = (
         "Differences from the baseline that was trained on the same share of the episodes, seed by "
-        f"seed, {over}. `for each halving`: by how much the difference grows as the data is "
-        "halved, by least squares. In brackets 95 % intervals of each alone, by Student's t. p is "
-        "Student's, corrected by Holm; the differences are corrected apart. Bold: p below 0.05."
+        f"seed; means over {', '.join(datasets)}. `for each halving`: by how much the difference "
+        "grows as the data is halved, by least squares. In brackets 95 % intervals of each alone, "
+        "by Student's t, which don't have the chance of which episodes were drawn. p is of the "
+        "column before it, corrected by Holm over that column. The differences are corrected "
+        f"together, apart from it. Bold: p below 0.05.{same_runs(rows, datasets)}"
     )
     return tables.Table(title, cells, note)
 
 
-def percent(share):
-    return f"{100 * share:g} %"
+def same_runs(rows, datasets):
+    """Return a sentence for each dataset on which a label's runs are the baseline's."""
+    text = ""
+    for dataset in datasets:
+        for label in tables.same_as_baseline(rows, [dataset]):
+            text += f" On {dataset} {label} is the baseline itself, and counts as 0."
+    return text
 
 
 def share_figure(rows, datasets):
@@ -103,33 +139,35 @@ def share_figure(rows, datasets):
 
     Lines are means over the seeds, bands their 95 % intervals.
     """
-    lines = 2 if GAP in rows else 1
+    labels = list(rows["label"].sort_values().unique())
+    styles = dict(zip(labels, itertools.cycle([BASELINE_STYLE, *figures.STYLES])))
+    has_gap = GAP in rows and rows[GAP].notna().any()
+    lines = 2 if has_gap else 1
     size = (3.4 * len(datasets), 2.6 * lines)
     figure, axes = plt.subplots(lines, len(datasets), figsize=size, squeeze=False, sharex=True)
     for column, dataset in enumerate(datasets):
-        draw_bands(axes[0, column], gains(rows, [dataset]))
+        own = rows[~rows["label"].isin(tables.same_as_baseline(rows, [dataset]))]
+        draw_bands(axes[0, column], gains(own, [dataset]), styles)
         axes[0, column].axhline(0, color="black", linewidth=0.8)
         axes[0, column].set(title=dataset, ylabel="score − baseline's")
-        if lines > 1:
-            draw_bands(axes[1, column], by_seed(rows, GAP, [dataset]))
+        if has_gap:
+            draw_bands(axes[1, column], by_label_and_share(own, GAP, [dataset]), styles)
             axes[1, column].set(ylabel="gap of the action error")
         axes[-1, column].set(xlabel="episodes trained on (%)")
     figures.add_legend(figure, axes[-1, 0])
     return figure
 
 
-def draw_bands(axis, values):
+def draw_bands(axis, values, styles):
     """Draw means and 95 % intervals over the seeds by the share: rows of (label, share)."""
     shares = sorted(values.index.unique("share"))
     axis.set_xscale("log")
     axis.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares])
     axis.minorticks_off()
     means, halves = tables.mean_and_interval(values)
-    styles = {BASELINE: dict(color="black", marker="", linestyle="-")}
     for label in values.index.unique("label"):
         x = 100 * means[label].index
-        style = styles.get(label, {})
-        (line,) = axis.plot(x, means[label], label=label, **style)
+        (line,) = axis.plot(x, means[label], label=label, **styles[label])
         low = means[label] - halves[label]
         high = means[label] + halves[label]
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12)

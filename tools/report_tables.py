@@ -401,5 +401,8 @@ def published_table(title, published, datasets):
     texts = published.assign(label=names, text=mean + " ± " + std)
     cells = texts.pivot(index="label", columns="dataset_name", values="text")
     cells = cells.reindex(index=names.unique(), columns=datasets).fillna("")
-    note = "Mean ± standard deviation over seeds, as they were published. Not trained here."
+    note = (
+        "Mean ± standard deviation over seeds, as they were published. Not trained here. "
+        "They are of D4RL's own files, which the project's bundled datasets are not."
+    )
     return Table(title, cells, note)
