@@ -113,10 +113,7 @@ SECOND_OF = {  # the settings that fit the bundled data
     "bcq": dict(batch_size=[100], kl_coef=[0.1], eval_episodes=[20]),
 }
 LESS_DATA = [0.1, 0.75, 0.9, 0.95, 0.98]  # shares of the episodes that are held out
-ACTOR_OR_CRITIC = {  # on all data, and on a tenth
-    "both_ln": dict(actor_ln=[False, True], critic_ln=[False, True]),
-    "both_dropout": dict(actor_dropout=[0, 0.1], critic_dropout=[0, 0.1]),
-}
+FULL_AND_LESS = dict(validation_frac=[0.1, 0.9])
 LONG = dict(num_updates=[1_000_000], eval_every=[50_000], seed=[0], dataset_name=STUDY_DATASETS[:1])
 CURVES = dict(eval_every=[2000], seed=[0, 1, 2], dataset_name=STUDY_DATASETS[:2])
 
@@ -198,59 +195,77 @@ def second_study(algorithm, script):
     """Return the grids of the README's second study, none for an algorithm of one's own."""
     if algorithm not in SECOND_OF:
         return {}
-    best = script.BEST.get("best", "DO+LN")
+    parts = parts_for_both(script)
+    if algorithm == "rebrac":
+        parts |= parts_for_rebrac()
+    elif algorithm == "iql":
+        parts |= parts_for_iql(script)
+    else:
+        parts = parts_for_others(script)
+    found = {}
+    for name, grid in parts.items():
+        grid = {**SECOND, **SECOND_OF[algorithm], **grid}
+        found[name] = {flag: values for flag, values in grid.items() if values is not None}
+    return found
+
+
+def parts_for_both(script):
+    """Return the second study's parts that ReBRAC and IQL have."""
+    best = script.BEST.get("best")
     l2 = script.CHOSEN["L2"]["actor_wd"]
-    chosen = papers_regularisers(script)
-    parts = {
-        "less_data": dict(
-            regularisers=["none", "DO", "LN", "L2", "DO+LN", best], validation_frac=LESS_DATA
-        ),
-        "both_l2": dict(actor_wd=[0, l2], critic_wd=[0, l2], validation_frac=[0.1, 0.9]),
+    regularisers = ["none", "DO", "LN", "L2", "DO+LN", best]
+    return {
+        "less_data": dict(regularisers=regularisers, validation_frac=LESS_DATA),
+        "both_ln": dict(actor_ln=[False, True], critic_ln=[False, True], **FULL_AND_LESS),
+        "both_dropout": dict(actor_dropout=[0, 0.1], critic_dropout=[0, 0.1], **FULL_AND_LESS),
+        "both_l2": dict(actor_wd=[0, l2], critic_wd=[0, l2], **FULL_AND_LESS),
         "long": LONG,
     }
-    for name, grid in ACTOR_OR_CRITIC.items():
-        parts[name] = dict(grid, validation_frac=[0.1, 0.9])
-    if algorithm == "rebrac":
-        parts["long"] = dict(LONG, critic_loss=["mse"])
-        parts["batch"] = dict(
-            preset=["none", "batch-1024"],
-            regularisers=["none", "best"],
-            batch_size=None,  # the preset's, and the algorithm's own
-            actor_bc_coef=None,
-            dataset_name=["pen-expert-v1"],
-        )
-        parts["coefficients"] = dict(
-            actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.01, 0.1], seed=[10, 11, 12]
-        )
-    if algorithm == "iql":
-        parts["dropout"] = dict(actor_dropout=[0, 0.1, 0.3, 0.5], validation_frac=[0.9])
-        parts["l2"] = dict(actor_wd=[0, 0.001, 0.01, 0.1], validation_frac=[0.9])
-        parts["pairs"] = dict(
-            regularisers=["none", *chosen, *pairs(chosen)],
+
+
+def parts_for_rebrac():
+    coefficients = dict(actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.01, 0.1])
+    batch = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
+    return {
+        "coefficients": dict(coefficients, seed=[10, 11, 12]),
+        # With the preset's batch, and the paper's coefficients
+        "batch": dict(batch, batch_size=None, actor_bc_coef=None, dataset_name=["pen-expert-v1"]),
+        "long": dict(LONG, critic_loss=["mse"]),
+    }
+
+
+def parts_for_iql(script):
+    chosen = papers_regularisers(script)
+    all_pairs = ["none", *chosen, *pairs(chosen)]
+    return {
+        "dropout": dict(actor_dropout=[0, 0.1, 0.3, 0.5], validation_frac=[0.9]),
+        "l2": dict(actor_wd=[0, 0.001, 0.01, 0.1], validation_frac=[0.9]),
+        "pairs": dict(
+            regularisers=all_pairs,
             validation_frac=[0.9],
             seed=[0, 1, 2],
             dataset_name=STUDY_DATASETS[:1],
-        )
-        parts["antmaze"] = dict(
-            regularisers=["none", best],
+        ),
+        "antmaze": dict(
+            regularisers=["none", script.BEST["best"]],
             validation_frac=None,
             validation_seed=None,
             num_updates=[100_000],
             eval_every=[20_000],
             dataset_name=["antmaze-umaze-v2"],
-        )
-    if algorithm in ("cql", "bcq"):
-        parts = {"curves": dict(regularisers=["none", "DO", "LN", "DO+LN"], **CURVES)}
-    if algorithm == "cql":
-        pen = dict(CURVES, dataset_name=["pen-expert-v1"])
-        parts["pen"] = dict(regularisers=["none", "DO+LN"], **pen)
-    if algorithm == "bcq":
+        ),
+    }
+
+
+def parts_for_others(script):
+    """Return the second study's parts of CQL, and of BCQ, which has two networks."""
+    found = {"curves": dict(regularisers=["none", "DO", "LN", "DO+LN"], **CURVES)}
+    if hasattr(script.Config, "regularise"):
         networks = ["decoder", "perturbation", "both"]
-        parts["networks"] = dict(regularise=networks, regularisers=["DO+LN"], **CURVES)
-    found = {}
-    for name, grid in parts.items():
-        grid = {**SECOND, **SECOND_OF[algorithm], **grid}
-        found[name] = {flag: values for flag, values in grid.items() if values is not None}
+        found["networks"] = dict(regularise=networks, regularisers=["DO+LN"], **CURVES)
+    else:
+        pen = dict(CURVES, dataset_name=["pen-expert-v1"])
+        found["pen"] = dict(regularisers=["none", "DO+LN"], **pen)
     return found
 
 
