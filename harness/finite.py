@@ -25,8 +25,11 @@ def find_divergence(config, update, infos, states):
             if not np.isfinite(np.asarray(array[member])).all():
                 message = f"{key} is NaN or infinite after update {update}"
                 problems.setdefault(int(member), message)
-    own_seeds = seeds(config)
-    return {member: f"{text} (seed {own_seeds[member]})" for member, text in problems.items()}
+    found = {}
+    for member, seed in enumerate(seeds(config)):  # and not what fills them up (devices.py)
+        if member in problems:
+            found[member] = f"{problems[member]} (seed {seed})"
+    return found
 
 
 @jax.jit

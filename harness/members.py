@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from harness.devices import Spread
 from harness.errors import UserError, one_line
 
 # Fields that no compiled program depends on
@@ -126,6 +127,7 @@ def split_config(config):
 def over_members(*stacked, donate=None):
     """Decorate `function(config, ...)` of one member, to run all of them in one compiled program.
 
+    Where JAX has several devices, the members are spread over them (devices.py).
     The arguments named in `stacked` then have a leading axis of members, and so do the results.
     The memory of the argument `donate` is used again for the results.
 
@@ -151,6 +153,7 @@ def over_members(*stacked, donate=None):
 
         program.__name__ = function.__name__
         compiled = jax.jit(program, static_argnums=0, donate_argnums=donated)
+        spread = Spread([axis == 0 for axis in axes])
 
         last = None  # config, and how it is split: a policy is called thousands of times
 
@@ -159,7 +162,9 @@ def over_members(*stacked, donate=None):
             nonlocal last
             if last is None or last[0] is not config:
                 last = (config, split_config(config))
-            return compiled(*last[1], *arguments)
+            static, traced = last[1]
+            traced, arguments = spread.place(traced, arguments)
+            return compiled(static, traced, *arguments)
 
         call.program = compiled
         return call

@@ -11,7 +11,7 @@ from harness.config import check, given_words
 from harness.directory import load_config
 from harness.errors import UserError
 from harness.evaluation import make_envs, print_scores, record
-from harness.members import check_device
+from harness.members import check_device, seeds
 
 EVALUATION_FLAGS = ("evaluate", "video", "eval_episodes", "eval_noise")
 
@@ -20,8 +20,11 @@ def host_policy(policy, config, actor, data):
     """Return a script's `policy` as a function from states (members, E, S) to actions.
 
     It runs on JAX's CPU backend, also where training has a GPU. So scores don't depend on where
-    one trains, and playing doesn't wait for training.
+    one trains, and playing doesn't wait for training. `actor` may be longer than the members, as
+    devices.py has it.
     """
+    members = len(seeds(config))
+    actor = jax.tree.map(lambda x: x[:members], actor)
     needed = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
     try:
         cpu = jax.devices("cpu")[0]
@@ -44,7 +47,7 @@ def load(config_class, policy, directory):
     _, arrays, about = found
     actors = unflatten(arrays, "states/actor")
     data = unflatten(arrays, "data")
-    return config, about["update"], functools.partial(policy, config, actors, data)
+    return config, about["update"], host_policy(policy, config, actors, data)
 
 
 def load_policy(script, directory, seed=None):

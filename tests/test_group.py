@@ -76,7 +76,7 @@ def assert_same_to_rounding(directory, other):
                 exact = key in ("seed", "update", "episode") or "rank" in key or "dead" in key
                 tolerance = {} if exact else dict(rel=1e-3, abs=1e-4)
                 if "effective_rank" in key:  # its root makes much of rounding in the Gram matrix
-                    tolerance = dict(rel=1e-2)
+                    tolerance = dict(rel=3e-2)
                 assert float(text) == pytest.approx(float(own[key]), **tolerance), key
     arrays, about = read_checkpoint(os.path.join(directory, "checkpoint.npz"))
     expected, about_other = read_checkpoint(os.path.join(other, "checkpoint.npz"))

@@ -615,7 +615,7 @@ def test_flags_may_come_first_where_they_are_clear(words, write_sweep, monkeypat
     assert [program.jobs[0].config.seed for program in pools[0].waiting] == [1]
 
 
-def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkeypatch):
+def test_processes_share_the_cores_and_the_gpus(write_sweep, monkeypatch):
     cores = os.sched_getaffinity(0)
     gpus = []
     shares = []
@@ -636,6 +636,7 @@ def test_processes_share_the_cores_and_take_the_gpus_in_turn(write_sweep, monkey
     assert max(sizes) - min(sizes) <= 1
     program.start(0, 1)
     assert shares[-1] == cores
+    assert gpus[-1] == "3,5"
 
 
 class ShellJob(sweep.Job):

@@ -8,10 +8,11 @@
 W&B's own engine expands the grids. Finished runs are skipped. Ctrl-C and SIGTERM stop with
 checkpoints, and the same command resumes. Several commands may share a sweep, also on machines
 that share the disk. Each run's output is in the output.txt of its directory. With
-CUDA_VISIBLE_DEVICES=0,1 the processes take the GPUs in turn.
+CUDA_VISIBLE_DEVICES=0,1 the processes share the GPUs.
 
 With --together N a program trains up to N runs, which differ in seeds and numbers alone. Each has
-its own directory, as if it had been trained alone, and may go on alone or in other company.
+its own directory, as if it had been trained alone, and may go on alone or in other company. They
+are spread over all GPUs that the program sees.
 """
 
 import argparse
@@ -163,7 +164,8 @@ class Program:
         gpus = os.getenv("CUDA_VISIBLE_DEVICES")
         if gpus:
             gpus = gpus.split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+            own = gpus[slot::slots] or [gpus[slot % len(gpus)]]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         first = self.jobs[0]
         command = first.command
         flags = ""
