@@ -44,6 +44,7 @@ def load(config_class, policy, directory):
     found = last_checkpoint(directory)
     if found is None:
         raise UserError(f"{directory} has no checkpoint")
+    check_device()
     _, arrays, about = found
     actors = unflatten(arrays, "states/actor")
     data = unflatten(arrays, "data")
@@ -86,7 +87,6 @@ def evaluate_run(given, policy, constraints, bounds):
     config, update, policies = load(type(given), policy, given.evaluate)
     config = dataclasses.replace(config, **fields)
     check(config, constraints, bounds)
-    check_device()
     envs = make_envs(config)
     print_scores(config, policies, envs, update)
     if config.video:

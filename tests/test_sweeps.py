@@ -1,4 +1,4 @@
-"""The sweeps are the paper's experiments, and run: by W&B's agent, on a cluster and here."""
+"""The sweeps are those listed here, and run: by W&B's agent, on a cluster and here."""
 
 import csv
 import glob
