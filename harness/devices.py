@@ -7,6 +7,7 @@ than the members. Nothing that comes after them is evaluated, logged or saved.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ def num_devices(members):
     It is the fewest that leave none with more than its share of all: 9 members on 8 devices take
     5, two on each, so that one copy fills them up, and not 7.
     """
-    most = -(-members // jax.local_device_count())  # on a device
-    return -(-members // most)
+    most_on_one = math.ceil(members / jax.local_device_count())
+    return math.ceil(members / most_on_one)
 
 
 @functools.cache
@@ -47,7 +48,7 @@ class Spread:
 
     def __init__(self, is_stacked):
         self.is_stacked = is_stacked
-        self.copies = {}  # of what isn't stacked: place -> argument, devices, copy on each device
+        self.copies = {}  # of arguments that aren't, by their positions
 
     def place(self, traced, arguments):
         """Return the traced numbers and the arguments on the devices.
@@ -61,22 +62,22 @@ class Spread:
         number = num_devices(members)
         if number == 1:
             return traced, arguments
-        size = -(-members // number) * number
+        size = number * math.ceil(members / number)
         placed = []
-        for i, argument in enumerate(arguments):
-            if self.is_stacked[i]:
+        for position, argument in enumerate(arguments):
+            if self.is_stacked[position]:
                 placed.append(split(argument, size, number))
             else:
-                placed.append(self.copy(i, argument, number))
-        own = {name: x for name, x in traced.items() if np.ndim(x) > 0}
-        return {**traced, **split(own, size, number)}, placed
+                placed.append(self.copy(position, argument, number))
+        of_members = {name: x for name, x in traced.items() if np.ndim(x) > 0}
+        return {**traced, **split(of_members, size, number)}, placed
 
-    def copy(self, place, argument, number):
-        """Return a copy of an argument on each of the devices, which is made once."""
-        kept, devices, copy = self.copies.get(place, (None, None, None))
-        if kept is not argument or devices != number:
+    def copy(self, position, argument, number):
+        """Return an argument with a copy on each of the devices, which is made once."""
+        copied, devices, copy = self.copies.get(position, (None, None, None))
+        if copied is not argument or devices != number:
             copy = jax.device_put(argument, NamedSharding(mesh_of(number), PartitionSpec()))
-            self.copies[place] = (argument, number, copy)
+            self.copies[position] = (argument, number, copy)
         return copy
 
 
@@ -84,10 +85,10 @@ def split(arrays, size, number):
     """Return arrays (members, ...) split over so many devices, filled up to a size."""
     sharding = NamedSharding(mesh_of(number), PartitionSpec("members"))
 
-    def place(x):
+    def split_one(x):
         missing = size - len(x)
-        if missing:
+        if missing > 0:
             x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
         return jax.device_put(x, sharding)
 
-    return jax.tree.map(place, arrays)
+    return jax.tree.map(split_one, arrays)

@@ -421,6 +421,12 @@ def batch():
     return markdown(["", "256, rates 3e-4", "1,024, rates 1e-3", "difference"], rows)
 
 
+def settings_of_bcq(settings):
+    """Return those settings of a run that only BCQ has, as a text."""
+    own = [f"`{key}` {value}" for key, value in settings if key in ("kl_coef", "regularise")]
+    return ", ".join(own)
+
+
 def curves(algorithm):
     """The scores of an algorithm over the updates, from data/curves.csv.
 
@@ -429,10 +435,7 @@ def curves(algorithm):
     seeds, _ = read_results([path_of("data", "curves.csv")])
     table = pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm])
     table = by_label(table[table["state"] == "finished"])
-    table["others"] = [
-        ", ".join(f"`{key}` {value}" for key, value in own if key in ("kl_coef", "regularise"))
-        for own in table["settings"]
-    ]
+    table["others"] = table["settings"].map(settings_of_bcq)
     numbers = sorted(table["seed"].unique())
     rows = []
     for key, own in table.groupby(["dataset", "others", "label"], observed=True):

@@ -89,16 +89,16 @@ def per_halving(gained):
         own = gained.loc[label].dropna(how="all")
         x = -np.log2(own.index.to_numpy())
         x = x - x.mean() if len(x) > 1 else np.full(len(x), np.nan)
-        slopes[label] = (own.mul(x, axis=0)).sum(skipna=False) / (x @ x)
+        slopes[label] = own.mul(x, axis=0).sum(skipna=False) / (x @ x)
     return pd.DataFrame(slopes, gained.columns).T
 
 
-def texts_and_p(values, sign="+"):
+def texts_and_p(values):
     """Return the means of rows over seeds with their intervals as texts, and p values by Holm."""
     p = tables.holm(tables.p_values(values))
     texts = []
     for mean, half, one in zip(*tables.mean_and_interval(values), p):
-        texts.append(tables.bold(tables.interval_text(mean, half, sign), one))
+        texts.append(tables.bold(tables.interval_text(mean, half, "+"), one))
     return texts, p
 
 
