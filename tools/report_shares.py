@@ -21,9 +21,9 @@ BASELINE_STYLE = dict(color="black", marker="x", linestyle="-")
 def groups(seeds):
     """Yield groups of one algorithm's seeds whose settings differ in what is held out alone.
 
-    A group is the other settings, and its finished seeds as `rows`. It has the datasets on which
-    the baseline has two shares or more, and the labels that do. One without such others is left
-    out.
+    A group is the other settings, and its finished seeds as `rows`. Kept are the datasets on which
+    the baseline has two shares or more, and the labels that have two or more there. A group
+    without a regulariser among them is left out.
     """
     seeds = seeds[seeds["final"].notna()]
     seeds = seeds.assign(
