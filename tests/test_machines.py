@@ -228,7 +228,7 @@ PROGRAMS = {  # each program -> the first package that it imports
     "iql.py": "flax",
     "harness.group": "jax",
     "sweeps/generate.py": "yaml",
-    "tools.sweep": "yaml",
+    "tools.sweep": "tqdm",
     "tools.report": "matplotlib",
     "tools.benchmark": "h5py",
     "tools.collect": "h5py",

@@ -28,6 +28,7 @@ import harness.scripts
 from harness.config import check, parse
 from harness.directory import Status, run_directory
 from harness.errors import UserError
+from tools import jobs as sweep_jobs
 from tools import sweep
 
 SCRIPTS = {f"{name}.py": script for name, script in harness.scripts.scripts().items()}
@@ -169,7 +170,7 @@ def test_each_file_is_valid_and_each_of_its_runs_is_accepted(path):
     config = load(path)
     assert sweeps.schema_violations_from_proposed_config(config) == []
     runs = [run for run in sweeps.next_runs(config, [], validate=True, n=10**6) if run]
-    commands = sweep.expand(os.path.join(FOLDER, path))
+    commands = sweep_jobs.expand(os.path.join(FOLDER, path))
     assert len(runs) == len(commands) == stated_runs(path)
     for run, command in zip(runs, commands):
         flags = {f"--{key}={value['value']}" for key, value in run.config.items()}
@@ -262,7 +263,7 @@ def test_seeds_in_one_run_are_the_same_seeds(path, tmp_path, monkeypatch):
 
     def seeds_by_run(file):
         found = []
-        for command in sweep.expand(file):
+        for command in sweep_jobs.expand(file):
             config = tuned_config(command)
             plain = replace(config, seed=0, num_seeds=1)
             directory = run_directory("any", plain, SCRIPTS[command[2]].tuned)
@@ -275,7 +276,7 @@ def test_seeds_in_one_run_are_the_same_seeds(path, tmp_path, monkeypatch):
     assert len(apart) == len(set(apart)) == stated_runs(path)
     assert set(together) == set(apart)
     assert len(together) == len(apart)
-    assert len(sweep.expand(str(tmp_path / path))) == stated_runs(path) // 5
+    assert len(sweep_jobs.expand(str(tmp_path / path))) == stated_runs(path) // 5
     assert stated_runs(str(tmp_path / path)) == stated_runs(path) // 5
 
 
@@ -319,7 +320,7 @@ SMALL = dict(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES[3::15])
 def test_a_sampled_run_trains(path, tmp_path, monkeypatch, write_dataset):
-    commands = sweep.expand(os.path.join(FOLDER, path))
+    commands = sweep_jobs.expand(os.path.join(FOLDER, path))
     command = commands[FILES.index(path) * 7919 % len(commands)]
     name = tuned_config(command).dataset_name
     states, actions = SHAPES[name.split("-")[0]]
@@ -372,7 +373,7 @@ def write_sweep(tmp_path, write_dataset, monkeypatch):
 def test_a_dataset_that_is_not_there_ends_a_sweep_before_its_first_run(write_sweep, tmp_path):
     path = write_sweep(seed=0, dataset_path=[str(tmp_path / "file.hdf5"), "nowhere.hdf5"])
     with pytest.raises(UserError, match="there is no file nowhere.hdf5"):
-        sweep.read_jobs([path], [])
+        sweep_jobs.read_jobs([path], [])
 
 
 GRID = "method: grid\nprogram: iql.py"
@@ -416,7 +417,7 @@ def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as error:
-        sweep.expand(str(path))
+        sweep_jobs.expand(str(path))
     words = str(error.value)
     assert words.startswith(f"{path} is not a sweep: ")
     assert message in words
@@ -426,7 +427,7 @@ def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
 def test_a_sweep_without_a_command_has_wandbs(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"method: grid\nprogram: iql.py\n{SEED}")
-    assert sweep.expand(str(path)) == [["/usr/bin/env", sys.executable, "iql.py", "--seed=1"]]
+    assert sweep_jobs.expand(str(path)) == [["/usr/bin/env", sys.executable, "iql.py", "--seed=1"]]
 
 
 def test_a_command_keeps_its_own_words(tmp_path, write_dataset):
@@ -434,8 +435,8 @@ def test_a_command_keeps_its_own_words(tmp_path, write_dataset):
     command = 'command: ["${env}", nice, "${interpreter}", -O, "${program}", "${args}", --tau=0.1]'
     path.write_text(f"method: grid\nprogram: iql.py\n{command}\n{SEED}")
     words = ["/usr/bin/env", "nice", sys.executable, "-O", "iql.py", "--seed=1", "--tau=0.1"]
-    assert sweep.expand(str(path)) == [words]
-    config = sweep.Job([*words, f"--dataset_path={write_dataset(**random_columns(0))}"]).config
+    assert sweep_jobs.expand(str(path)) == [words]
+    config = sweep_jobs.Job([*words, f"--dataset_path={write_dataset(**random_columns(0))}"]).config
     assert (config.seed, config.tau) == (1, 0.1)
 
 
@@ -455,7 +456,7 @@ def test_a_command_is_filled_in_as_wandbs_agent_does(tmp_path, monkeypatch):
     expected = []
     for word in words:
         expected += macros.get(word[2:-1], [word]) if word.startswith("${") else [word]
-    (found,) = sweep.expand(str(path))
+    (found,) = sweep_jobs.expand(str(path))
     assert sorted(found) == sorted(expected)  # the engine sorts the flags
     assert found[:4] == ["/usr/bin/env", "A=some where", sys.executable, "iql.py"]
     assert found[-2:] == ["--results=some where/some where", "1"]
@@ -463,7 +464,7 @@ def test_a_command_is_filled_in_as_wandbs_agent_does(tmp_path, monkeypatch):
 
 def test_null_in_a_grid_is_none(write_sweep):
     path = write_sweep(validation_seed=[None, 0], validation_frac=0.5)
-    jobs = sweep.read_jobs([path], [])
+    jobs = sweep_jobs.read_jobs([path], [])
     assert [job.config.validation_seed for job in jobs] == [None, 0]
     assert not any("None" in word for job in jobs for word in job.command)
 
@@ -495,7 +496,7 @@ def test_an_algorithm_of_your_own_needs_no_list(tmp_path, monkeypatch, write_swe
     del sys.modules["own"]
     names = [name.removesuffix(".py") for name in SCRIPTS]
     assert list(harness.scripts.scripts()) == sorted([*names, "own"], key=lambda n: n != "rebrac")
-    (job,) = sweep.read_jobs([write_sweep(program="own.py")], [])
+    (job,) = sweep_jobs.read_jobs([write_sweep(program="own.py")], [])
     assert job.directory.startswith(str(tmp_path / "results" / "own" / "halfcheetah"))
     generate(monkeypatch, tmp_path / "sweeps")
     written = (tmp_path / "sweeps" / "own" / "gym" / "final.yaml").read_text()
@@ -508,7 +509,7 @@ def test_an_algorithm_of_your_own_needs_no_list(tmp_path, monkeypatch, write_swe
 
 def test_all_variants_with_the_first_seed_come_first(write_sweep):
     path = write_sweep(actor_ln=[False, True], seed=[2, 0, 1], actor_bn=[False, True])
-    pool = sweep.Pool(sweep.read_jobs([path], []), 1, 1)
+    pool = sweep.Pool(sweep_jobs.read_jobs([path], []), 1, 1)
     configs = [job.config for program in pool.waiting for job in program.jobs]
     variants = {seed: [] for seed in range(3)}
     for config in configs:
@@ -627,7 +628,7 @@ def test_processes_share_the_cores_and_the_gpus(write_sweep, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    program = sweep.Program(sweep.read_jobs([write_sweep()], []))
+    program = sweep.Program(sweep_jobs.read_jobs([write_sweep()], []))
     for slot in range(3):
         program.start(slot, 3)
     assert gpus == ["3", "5", "3"]
@@ -639,7 +640,7 @@ def test_processes_share_the_cores_and_the_gpus(write_sweep, monkeypatch):
     assert gpus[-1] == "3,5"
 
 
-class ShellJob(sweep.Job):
+class ShellJob(sweep_jobs.Job):
     """A job whose process is a line of the shell."""
 
     def __init__(self, directory, line, seed=0):

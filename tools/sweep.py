@@ -24,131 +24,15 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import yaml
 from tqdm import tqdm
 
-from harness.config import decode
-from harness.directory import run_directory, status
-from harness.errors import UserError, one_line, one_line_errors
-from harness.members import in_common
-from harness.scripts import read_config, scripts
-
-with warnings.catch_warnings():  # of pydantic, which it uses by old names
-    warnings.simplefilter("ignore")
-    import sweeps  # pip's package, which is W&B's engine, and not the folder beside tools/
-
-# --- Sweeps ---
-
-COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # of a sweep that has none
-
-
-def programs():
-    """Return the scripts by the names of their files."""
-    return {f"{name}.py": script for name, script in scripts().items()}
-
-
-def expand(path):
-    """Return the command lines of a sweep's runs, as W&B's agent would start them."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
-        check_sweep(config)
-        runs = sweeps.next_runs(config, [], n=sys.maxsize)
-        return [command_line(config, run.config) for run in runs if run is not None]
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a sweep: {one_line(error)}") from error
-
-
-def check_sweep(config):
-    """Raise UserError if a sweep is not valid or can't be run here."""
-    violations = sweeps.schema_violations_from_proposed_config(config)
-    if violations:
-        raise UserError(violations[0])
-    method = config["method"]
-    if method != "grid":
-        raise UserError(f"its method is {method}, which has no end; only grid runs here")
-    program = config.get("program")
-    if program not in programs():
-        raise UserError(f"its program, {program}, is no script here: {', '.join(programs())}")
-    words = command_words(config)
-    for word in words:
-        if "${" in word and word not in COMMAND:
-            raise UserError(f"its command has {word}; the scripts take ${{args}} alone")
-    for macro in ("${program}", "${args}"):
-        if macro not in words:
-            raise UserError(f"its command has no {macro}")
-
-
-def command_words(config):
-    """Return the words of a sweep's command, with the environment variables that it names."""
-    words = []
-    for word in config.get("command") or COMMAND:
-        words.append(re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", environment_variable, str(word)))
-    return words
-
-
-def environment_variable(found):
-    """Return the variable's value. W&B's agent would put its name where it isn't set."""
-    if found[1] not in os.environ:
-        raise UserError(f"its command needs the environment variable {found[1]}, which isn't set")
-    return os.environ[found[1]]
-
-
-def command_line(config, parameters):
-    """Return the command line of one run of a sweep, a list of words.
-
-    A null is left out, so that the field stays None. W&B's agent passes None, which the script
-    leaves out.
-    """
-    values = {key: parameter["value"] for key, parameter in parameters.items()}
-    nulls = {key: value for key, value in values.items() if value is None}
-    decode(programs()[config["program"]].Config, nulls)  # an error if a field can't be None
-    macros = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [sys.executable],
-        "${program}": [config["program"]],
-        "${args}": [f"--{key}={value}" for key, value in values.items() if value is not None],
-    }
-    words = []
-    for word in command_words(config):
-        words += macros.get(word, [word])
-    return words
-
-
-# --- Runs ---
-
-
-class Job:
-    """A run of a sweep: its command line, its config and its directory."""
-
-    def __init__(self, command):
-        known = programs()
-        program = next(word for word in command if word in known)
-        self.script = known[program]
-        self.flags = command[command.index(program) + 1 :]
-        config = read_config(self.script, self.flags)
-        # By its path, so that a sweep runs from any folder
-        self.command = [self.script.__file__ if word == program else word for word in command]
-        self.config = config
-        self.directory = run_directory(self.script.__name__, config, self.script.tuned)
-        self.name = os.path.relpath(self.directory, config.results)
-
-    def output_path(self):
-        return os.path.join(self.directory, "output.txt")
-
-    def last_words(self):
-        """Return the last line of its output, without the directory."""
-        lines = []
-        with contextlib.suppress(OSError), open(self.output_path(), errors="replace") as file:
-            lines = [line.strip() for line in file if line.strip()]
-        if not lines:
-            return "no output; is the disk full?"
-        return lines[-1].removesuffix(f"; {self.directory}")
+from harness.directory import status
+from harness.errors import UserError, one_line_errors
+from tools.jobs import make_groups, read_jobs
 
 
 class Program:
@@ -201,31 +85,6 @@ def on_cores(slot, slots):
         os.sched_setaffinity(0, cores)
 
 
-def read_jobs(paths, flags):
-    """Return the sweeps' runs, with `flags` added to each. A run in several sweeps comes once."""
-    commands = []
-    for path in paths:
-        commands += [command + flags for command in expand(path)]
-    jobs = {}
-    for command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False):
-        job = Job(command)
-        jobs[job.directory] = job
-    return list(jobs.values())
-
-
-def make_programs(jobs, together):
-    """Return programs of up to `together` jobs, in the order of their seeds."""
-    groups = {}
-    for job in sorted(jobs, key=lambda job: job.config.seed):
-        in_all = in_common(job.config, job.script.HOST_FLOATS)
-        groups.setdefault((job.script.__name__, *in_all.items()), []).append(job)
-    chunks = []
-    for own in groups.values():
-        chunks += [own[i : i + together] for i in range(0, len(own), together)]
-    chunks.sort(key=lambda own: own[0].config.seed)
-    return [Program(own) for own in chunks]
-
-
 class Pool:
     """Runs the programs of the jobs that aren't finished, several at once."""
 
@@ -243,7 +102,7 @@ class Pool:
             self.updates[job] = now.update
             if now.state != "finished":
                 self.unfinished.append(job)
-        self.waiting = make_programs(self.unfinished, together)
+        self.waiting = [Program(own) for own in make_groups(self.unfinished, together)]
 
     def run(self):
         """Run all programs. After a signal start none, and wait for those that run."""
