@@ -852,7 +852,7 @@ NUM_PROBED = 1024  # held-out states of the plasticity probe
 PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
 
 
-@over_members("state", "episodes")
+@over_members("state", "episodes", in_turn=True)
 def analyse(config, state, data, samples, episodes):
     """Return what is measured inside the actor, by names such as train/dead_neurons.
 

@@ -1,9 +1,10 @@
 """Members on several devices, such as the GPUs of a node.
 
-The arrays of members are split over the devices, and each has a copy of the other arguments. From
-that JAX makes one program for all devices. No member needs another, so they don't wait for each
-other. Where members don't divide, copies of the last one fill them up. The results then are longer
-than the members. Nothing that comes after them is evaluated, logged or saved.
+The arrays of members are split over the devices, and each has a copy of the other arguments. The
+program is the same on each device, for the members there. No member needs another, so the devices
+don't wait for each other. Where members don't divide, copies of the last one fill them up. The
+results then are longer than the members. Nothing that comes after them is evaluated, logged or
+saved.
 """
 
 import functools
@@ -13,6 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def host():
+    """Return the CPU as JAX's device, or JAX's first one if JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def num_devices(members):
@@ -40,37 +49,61 @@ def has_device(arguments):
     return False
 
 
+def is_none(axis):
+    return axis is None
+
+
+def num_members(axes, arguments):
+    """Return how many members there are. Arguments of `axis` 0 have a first axis of members."""
+    stacked = [argument for argument, axis in zip(arguments, axes) if axis == 0]
+    return len(jax.tree.leaves(stacked)[0])
+
+
+def split_over_devices(function, axes, arguments):
+    """Return `function(*arguments)`, made by each device for its own members.
+
+    `axes` has a 0 for what has a first axis of members, and None for the rest, in the structure
+    of the `arguments`.
+    """
+
+    def partition(axis):
+        return PartitionSpec() if axis is None else PartitionSpec("members")
+
+    specs = tuple(jax.tree.map(partition, axes, is_leaf=is_none))
+    mesh = mesh_of(num_devices(num_members(axes, arguments)))
+    options = dict(in_specs=specs, out_specs=PartitionSpec("members"), check_vma=False)
+    return jax.shard_map(function, mesh=mesh, **options)(*arguments)
+
+
 class Spread:
     """Puts the arguments of a program of members on the devices that it is spread over.
 
-    `is_stacked` says of each argument whether its arrays have a first axis of members.
+    `axes` has a 0 for each argument whose arrays have a first axis of members, else None.
     """
 
-    def __init__(self, is_stacked):
-        self.is_stacked = is_stacked
+    def __init__(self, axes):
+        self.axes = axes
         self.copies = {}  # of arguments that aren't, by their positions
 
-    def place(self, traced, arguments):
-        """Return the traced numbers and the arguments on the devices.
-
-        They are as they were where there is one device, or one member.
-        """
+    def is_needed(self, arguments):
+        """Return whether there are several devices and members, which no argument keeps on one."""
         if jax.local_device_count() == 1 or has_device(arguments):
-            return traced, arguments
-        stacked = [x for x, is_stacked in zip(arguments, self.is_stacked) if is_stacked]
-        members = len(jax.tree.leaves(stacked)[0])
+            return False
+        return num_members(self.axes, arguments) > 1
+
+    def place(self, traced, arguments):
+        """Return the traced numbers, and the arguments, on the devices."""
+        members = num_members(self.axes, arguments)
         number = num_devices(members)
-        if number == 1:
-            return traced, arguments
         size = number * math.ceil(members / number)
         placed = []
-        for position, argument in enumerate(arguments):
-            if self.is_stacked[position]:
+        for position, (axis, argument) in enumerate(zip(self.axes, arguments)):
+            if axis == 0:
                 placed.append(split(argument, size, number))
             else:
                 placed.append(self.copy(position, argument, number))
         of_members = {name: x for name, x in traced.items() if np.ndim(x) > 0}
-        return {**traced, **split(of_members, size, number)}, placed
+        return [{**traced, **split(of_members, size, number)}, *placed]
 
     def copy(self, position, argument, number):
         """Return an argument with a copy on each of the devices, which is made once."""

@@ -281,10 +281,15 @@ def check_is_whole(part):
         raise Refused(f"what it sends is no whole HDF5 file: {one_line(error)}") from error
 
 
+def known_files():
+    """Return D4RL's files: rows of bytes and checksum by their names."""
+    with open(SUMS, newline="", encoding="utf-8") as file:
+        return {row["file"]: row for row in csv.DictReader(file)}
+
+
 def warn_if_unknown(part, name):
     """Warn if a file isn't the one that D4RL's server had when its checksum was taken."""
-    with open(SUMS, newline="", encoding="utf-8") as file:
-        known = {row["file"]: row for row in csv.DictReader(file)}
+    known = known_files()
     if name not in known:
         return
     with open(part, "rb") as file:

@@ -1,25 +1,35 @@
 """Several runs that one program trains together. `python -m tools.sweep --together N` starts it:
 
     python -m harness.group rebrac < flags.json
+    python -m harness.group rebrac fit < flags.json  # at once as many as the memory has room for
 
 flags.json has a list of each run's flags. The runs differ in seeds and numbers alone, as
 `in_common` in members.py has it. Each has its own directory, as if it had been trained alone. What
-it prints is in its output.txt. A run that diverges ends alone, with its error.
+it prints is in its output.txt. A run that diverges ends alone, with its error. When the device's
+memory runs out, half of the runs go on, and the others follow.
 """
 
 import contextlib
+import gc
+import io
 import itertools
 import json
+import math
 import os
+import resource
 import signal
 import sys
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import jax
+
+from harness.datasets import load_dataset
 from harness.directory import run_directory, status
 from harness.errors import BusyError, UserError, one_line_errors
 from harness.members import check_device, stack_configs
+from harness.memory import is_out_of_memory, needed_memory, num_fitting
 from harness.record import Record
 from harness.run import Run
 from harness.scripts import load_script, read_config
@@ -35,7 +45,8 @@ class Group(Run):
     def __init__(self, name, configs, tuned):
         check_device()
         self.finished_before = False
-        self.later = []  # configs of runs that are at another update
+        self.later = []  # configs of runs that are trained after these
+        self.at_once = len(configs)  # as many as the memory has had room for
         self.problem = None  # the error of a run that can't begin
         positions = {}  # of records: update and last evaluation
         for config in configs:
@@ -71,7 +82,7 @@ class Group(Run):
         if isinstance(error, Exception):
             for record in self.records:
                 with self.printing(record):
-                    print(f"error: {error}")
+                    print(f"error: {self.explain(error)}")
         super().__exit__(kind, error, trace)
 
     def end(self, broken):
@@ -115,13 +126,51 @@ class Group(Run):
         self.take(self.records)
         raise FewerRuns
 
+    def halve(self):
+        """Put off half of the runs. The others go on from their last checkpoints."""
+        if self.pending:  # it may have run out of memory, too
+            self.pending.ended.wait()
+        self.at_once = len(self.records) // 2
+        kept, others = self.records[: self.at_once], self.records[self.at_once :]
+        for record in self.records:
+            record.held = None
+            when = "now" if record in kept else "after the others"
+            with self.printing(record):
+                print(
+                    f"the device's memory ran out with {len(self.records)} runs together; now "
+                    f"{self.at_once} at once. This one goes on {when}, from update {record.saved}"
+                )
+        self.later += [record.config for record in others]
+        self.close(others, 1, preempted=True)
+        self.bar.close()
+        self.take(kept)
+
 
 def train(script, group):
     """Train a group to its end."""
     with group:
         while True:
-            with contextlib.suppress(FewerRuns), group.printing(group.records[0]):
-                return script.train(group.config, group)
+            try:
+                with group.printing(group.records[0]):
+                    return script.train(group.config, group)
+            except FewerRuns:
+                pass
+            except jax.errors.JaxRuntimeError as error:
+                if len(group.records) == 1 or not is_out_of_memory(error):
+                    raise
+                group.halve()
+            gc.collect()  # so that the arrays of before are gone
+
+
+def num_at_once(script, configs):
+    """Return how many runs to train at once: parts of one size, for which memory has room."""
+    check_device()
+    config = stack_configs(configs)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = script.make_dataset(config, load_dataset(config))
+    members = num_fitting(needed_memory(script, config, data))
+    num_parts = math.ceil(len(configs) / max(1, members // configs[0].num_seeds))
+    return math.ceil(len(configs) / num_parts)
 
 
 def main():
@@ -131,15 +180,28 @@ def main():
         config = read_config(script, words)
         if status(run_directory(script.__name__, config, script.tuned)).state != "finished":
             configs.append(config)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each run has a lock
+    at_once = len(configs)
+    if "fit" in sys.argv[2:] and len(configs) > 1:
+        with contextlib.suppress(UserError):  # which each run will have in its output
+            at_once = num_at_once(script, configs)
     problem = None
     while configs:
-        group = Group(script.__name__, configs, script.tuned)
-        configs = group.later
+        now, configs = configs[:at_once], configs[at_once:]
+        try:
+            group = Group(script.__name__, now, script.tuned)
+        except UserError as error:  # none of these can be trained here
+            print(f"error: {error}", file=sys.stderr)
+            problem = error
+            continue
         problem = problem or group.problem
         try:
             train(script, group)
         except UserError as error:  # the others are still trained
             problem = error
+        at_once = min(at_once, group.at_once)
+        configs = group.later + configs
     if problem:  # which is in the output of its own runs
         sys.exit(problem.exit_code)
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from harness.devices import Spread
+from harness.devices import Spread, host, is_none, num_members, split_over_devices
 from harness.errors import UserError, one_line
 
 # Fields that no compiled program depends on
@@ -124,12 +124,13 @@ def split_config(config):
 # --- Programs of several members ---
 
 
-def over_members(*stacked, donate=None):
+def over_members(*stacked, donate=None, in_turn=False):
     """Decorate `function(config, ...)` of one member, to run all of them in one compiled program.
 
     Where JAX has several devices, the members are spread over them (devices.py).
     The arguments named in `stacked` then have a leading axis of members, and so do the results.
-    The memory of the argument `donate` is used again for the results.
+    The memory of the argument `donate` is used again for the results. With `in_turn` one member
+    follows the other, so that all need no more memory than one.
 
         @over_members("state", donate="state")
         def epoch(config, state, data): ...
@@ -148,12 +149,19 @@ def over_members(*stacked, donate=None):
             def one_member(numbers, *arguments):
                 return function(replace(static, **numbers), *arguments)
 
-            number_axes = {name: 0 if jnp.ndim(x) else None for name, x in traced.items()}
-            return map_members(one_member, [number_axes, *axes], [traced, *arguments])
+            all_axes = [axes_of_numbers(traced), *axes]
+            return map_members(one_member, all_axes, [traced, *arguments], in_turn)
 
-        program.__name__ = function.__name__
-        compiled = jax.jit(program, static_argnums=0, donate_argnums=donated)
-        spread = Spread([axis == 0 for axis in axes])
+        def program_of_devices(static, traced, *arguments):
+            of_one_device = functools.partial(program, static)
+            all_axes = [axes_of_numbers(traced), *axes]
+            return split_over_devices(of_one_device, all_axes, [traced, *arguments])
+
+        program.__name__ = program_of_devices.__name__ = function.__name__
+        compile_it = functools.partial(jax.jit, static_argnums=0, donate_argnums=donated)
+        compiled = compile_it(program)
+        compiled_for_devices = compile_it(program_of_devices)
+        spread = Spread(axes)
 
         last = None  # config, and how it is split: a policy is called thousands of times
 
@@ -163,8 +171,9 @@ def over_members(*stacked, donate=None):
             if last is None or last[0] is not config:
                 last = (config, split_config(config))
             static, traced = last[1]
-            traced, arguments = spread.place(traced, arguments)
-            return compiled(static, traced, *arguments)
+            if not spread.is_needed(arguments):
+                return compiled(static, traced, *arguments)
+            return compiled_for_devices(static, *spread.place(traced, arguments))
 
         call.program = compiled
         return call
@@ -172,27 +181,39 @@ def over_members(*stacked, donate=None):
     return decorate
 
 
-def map_members(function, axes, arguments):
+def axes_of_numbers(traced):
+    """Return 0 for each traced number in which members differ, and None for the others."""
+    return {name: 0 if jnp.ndim(x) else None for name, x in traced.items()}
+
+
+def map_members(function, axes, arguments, in_turn=False):
     """Map `function` over the first axis of the arguments whose entry of `axes` is 0.
 
     A single member goes without vmap, which would make it slower on a CPU.
     """
-    stacked = [argument for argument, axis in zip(arguments, axes) if axis == 0]
-    num_members = len(jax.tree.leaves(stacked)[0])
-    if num_members > 1:
-        return jax.vmap(function, axes)(*arguments)
-    first = []
-    for argument, axis in zip(arguments, axes):
-        if axis == 0:
-            argument = jax.tree.map(lambda x: x[0], argument)
-        first.append(argument)
-    return jax.tree.map(lambda x: x[None], function(*first))
+    number = num_members(axes, arguments)
+    if number == 1:
+        result = function(*member(0, axes, arguments))
+        return jax.tree.map(lambda x: x[None], result)
+    if in_turn:
+        return jax.lax.map(lambda i: function(*member(i, axes, arguments)), jnp.arange(number))
+    return jax.vmap(function, axes)(*arguments)
+
+
+def member(index, axes, arguments):
+    """Return one member's arguments."""
+
+    def own(axis, argument):
+        return argument if axis is None else jax.tree.map(lambda x: x[index], argument)
+
+    return jax.tree.map(own, axes, arguments, is_leaf=is_none)
 
 
 def init_states(init_state, config, batch):
     """Return `init_state(config, batch, seed)` of each member, stacked.
 
-    A loop and not a vmap: JAX's batched QR, in IQL's orthogonal initialiser, can hang on a CPU.
+    They are made on the host, since they may be more than one device has room for. A loop and not
+    a vmap: JAX's batched QR, in IQL's orthogonal initialiser, can hang on a CPU.
     """
     own = {}  # numbers of each member
     for name, value in split_config(config)[1].items():
@@ -204,5 +225,6 @@ def init_states(init_state, config, batch):
         return init_state(replace(config, **numbers), batch, seed)
 
     quick_to_compile = {"xla_backend_optimization_level": 0}  # since it runs once
-    members = (jnp.asarray(seeds(config)), {name: jnp.asarray(x) for name, x in own.items()})
-    return jax.jit(functools.partial(jax.lax.map, init), compiler_options=quick_to_compile)(members)
+    init_all = jax.jit(functools.partial(jax.lax.map, init), compiler_options=quick_to_compile)
+    with jax.default_device(host()):
+        return init_all((seeds(config), own))

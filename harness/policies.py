@@ -8,6 +8,7 @@ import numpy as np
 
 from harness.checkpoint import last_checkpoint, unflatten
 from harness.config import check, given_words
+from harness.devices import host
 from harness.directory import load_config
 from harness.errors import UserError
 from harness.evaluation import make_envs, print_scores, record
@@ -26,11 +27,7 @@ def host_policy(policy, config, actor, data):
     members = len(seeds(config))
     actor = jax.tree.map(lambda x: x[:members], actor)
     needed = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        cpu = jax.devices()[0]
-    actor, needed = jax.device_put((actor, needed), cpu)
+    actor, needed = jax.device_put((actor, needed), host())
     return functools.partial(policy, config, actor, needed)
 
 

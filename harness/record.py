@@ -166,6 +166,7 @@ class Record:
         """Wait for the end of the W&B run, and give the directory free."""
         if self.wandb:
             self.wandb.close()
+        self.tables.close()
         if self.lock:
             self.lock.close()
 

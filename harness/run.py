@@ -14,9 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.checkpoint import flatten, restore_tree, without_keys
-from harness.errors import UserError
+from harness.devices import host
+from harness.errors import UserError, one_line
 from harness.finite import find_divergence
 from harness.members import check_device, has_accelerator
+from harness.memory import is_out_of_memory
 from harness.record import Record
 
 # What is shown of the analysis on the screen
@@ -120,12 +122,13 @@ class Run:
             self.handlers[number] = signal.signal(number, self.stop)
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind, cause, _):
         if self.finished_before:
             return
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
+        error = self.explain(cause)
         if error is not None and not self.stopping:
             for record in self.records:
                 record.fail(error)
@@ -135,6 +138,21 @@ class Run:
                 sys.stdout.flush()
                 os._exit(128 + self.stopping)
             self.pending.ended.wait()
+        if isinstance(cause, jax.errors.JaxRuntimeError):
+            raise error from cause
+
+    def explain(self, error):
+        """Return an error, but for one of JAX's device a line that says what to do."""
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            return error
+        what = "JAX's device has failed"
+        if is_out_of_memory(error):
+            what = "the device's memory ran out; other programs may use it, or give it less to do"
+        saved = min(record.saved for record in self.records)
+        return UserError(
+            f"{what}; the same command resumes from the last checkpoint, of update {saved} "
+            f"(JAX: {one_line(error)[:300]})"
+        )
 
     def close(self, records, exit_code, preempted=False):
         """Close some records. Their W&B runs end at the same time, since each may take long."""
@@ -211,7 +229,8 @@ class Run:
         if broken:
             self.give_up(broken)
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in initial}
-        states = restore_tree(states, arrays, "states")
+        with jax.default_device(host()):  # the first epoch takes them to its devices
+            states = restore_tree(states, arrays, "states")
         if is_new:
             self.checkpoint(states, 0, now=True)
         self.saved_at = time.monotonic()

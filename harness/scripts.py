@@ -54,8 +54,11 @@ def scripts():
     return {name: load_script(name) for name in script_names()}
 
 
-def read_config(script, words):
-    """Return the config of a sweep's run, given its flags as a list of words."""
+def read_config(script, words, with_checksum=with_checksum):
+    """Return the config of a sweep's run, given its flags as a list of words.
+
+    `with_checksum` adds its dataset's checksum. A plan has one that downloads nothing.
+    """
     config = script.tuned(parse(script.Config, words))
     if config.evaluate or config.video:
         raise UserError("a sweep only trains; give --evaluate and --video to a script")

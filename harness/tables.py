@@ -1,5 +1,6 @@
 """A run's tables: CSV files that grow by rows and can be cut to what they were."""
 
+import contextlib
 import csv
 import itertools
 import operator
@@ -79,12 +80,20 @@ class Tables:
 
     def cut(self, sizes):
         """Cut the tables to the sizes that `save` has returned."""
+        self.close()  # else rows that are still to be written would come after the cut
         for name, size in sizes.items():
             if os.path.getsize(self.path(name)) < size:
                 raise UserError(
                     f"{self.path(name)} has lost rows; remove {self.directory} to start anew"
                 )
             os.truncate(self.path(name), size)
+
+    def close(self):
+        """Close the files. On a full disk rows may be lost, which come after the checkpoint."""
+        for file in self.files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        self.files.clear()
 
     def are_empty(self):
         return not any(os.path.getsize(self.path(name)) for name in TABLES)

@@ -4,13 +4,14 @@
 #   wandb sweep sweeps/rebrac/gym/final.yaml                      # prints the sweep's name, team/project/id
 #   sbatch --array=1-64%16 sweeps/slurm.sh team/project/id        # from the checkout; results/ must be on a shared disk
 #
-# Without W&B the tasks take the runs of sweeps' files, here 64 in one program:
+# Without W&B the tasks take groups of the runs in sweeps' files, here up to 64 in one program, or as many as fit:
 #
 #   sbatch --array=1-8 sweeps/slurm.sh sweeps/rebrac/gym/dropout.yaml --together 64
+#   sbatch --array=1-8 sweeps/slurm.sh sweeps/rebrac/gym/dropout.yaml --together
 #
-# An agent trains one run after the other until the sweep has no more. Two minutes before its time is up it gets SIGTERM:
-# the run makes a checkpoint and tells W&B that it was preempted, and the job is queued again. W&B gives the run
-# to an agent again, where it goes on from the checkpoint.
+# A task trains one run or group after the other until the sweep has no more. Two minutes before its time is up it gets
+# SIGTERM: the runs make checkpoints, and the job is queued again. SLURM does that, too, when the machine dies. The runs
+# go on from their checkpoints. W&B is told that a run was preempted, and gives it to an agent again.
 #SBATCH --job-name=sweep
 #SBATCH --output=slurm-%A_%a.txt
 #SBATCH --open-mode=append

@@ -107,15 +107,15 @@ def start_group(monkeypatch, tmp_path, quick):
     """
     monkeypatch.setenv("EPISODE_STEPS", "4")
 
-    def start_group(*members, script=iql, results="results", **flags):
+    def start_group(*members, script=iql, results="results", words=(), **flags):
         flags = {**quick, **FAST, "results": tmp_path / results, **flags}
         lines = [command_line({**flags, **member}) for member in members]
         start_group.directories = []
-        for words in lines:
-            config = with_checksum(script.tuned(parse(script.Config, words)))
+        for line in lines:
+            config = with_checksum(script.tuned(parse(script.Config, line)))
             directory = run_directory(script.__name__, config, script.tuned)
             start_group.directories.append(directory)
-        monkeypatch.setattr(sys, "argv", ["group", script.__name__])
+        monkeypatch.setattr(sys, "argv", ["group", script.__name__, *words])
         monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(lines)))
         group.main()
         return start_group.directories

@@ -1,6 +1,12 @@
-"""Members on several devices. `python tests/test_devices.py` is run on four virtual CPU devices."""
+"""Members on several devices, which are virtual ones of the CPU.
 
+python tests/test_devices.py check iql  # what a test does in a process with several devices
+python tests/test_devices.py stop 3 < flags.json  # a group that is stopped in its third epoch
+"""
+
+import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,19 +16,24 @@ import numpy as np
 import pytest
 from conftest import ROOT, of_seed, small_data, to_numpy
 from conftest import init_states as init_all
+from runs_helpers import FAST, command_line, signal_in_epoch
+from test_group import PLAIN, STRONG, STRONGER, assert_same_to_rounding, updates
 from test_members import mixed_members, networks
 
-from harness.devices import Spread, num_devices
+import iql
+from harness import group
+from harness.checkpoint import last_checkpoint
+from harness.devices import num_devices
 from harness.members import split_config, stack_configs
 from harness.scripts import scripts
 
 
-def run(devices, *words):
-    """Run Python on so many virtual CPU devices; return what it printed."""
+def run(devices, *words, code=0, **options):
+    """Run Python on so many virtual CPU devices, to an exit code; return what it printed."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    options = dict(cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, text=True, timeout=500)
+    options.update(cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, text=True, timeout=500)
     done = subprocess.run([sys.executable, *words], capture_output=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -35,7 +46,7 @@ def test_members_take_the_fewest_devices_that_leave_none_with_more(members, devi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rebrac", "iql"])
 def test_members_on_several_devices_end_where_they_would_on_one(name):
-    assert run(4, __file__, name) == "checked\n"
+    assert run(4, __file__, "check", name) == "checked\n"
 
 
 @pytest.mark.slow
@@ -43,6 +54,30 @@ def test_the_groups_tests_pass_on_two_devices():
     """Among them are three members, which don't divide, and members that go on in other groups."""
     names = "in_other_groups or one_that_diverges"
     assert " passed" in run(2, "-m", "pytest", "-q", "tests/test_group.py", "-k", names)
+
+
+@pytest.mark.slow
+def test_a_group_goes_on_on_another_number_of_devices(start_group, tmp_path, quick):
+    """Three runs are stopped on four devices and on two, and end on one."""
+    members = [PLAIN, STRONG, STRONGER]
+    flags = {**quick, **FAST, "results": tmp_path / "results"}
+    whole = start_group(*members, results="whole")
+    lines = json.dumps([command_line({**flags, **member}) for member in members])
+    for devices, epochs, update in ((4, 3, 30), (2, 2, 50)):
+        run(devices, __file__, "stop", str(epochs), input=lines, code=128 + signal.SIGTERM)
+        directories = [one.replace("/whole/", "/results/") for one in whole]
+        assert [last_checkpoint(one)[2]["update"] for one in directories] == [update] * 3
+    for directory, expected in zip(start_group(*members), whole):
+        assert updates(directory) == [10, 20, 30, 40, 50, 60]
+        assert_same_to_rounding(directory, expected)
+
+
+def stop(epochs):
+    """Train a group to an epoch of this process, in which a signal stops it."""
+    sys.argv[1:] = ["iql"]
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_epoch(patch, iql, int(epochs))
+        group.main()
 
 
 def check(name):
@@ -61,11 +96,6 @@ def check(name):
         assert len(jax.tree.leaves(states)[0].sharding.device_set) == 3
         assert {len(leaf) for leaf in jax.tree.leaves((states, infos))} == {6}
         assert_close(states, expected, bound)
-
-    traced, placed = Spread([True, False]).place(traced, (states, data))
-    text = script.epoch.program.lower(static, traced, *placed).compile().as_text()
-    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert word not in text
     print("checked")
 
 
@@ -79,4 +109,5 @@ def assert_close(states, expected, bound):
 
 
 if __name__ == "__main__":
-    check(sys.argv[1])
+    action, argument = sys.argv[1:]
+    dict(check=check, stop=stop)[action](argument)

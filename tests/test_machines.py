@@ -229,6 +229,7 @@ PROGRAMS = {  # each program -> the first package that it imports
     "harness.group": "jax",
     "sweeps/generate.py": "yaml",
     "tools.sweep": "tqdm",
+    "tools.measure": "jax",
     "tools.report": "matplotlib",
     "tools.benchmark": "h5py",
     "tools.collect": "h5py",

@@ -1,6 +1,8 @@
 """The sweeps are those listed here, and run: by W&B's agent, on a cluster and here."""
 
 import csv
+import errno
+import fcntl
 import glob
 import io
 import itertools
@@ -21,6 +23,7 @@ import pytest
 import sweeps
 import yaml
 from conftest import ROOT, random_columns
+from runs_helpers import contents, differences, table
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import Server
 
@@ -557,9 +560,11 @@ def test_flags_go_to_every_run_and_equal_runs_are_one(write_sweep, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["sweep", path, "--num_updates", "30"])
     monkeypatch.setattr(sweep, "status", lambda directory: Status("unfinished", "", 0, True))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     sweep.main()
-    first, *others = capsys.readouterr().out.splitlines()
+    first, *others, last = capsys.readouterr().out.splitlines()
     assert first == "2 runs, of which 0 are finished"
+    assert last.startswith("no waiting for them, which would hold a GPU: SLURM queues a job again")
     assert len(others) == 2
     for line in others:
         assert line.startswith("another process is training: ")
@@ -597,6 +602,7 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
         ("--processes 2 --seed 1 FILE", "name the files first, then --seed and other flags"),
         ("FILE --process 2", "there is no flag --process"),
         ("FILE --together 0", "together must be 1 or more"),
+        ("FILE --together -1", "together must be 1 or more"),
     ],
 )
 def test_flags_that_a_sweep_can_not_take_are_an_error(words, message, write_sweep, monkeypatch):
@@ -640,13 +646,39 @@ def test_processes_share_the_cores_and_the_gpus(write_sweep, monkeypatch):
     assert gpus[-1] == "3,5"
 
 
+def test_without_a_number_all_that_can_be_trained_together_are_one_group(
+    write_sweep, monkeypatch, capsys
+):
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        return SimpleNamespace(stdin=io.StringIO())
+
+    pools = []
+    path = write_sweep(regularisers=["none", "LN"], actor_wd=[0, 0.1, 0.2], seed=list(range(40)))
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(sweep.Pool, "run", lambda pool: pools.append(pool))
+    for words in (["--together"], ["--seed", "0", "--actor_wd", "0", "--together"]):
+        monkeypatch.setattr(sys, "argv", ["sweep", path, *words])
+        sweep.main()
+    for program in pools[0].waiting + pools[1].waiting:
+        program.start(0, 1)
+    line = "240 runs, of which 0 are finished; 2 programs train the others\n"
+    assert capsys.readouterr().out.startswith(line)
+    group = [sys.executable, "-u", "-m", "harness.group", "iql", "fit"]
+    assert commands[:2] == [group, group]
+    assert [os.path.basename(command[2]) for command in commands[2:]] == ["iql.py", "iql.py"]
+
+
 class ShellJob(sweep_jobs.Job):
     """A job whose process is a line of the shell."""
 
     def __init__(self, directory, line, seed=0):
         self.command = ["sh", "-c", line]
         self.script = SimpleNamespace(__name__="shell", HOST_FLOATS=())
-        self.config = SimpleNamespace(seed=seed, num_updates=10)
+        results = os.path.dirname(directory)
+        self.config = SimpleNamespace(seed=seed, num_updates=10, results=results)
         self.directory = str(directory)
         self.name = os.path.basename(directory)
 
@@ -654,6 +686,8 @@ class ShellJob(sweep_jobs.Job):
 @pytest.fixture
 def run_jobs(tmp_path, monkeypatch, capsys):
     """Run lines of the shell as a sweep's jobs; return what was printed and how it ended."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(sweep, "LOOK_EVERY", 0)
     handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         handlers[number] = signal.getsignal(number)
@@ -675,24 +709,251 @@ def run_jobs(tmp_path, monkeypatch, capsys):
 
 
 def test_each_end_of_a_run_is_told(run_jobs, tmp_path):
-    busy = f"exit {os.EX_TEMPFAIL}"
-    directory = tmp_path / "job2"
-    good = f"echo; echo 'final score 1; {directory}'; echo; touch {directory}/finished.json"
-    lines, end = run_jobs(1, "echo why >&2; exit 3", busy, good, "true")
+    """Another process was faster with job1, and leaves it unfinished."""
+    faster = f"test -e {tmp_path}/tried || {{ touch {tmp_path}/tried; exit {os.EX_TEMPFAIL}; }}"
+    later = f"{faster}; {ending(tmp_path / 'job1', 2)}"
+    lines, end = run_jobs(1, "echo why >&2; exit 3", later, ending(tmp_path / "job2", 1), "true")
     assert lines == [
         "4 runs, of which 0 are finished",
         "0 done, 1 failed, 3 to go: job0",
         "    why",
-        "1 done, 1 failed, 1 to go: job2",
+        "1 done, 1 failed, 2 to go: job2",
         "    final score 1",
-        "1 done, 2 failed, 0 to go: job3",
+        "1 done, 2 failed, 1 to go: job3",
         "    no output; is the disk full?",
+        "2 done, 2 failed, 0 to go: job1",
+        "    final score 2",
         f"failed: {tmp_path / 'job0'}",
         f"failed: {tmp_path / 'job3'}",
-        f"another process is training: {tmp_path / 'job1'}",
     ]
     assert isinstance(end, UserError)
     assert str(end).startswith("2 runs failed; output.txt in their directories says why")
+
+
+def ending(directory, score):
+    """Return a line of the shell that finishes a run."""
+    return f"echo; echo 'final score {score}; {directory}'; echo; touch {directory}/finished.json"
+
+
+def test_a_kill_and_a_full_disk_are_told_where_the_run_could_not_say_it(run_jobs, tmp_path):
+    (tmp_path / "job1").mkdir()
+    (tmp_path / "job1" / "output.txt").symlink_to("/dev/full")
+    lines, _ = run_jobs(1, "echo score 1; kill -9 $$", "echo why; exit 1", "kill -11 $$")
+    end = "the same command resumes from the last checkpoint"
+    assert lines[2:7:2] == [
+        f"    killed, perhaps since memory had run out; {end}",
+        f"    can't write to {tmp_path}/job1 (No space left on device); once that is mended, {end}",
+        f"    Segmentation fault; {end}",
+    ]
+
+
+def test_a_pool_goes_on_where_its_own_output_can_not_be_written(tmp_path):
+    (job,) = jobs = [ShellJob(tmp_path / "job0", "")]
+    pool = sweep.Pool(jobs, 1, 1)
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pool.bar = SimpleNamespace(write=write)
+    pool.note(job, pool.done, "final score 1")
+    assert pool.done == jobs
+
+
+# --- Several pools ---
+
+
+def lock(directory):
+    """Lock a run as its process does; return the file."""
+    os.makedirs(directory, exist_ok=True)
+    file = open(os.path.join(directory, "lock"), "a")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def test_a_pool_waits_for_runs_of_others_and_takes_up_what_they_leave(run_jobs, tmp_path):
+    """The others leave job0 unfinished, finish job1, and fail again at job2 and job3."""
+    directories = [tmp_path / f"job{i}" for i in range(5)]
+    locks = [lock(directory) for directory in directories[:4]]
+    for directory in (directories[2], directories[4]):
+        directory.mkdir(exist_ok=True)
+        (directory / "failed.txt").write_text("error: before\n")
+
+    def end():
+        (directories[1] / "finished.json").write_text("{}")
+        for directory in directories[2:4]:
+            (directory / "failed.txt").write_text("error: again\n")
+        for file in locks[1:] + locks[:1]:  # whose order is then that of the lines
+            file.close()
+
+    threading.Timer(3, end).start()
+    lines, error = run_jobs(
+        2, ending(directories[0], 1), *3 * ["exit 9"], ending(directories[4], 5)
+    )
+    assert lines == [
+        "5 runs, of which 0 are finished",
+        "1 done, 0 failed, 4 to go: job4",
+        "    final score 5",
+        "waiting for 4 runs that other processes train",
+        "2 done, 0 failed, 3 to go: job1",
+        "    in another process",
+        "2 done, 1 failed, 2 to go: job2",
+        "    in another process",
+        "2 done, 2 failed, 1 to go: job3",
+        "    in another process",
+        "3 done, 2 failed, 0 to go: job0",
+        "    final score 1",
+        f"failed: {directories[2]}",
+        f"failed: {directories[3]}",
+    ]
+    assert str(error).startswith("2 runs failed")
+
+
+def test_a_signal_ends_the_waiting(run_jobs, tmp_path):
+    with lock(tmp_path / "job0"):
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        lines, end = run_jobs(1, "exit 9")
+    assert lines[1] == "waiting for 1 runs that other processes train"
+    assert lines[-1] == "stopped; the same command resumes"
+    assert end.code == 130
+
+
+@pytest.fixture
+def two_pools(tmp_path, monkeypatch):
+    """Return two pools of two groups of two runs, whose processes do nothing."""
+    jobs = [ShellJob(tmp_path / f"job{i}", "") for i in range(4)]
+
+    def start(program, *_):
+        program.process = SimpleNamespace(poll=lambda: None)
+
+    monkeypatch.setattr(sweep.Program, "start", start)
+    return jobs, [sweep.Pool(jobs, 2, 2) for _ in range(2)]
+
+
+def test_pools_that_start_at_once_do_not_split_a_group(two_pools):
+    jobs, (first, second) = two_pools
+    first.fill(0)
+    second.fill(0)
+    second.fill(1)
+    assert first.running[0].jobs == jobs[:2]
+    assert second.running[0].jobs == jobs[2:]  # and none in the other slot
+    with lock(jobs[0].directory):
+        first.look_after(0, first.running[0])
+        second.fill(1)
+        assert len(second.waiting) == 1  # until the process has both locks
+        with lock(jobs[1].directory):
+            first.look_after(0, first.running[0])
+            second.fill(1)
+    assert list(second.running) == [0]
+    assert second.busy == jobs[:2]
+
+
+@pytest.mark.parametrize("how", ["dies", "ends", "leaves one out"])
+def test_a_group_is_free_again_once_nobody_starts_it(two_pools, monkeypatch, how):
+    jobs, (first, second) = two_pools
+    first.fill(0)
+    program = first.running.pop(0)
+    if how == "dies":
+        for file in program.claims:  # as the system does
+            file.close()
+    elif how == "ends":
+        program.process = SimpleNamespace(poll=lambda: os.EX_TEMPFAIL)
+        first.running[0] = program
+        first.look_after(0, program)
+        assert first.busy == jobs[:2]
+    else:
+        with lock(jobs[0].directory):
+            monkeypatch.setattr(sweep, "LOCK_SECONDS", 60)
+            first.look_after(0, program)
+            monkeypatch.setattr(sweep, "LOCK_SECONDS", 0)
+            second.fill(0)
+            assert second.running.pop(0).jobs == jobs[2:]
+            first.look_after(0, program)
+            second.fill(0)
+        assert second.running[0].jobs == jobs[1:2]
+        return
+    second.fill(0)
+    assert second.running[0].jobs == jobs[:2]
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """Let the disk be one that has no locks, outside of SLURM."""
+    for key in list(os.environ):
+        if key.startswith("SLURM"):
+            monkeypatch.delenv(key)
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def be_task(monkeypatch, index, indices):
+    """Set what SLURM sets in a task of an array."""
+    words = dict(ID=index, MIN=indices[0], MAX=indices[-1], COUNT=len(indices))
+    words["STEP"] = indices[1] - indices[0]
+    for name, value in words.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+
+
+@pytest.mark.parametrize("together", ["2", ""])
+def test_without_locks_an_arrays_tasks_have_fixed_shares(
+    write_sweep, no_locks, monkeypatch, capsys, together
+):
+    """Also after some runs are finished, which a task begins by without the others."""
+    words = ["--together", together] if together else ["--together"]
+    path = write_sweep(actor_ln=[False, True], actor_bn=[False, True], seed=[0, 1, 2])
+    everything = {job.directory for job in sweep_jobs.read_jobs([path], [])}
+    assert len(everything) == 12
+    pools = []
+    monkeypatch.setattr(sys, "argv", ["sweep", path, *words])
+    monkeypatch.setattr(sweep.Pool, "run", lambda pool: pools.append(pool))
+    for index in (3, 5, 7):
+        be_task(monkeypatch, index, (3, 5, 7))
+        sweep.main()
+    shares = [{job.directory for job in pool.updates} for pool in pools]
+    assert set.union(*shares) == everything
+    assert sum(map(len, shares)) == 12
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith(
+        f"no locks on this disk, so task 2 of 3 of this SLURM array takes {len(shares[1])} of 12 "
+    )
+    for directory in list(shares[0]) + list(shares[1])[:1]:
+        os.makedirs(directory)
+        with open(os.path.join(directory, "finished.json"), "w") as file:
+            file.write("{}")
+    for index in (5, 3):
+        be_task(monkeypatch, index, (3, 5, 7))
+        sweep.main()
+    assert {job.directory for job in pools[3].updates} == shares[1]
+    assert len(pools[3].unfinished) == len(shares[1]) - 1
+    assert pools[4].waiting == []
+
+
+def test_without_locks_and_equal_steps_a_task_takes_nothing(write_sweep, no_locks, monkeypatch):
+    path = write_sweep(seed=[0, 1, 2])
+    monkeypatch.setattr(sys, "argv", ["sweep", path])
+    monkeypatch.setattr(sweep.Pool, "run", lambda pool: pytest.fail("a run began"))
+    for index in (1, 2, 5):
+        be_task(monkeypatch, index, (1, 2, 5))
+        with pytest.raises(UserError, match="^no locks on this disk.* as in --array=1-8$"):
+            sweep.main()
+
+
+def test_without_locks_and_an_array_one_command_is_alone(
+    write_sweep, no_locks, monkeypatch, capsys
+):
+    programs, lines = programs_of(write_sweep(seed=[0, 1]), 1, monkeypatch, capsys)
+    assert lines == (
+        "warning: no locks on this disk, so only one such command may run at a time\n"
+        "2 runs, of which 0 are finished\n"
+    )
+    assert len(programs) == 2
+
+
+def test_looking_for_locks_leaves_nothing(write_sweep, monkeypatch, capsys, tmp_path):
+    programs_of(write_sweep(seed=0), 1, monkeypatch, capsys)
+    assert list((tmp_path / "results").iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [0, os.EX_TEMPFAIL])
@@ -818,7 +1079,9 @@ def test_two_at_once_share_a_sweep(tmp_path, write_sweep):
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len(found(tmp_path, "finished.json")) == 3
-    assert any("another process is training: " in output for output in outputs)
+    for path in found(tmp_path, "output.txt"):
+        assert path.read_text().count("final score") == 1
+        assert "another process" not in path.read_text()
 
 
 @pytest.mark.slow
@@ -857,18 +1120,77 @@ def test_runs_that_are_trained_together_stop_resume_and_fail_one_by_one(tmp_path
     assert sorted(ends) == ["error:", "final", "final"]
 
 
+POOL = """
+from tools import sweep
+
+sweep.LOOK_EVERY = 1
+sweep.main()
+"""
+
+
+def own_process(pool):
+    """Return the process that a pool has started, None before."""
+    with open(f"/proc/{pool.pid}/task/{pool.pid}/children") as file:
+        return next(map(int, file.read().split()), None)
+
+
+def locked_by(process):
+    """Return the directories of the runs whose locks a process has open."""
+    folder = f"/proc/{process}/fd"
+    files = [os.path.realpath(os.path.join(folder, name)) for name in os.listdir(folder)]
+    return {os.path.dirname(file) for file in files if os.path.basename(file) == "lock"}
+
+
 @pytest.mark.slow
-def test_two_at_once_share_a_sweep_of_groups(tmp_path, write_sweep):
-    path = write_sweep(seed=[0, 1, 2, 3], num_updates=40_000, log_every=1000, eval_every=40_000)
-    first = start_here(path, "--together", "2")
-    wait_for_rows(tmp_path, first)
-    second = start_here(path, "--together", "2")
-    outputs = [process.communicate(timeout=600)[0] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], outputs
-    assert len(found(tmp_path, "finished.json")) == 4
-    assert outputs[1].count("another process is training: ") == 2
-    for rows in rows_by_seed(tmp_path).values():
-        assert [int(row["update"]) for row in rows] == list(range(1000, 40_001, 1000))
+def test_what_a_machine_that_died_had_is_taken_up_by_another(tmp_path, write_sweep, spawn):
+    """Three share six runs, in groups of two, and one is killed.
+
+    Its runs end with the same bits as if they had been left in peace in the same group.
+    """
+    fields = dict(num_updates=6000, log_every=500, eval_every=1000)
+    words = ["-c", POOL, write_sweep(seed=list(range(6)), **fields), "--together", "2"]
+    pools = [spawn(*words) for _ in range(3)]
+    dead, *others = pools
+    end = time.monotonic() + 300
+    while not has_evaluated(dead):
+        assert dead.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process = own_process(dead)
+    taken = locked_by(process)
+    os.kill(process, signal.SIGKILL)
+    dead.kill()
+    assert "finished.json" not in {name for directory in taken for name in os.listdir(directory)}
+    outputs = [pool.communicate(timeout=300)[0] for pool in others]
+    assert [pool.returncode for pool in others] == [0, 0], outputs
+    for output in outputs:
+        assert "6 done, 0 failed, 0 to go" in output
+    assert sum(output.count("    final score ") for output in outputs) == 6
+
+    seeds = []
+    for file in found(tmp_path, "output.txt"):
+        rows = table(file.parent, "train.csv")
+        assert [int(row["update"]) for row in rows] == list(range(500, 6001, 500))
+        is_taken = str(file.parent) in taken
+        if is_taken:
+            seeds.append(int(rows[0]["seed"]))
+        text = file.read_text()
+        assert text.count("one of 2 runs that are trained together") == 1 + is_taken
+        assert text.count("resuming from update") == is_taken
+        assert text.count("final score") == 1
+    assert len(seeds) == 2
+    write_sweep(seed=seeds, **fields)
+    spawn(*words, "--results", str(tmp_path / "peace")).communicate(timeout=300)
+    for directory in taken:
+        in_peace = directory.replace("/results/", "/peace/")
+        assert differences(contents(directory), contents(in_peace)) == []
+
+
+def has_evaluated(pool):
+    """Return whether a pool's runs have the checkpoint of their first evaluation."""
+    process = own_process(pool)
+    directories = locked_by(process) if process else []
+    return any(os.path.exists(os.path.join(one, "previous.npz")) for one in directories)
 
 
 # --- W&B's sweep and agent ---
@@ -1035,6 +1357,20 @@ def test_slurm_queues_its_own_job_again(tmp_path, slurm, monkeypatch, task, name
     job.wait(30)
     job.stdout.close()
     assert (tmp_path / "scontrol.txt").read_text() == f"requeue {name}\n"
+
+
+@pytest.mark.parametrize("flags", [["--together"], ["--together", "64", "--seed", "0"]])
+def test_slurms_tasks_take_the_groups_of_files(tmp_path, slurm, flags):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PWD $@"\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH\n")
+    words = ["sweeps/a.yaml", "sweeps/b.yaml", *flags]
+    command = ["bash", os.path.join(FOLDER, "slurm.sh"), *words]
+    environment = {**os.environ, **slurm}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert run.stdout == f"{tmp_path} -m tools.sweep {' '.join(words)}\n"
+    assert run.returncode == 0
 
 
 def test_slurm_says_that_it_needs_the_sweeps_name():

@@ -10,6 +10,7 @@ import yaml
 from tqdm import tqdm
 
 from harness.config import decode
+from harness.datasets import with_checksum
 from harness.directory import run_directory
 from harness.errors import UserError, one_line
 from harness.members import in_common
@@ -103,12 +104,12 @@ def command_line(config, parameters):
 class Job:
     """A run of a sweep: its command line, its config and its directory."""
 
-    def __init__(self, command):
+    def __init__(self, command, with_checksum=with_checksum):
         known = programs()
         program = next(word for word in command if word in known)
         self.script = known[program]
         self.flags = command[command.index(program) + 1 :]
-        config = read_config(self.script, self.flags)
+        config = read_config(self.script, self.flags, with_checksum)
         # By its path, so that a sweep runs from any folder
         self.command = [self.script.__file__ if word == program else word for word in command]
         self.config = config
@@ -128,25 +129,29 @@ class Job:
         return lines[-1].removesuffix(f"; {self.directory}")
 
 
-def read_jobs(paths, flags):
+def read_jobs(paths, flags, with_checksum=with_checksum):
     """Return the sweeps' runs, with `flags` added to each. A run in several sweeps comes once."""
     commands = []
     for path in paths:
         commands += [command + flags for command in expand(path)]
     jobs = {}
     for command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False):
-        job = Job(command)
+        job = Job(command, with_checksum)
         jobs[job.directory] = job
     return list(jobs.values())
 
 
 def make_groups(jobs, together):
-    """Return groups of up to `together` jobs that can be trained together, by their seeds."""
+    """Return groups of up to `together` jobs that can be trained together, by their seeds.
+
+    With None a group has all that can be trained together.
+    """
     groups = {}
     for job in sorted(jobs, key=lambda job: job.config.seed):
         in_all = in_common(job.config, job.script.HOST_FLOATS)
         groups.setdefault((job.script.__name__, *in_all.items()), []).append(job)
     chunks = []
     for own in groups.values():
-        chunks += [own[i : i + together] for i in range(0, len(own), together)]
+        size = together or len(own)
+        chunks += [own[i : i + size] for i in range(0, len(own), size)]
     return sorted(chunks, key=lambda own: own[0].config.seed)

@@ -189,13 +189,14 @@ def regulariser_times():
 
 
 def cost():
-    """The cost of the paper's experiments: updates, days of two cores, days of a GPU."""
+    """The days that the paper's experiments take on three machines, and their updates."""
     pattern = r"(.*), batch (\d+): ([\d.]+) GFLOP"
-    rates = {}  # seconds and floating-point operations of an update
+    rates = {}  # days and floating-point operations of an update
     for name, cells in measured_rows().items():
         match = re.fullmatch(pattern, name)
         if match:
-            rates[match[1], int(match[2])] = np.array([1 / float(cells[0]), 1e9 * float(match[3])])
+            days = 1 / float(cells[0]) / 86400
+            rates[match[1], int(match[2])] = np.array([days, 1e9 * float(match[3])])
     five_seeds = 5 * 1_000_000
     rebrac = 24 * rates["ReBRAC (hl_gauss)", 1024] + 12 * rates["ReBRAC (hl_gauss)", 256]
     per_script = {"ReBRAC": five_seeds * rebrac, "IQL": five_seeds * 36 * rates["IQL", 256]}
@@ -206,13 +207,13 @@ def cost():
         ("all files here", number_of_runs() / 180),
     ):
         row = [text, f"{0.18 * factor:.2f}"]
-        for seconds, operations in per_script.values():
-            row.append(f"{factor * seconds / 86400:,.0f}")
-            row.append(f"{factor * operations / 2e12 / 86400:,.1f}")
+        for days, operations in per_script.values():
+            gpu_days = factor * operations / 2e12 / 86400
+            row += [f"{factor * days:,.0f}", f"{gpu_days:,.1f}", f"{gpu_days / 8:,.1f}"]
         rows.append(row)
-    header = ["", "10⁹ updates"]
+    header = ["days", "10⁹ updates"]
     for name in per_script:
-        header += [f"{name}: days, two cores", f"{name}: days, GPU"]
+        header += [f"{name}: two cores", "one GPU", "eight GPUs"]
     return markdown(header, rows)
 
 

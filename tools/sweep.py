@@ -4,25 +4,33 @@
     python -m tools.sweep sweeps/*/gym/final.yaml --processes 8  # eight at once share the cores
     python -m tools.sweep sweeps/iql/gym/pairs.yaml --num_updates 20000  # this flag for every run
     python -m tools.sweep sweeps/iql/gym/pairs.yaml --together 64  # on a GPU: 64 in one program
+    python -m tools.sweep sweeps/iql/gym/pairs.yaml --together  # on a GPU: as many as fit
+    python -m tools.sweep sweeps/iql/gym/pairs.yaml --plan  # only what it takes here (plan.py)
 
 W&B's own engine expands the grids. Finished runs are skipped. Ctrl-C and SIGTERM stop with
-checkpoints, and the same command resumes. Several commands may share a sweep, also on machines
-that share the disk. Each run's output is in the output.txt of its directory. With
-CUDA_VISIBLE_DEVICES=0,1 the processes share the GPUs.
+checkpoints, and the same command resumes. Each run's output is in the output.txt of its directory.
+With CUDA_VISIBLE_DEVICES=0,1 the processes share the GPUs.
 
-With --together N a program trains up to N runs, which differ in seeds and numbers alone. Each has
-its own directory, as if it had been trained alone, and may go on alone or in other company. They
-are spread over all GPUs that the program sees.
+With --together N a program trains up to N runs, which differ in seeds and numbers alone. Without a
+number it trains all that can be trained together, as many at once as the GPU has memory for. Each
+has its own directory, as if it had been trained alone, and may go on alone or in other company.
+They are spread over all GPUs that the program sees.
+
+Several commands may share a sweep, also on machines that share the disk. Each group is trained by
+one of them. At its end a command waits for the others, and takes up what a machine that died had.
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
@@ -33,14 +41,56 @@ from tqdm import tqdm
 from harness.directory import status
 from harness.errors import UserError, one_line_errors
 from tools.jobs import make_groups, read_jobs
+from tools.plan import print_plan, with_known_checksum
+
+LOOK_EVERY = 30  # seconds between looks at what other processes train
+LOCK_SECONDS = 10  # after the last lock that a process took, it leaves the other runs out
 
 
 class Program:
     """A process that trains a job, or several together."""
 
-    def __init__(self, jobs):
+    def __init__(self, jobs, as_many_as_fit=False):
         self.jobs = jobs
+        self.as_many_as_fit = as_many_as_fit
         self.signals_sent = 0
+        self.claims = []  # locked files
+        self.num_locks = 0  # of its runs, how many its process has taken
+        self.locked_at = 0.0  # when it took the last of them
+
+    def claim(self):
+        """Keep the runs from other pools until `release`. Return whether none is starting them.
+
+        A process takes its runs' locks one by one, seconds after it was started. If two pools
+        started a group meanwhile, their processes would split it. So each claims all its runs
+        before it looks whether they are free, until its process has the locks. If the pool dies
+        the claims are gone.
+        """
+        for job in self.jobs:
+            try:
+                os.makedirs(job.directory, exist_ok=True)
+                self.claims.append(open(job.output_path(), "ab"))
+                fcntl.flock(self.claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                return False
+            except OSError:  # `start` says why nothing can be written, `own_share` has of locks
+                continue
+        return True
+
+    def release(self):
+        for file in self.claims:
+            file.close()
+        self.claims = []
+
+    def note_locks(self, number):
+        """Note how many of its runs are locked, and release them once its process has its own."""
+        if number > self.num_locks:
+            self.num_locks = number
+            self.locked_at = time.monotonic()
+        is_over = self.num_locks > 0 and time.monotonic() - self.locked_at > LOCK_SECONDS
+        if number == len(self.jobs) or is_over:
+            self.release()
 
     def start(self, slot, slots):
         """Start it with the share of the cores and GPUs that its slot has."""
@@ -55,6 +105,8 @@ class Program:
         flags = ""
         if len(self.jobs) > 1:
             command = [sys.executable, "-u", "-m", "harness.group", first.script.__name__]
+            if self.as_many_as_fit:
+                command.append("fit")
             flags = json.dumps([job.flags for job in self.jobs])
         os.makedirs(first.directory, exist_ok=True)
         with open(first.output_path(), "ab") as output, on_cores(slot, slots):
@@ -90,19 +142,29 @@ class Pool:
 
     def __init__(self, jobs, slots, together):
         self.slots = slots
+        self.together = together
+        self.waits = "SLURM_JOB_ID" not in os.environ  # for others, which would hold the GPU
+        self.says_that_it_waits = False
+        self.next_look = 0.0  # at what other processes train
         self.running = {}  # programs by their slots
         self.done = []
         self.failed = []
         self.busy = []  # those that other processes train
         self.signals = []  # that have come
         self.updates = {}  # of all jobs, how far they are
-        self.unfinished = []
+        self.failed_before = {}  # when the unfinished ones have failed, None if they haven't
         for job in jobs:
             now = status(job.directory)
             self.updates[job] = now.update
             if now.state != "finished":
-                self.unfinished.append(job)
-        self.waiting = [Program(own) for own in make_groups(self.unfinished, together)]
+                self.failed_before[job] = failed_at(job)
+        self.unfinished = list(self.failed_before)
+        self.waiting = self.programs(self.unfinished)
+
+    def programs(self, jobs):
+        """Return the programs of some jobs."""
+        as_many_as_fit = self.together is None
+        return [Program(own, as_many_as_fit) for own in make_groups(jobs, self.together)]
 
     def run(self):
         """Run all programs. After a signal start none, and wait for those that run."""
@@ -115,11 +177,12 @@ class Pool:
             unit_scale=True,
             disable=not sys.stderr.isatty(),
         )
-        while self.running or (self.waiting and not self.signals):
-            for slot in range(self.slots):
-                self.fill(slot)
+        while not self.is_over():
             for slot, program in list(self.running.items()):
                 self.look_after(slot, program)
+            self.look_at_others()
+            for slot in range(self.slots):
+                self.fill(slot)
             self.bar.update(sum(self.updates.values()) - self.bar.n)
             time.sleep(0.5)
         self.bar.close()
@@ -127,23 +190,73 @@ class Pool:
     def receive(self, number, _):
         self.signals.append(number)
 
+    def say(self, text):
+        """Print a text. The pool goes on where that can't be written, as on a full disk."""
+        with contextlib.suppress(OSError):
+            self.bar.write(text, sys.stdout)
+            sys.stdout.flush()
+
+    def is_over(self):
+        """Return whether nothing runs, and nothing is left to start or to wait for."""
+        if self.running:
+            return False
+        if self.signals:
+            return True
+        if self.waiting:
+            return False
+        if not self.busy or not self.waits:
+            return True
+        if not self.says_that_it_waits:
+            self.says_that_it_waits = True
+            self.say(f"waiting for {len(self.busy)} runs that other processes train")
+        return False
+
+    def look_at_others(self):
+        """Take up the runs that another process has left unfinished, if a slot is free for them.
+
+        Its machine may have died, which frees the locks.
+        """
+        if self.waiting or len(self.running) == self.slots or time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_EVERY
+        others = self.busy
+        self.busy = []
+        self.waiting = self.programs([job for job in others if self.is_free(job)])
+
+    def is_free(self, job):
+        """Return whether a job is left to do. Otherwise note what other processes do with it."""
+        now = status(job.directory)
+        self.updates[job] = now.update
+        if now.busy:
+            self.busy.append(job)
+        elif now.state == "finished":
+            self.note(job, self.done, "in another process")
+        elif now.state == "failed" and failed_at(job) != self.failed_before[job]:
+            self.note(job, self.failed, "in another process")
+        else:
+            return True
+        return False
+
     def fill(self, slot):
         """Start a program in a slot if that is free, without jobs that other processes train."""
-        while self.waiting and not self.signals and slot not in self.running:
-            program = self.waiting.pop(0)
-            free = []
-            for job in program.jobs:
-                (self.busy if status(job.directory).busy else free).append(job)
-            program.jobs = free
-            if not free:
+        for program in list(self.waiting):
+            if self.signals or slot in self.running:
+                return
+            if not program.claim():  # another pool is starting it, so come back later
+                continue
+            self.waiting.remove(program)
+            program.jobs = [job for job in program.jobs if self.is_free(job)]
+            if not program.jobs:
+                program.release()
                 continue
             try:
                 program.start(slot, self.slots)
                 self.running[slot] = program
+                self.says_that_it_waits = False
             except OSError as error:  # the others go on
-                self.failed += free
-                directory = free[0].directory
-                self.bar.write(f"can't write to {directory} ({error.strerror})", sys.stdout)
+                program.release()
+                self.failed += program.jobs
+                self.say(f"can't write to {program.jobs[0].directory} ({error.strerror})")
 
     def look_after(self, slot, program):
         """Pass signals on to a program, see how far it is, and note its end.
@@ -154,57 +267,156 @@ class Pool:
             program.process.send_signal(number)
             program.signals_sent += 1
         code = program.process.poll()
-        for job in program.jobs:
-            self.updates[job] = status(job.directory).update
+        found = {job: status(job.directory) for job in program.jobs}
+        program.note_locks(sum(now.busy for now in found.values()))
         if code is not None:
             del self.running[slot]
-            for job in program.jobs:
-                self.note_end(job, code, len(program.jobs) > 1)
+            program.release()
+        for job, now in found.items():
+            self.updates[job] = now.update
+            if code is not None:
+                self.note_end(job, now, code, len(program.jobs) > 1)
 
-    def note_end(self, job, code, in_group):
+    def note_end(self, job, now, code, in_group):
         """Note how a job has ended, and print it unless it was stopped."""
-        now = status(job.directory)
         is_left_out = code == os.EX_TEMPFAIL or (in_group and code == 0)
         if now.busy or (now.state == "unfinished" and is_left_out):  # another process was faster
             self.busy.append(job)
-            return
-        is_finished = now.state == "finished"
-        if not is_finished and self.signals:
-            return
-        (self.done if is_finished else self.failed).append(job)
-        to_go = len(self.unfinished) - len(self.done) - len(self.failed) - len(self.busy)
+        elif now.state == "finished":
+            self.note(job, self.done, job.last_words())
+        elif not self.signals:
+            self.note(job, self.failed, why_it_failed(job, now, code))
+
+    def note(self, job, ended, words):
+        """Note that a job has ended, and print it."""
+        ended.append(job)
+        to_go = len(self.unfinished) - len(self.done) - len(self.failed)
         counts = f"{len(self.done)} done, {len(self.failed)} failed, {to_go} to go"
-        self.bar.write(f"{counts}: {job.name}\n    {job.last_words()}", sys.stdout)
-        sys.stdout.flush()
+        self.say(f"{counts}: {job.name}\n    {words}")
+
+
+def failed_at(job):
+    """Return the time of a job's failed.txt, None without one."""
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(job.directory, "failed.txt")).st_mtime_ns
+    return None
+
+
+def why_it_failed(job, now, code):
+    """Return why a job's process has failed, also where it couldn't write it itself."""
+    if code < 0:
+        why = signal.strsignal(-code)
+        if code == -signal.SIGKILL:
+            why = "killed, perhaps since memory had run out"
+        return f"{why}; the same command resumes from the last checkpoint"
+    if now.reason:  # it could write its failed.txt
+        return job.last_words()
+    try:
+        with open(job.output_path(), "ab") as output:
+            output.write(b"\n")
+    except OSError as error:
+        return (
+            f"can't write to {job.directory} ({error.strerror}); once that is mended, the same "
+            "command resumes from the last checkpoint"
+        )
+    return job.last_words()
+
+
+# --- Disks without locks ---
+
+
+def own_share(jobs, together):
+    """Return the jobs that this command may train: all, if other commands see its locks.
+
+    Without locks a task of a SLURM array has its share of the groups. They are groups of all jobs,
+    finished or not, so that the share is the same when a task is queued again.
+    """
+    if all(has_locks(folder) for folder in {job.config.results for job in jobs}):
+        return jobs
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        print("warning: no locks on this disk, so only one such command may run at a time")
+        return jobs
+    position, number = place_in_array()
+    own = []
+    for group in make_groups(jobs, together)[position::number]:
+        own += group
+    print(
+        f"no locks on this disk, so task {position + 1} of {number} of this SLURM array takes "
+        f"{len(own)} of {len(jobs)} runs; only one such array may run at a time"
+    )
+    return own
+
+
+def has_locks(folder):
+    """Return whether files can be locked in a folder, which is made if need be."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)
+    except OSError:  # each run will say it
+        return True
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def place_in_array():
+    """Return a task's place in its SLURM array, from 0, and the number of tasks."""
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    index, first, last, step, number = (int(os.environ[f"SLURM_ARRAY_TASK_{x}"]) for x in names)
+    if last - first != step * (number - 1) or (index - first) % step:
+        raise UserError(
+            "no locks on this disk, so the tasks share the runs by the array's indices, which "
+            "must have equal steps, as in --array=1-8"
+        )
+    return (index - first) // step, number
 
 
 def main():
     parser = argparse.ArgumentParser(
-        usage="python -m tools.sweep FILE.yaml ... [--processes N] [--together N] "
-        "[any flag of the scripts]",
+        usage="python -m tools.sweep FILE.yaml ... [--processes N] [--together [N]] "
+        "[--plan] [any flag of the scripts]",
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+")
     parser.add_argument("--processes", type=int, default=1, help="programs at once")
-    parser.add_argument("--together", type=int, default=1, help="runs in one program, for a GPU")
+    parser.add_argument(
+        "--together",
+        type=int,
+        nargs="?",
+        default=1,
+        const=None,
+        help="runs in one program, for a GPU; without a number as many as fit",
+    )
+    parser.add_argument("--plan", action="store_true", help="only print what it takes here")
     given, flags = parser.parse_known_args()
     words = ["", *sys.argv[1:]]
     before = words[words.index(given.files[0]) - 1]
     if re.fullmatch(r"--\w+", before):  # then what was taken for a file is this flag's value
         raise UserError(f"name the files first, then {before} and other flags of the scripts")
     for name in ("processes", "together"):
-        if getattr(given, name) < 1:
+        number = getattr(given, name)
+        if number is not None and number < 1:
             raise UserError(f"{name} must be 1 or more")
-    jobs = read_jobs(given.files, flags)
+    if given.plan:
+        jobs = read_jobs(given.files, flags, with_checksum=with_known_checksum)
+        return print_plan(jobs, given.processes, given.together)
+    jobs = own_share(read_jobs(given.files, flags), given.together)
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a lock of each run of a group
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     pool = Pool(jobs, given.processes, given.together)
     num_finished = len(jobs) - len(pool.unfinished)
-    in_programs = f"; {len(pool.waiting)} programs train the others" if given.together > 1 else ""
+    in_programs = f"; {len(pool.waiting)} programs train the others" if given.together != 1 else ""
     print(f"{len(jobs)} runs, of which {num_finished} are finished{in_programs}", flush=True)
     pool.run()
     for job in pool.failed:
         print(f"failed: {job.directory}")
     for job in pool.busy:
         print(f"another process is training: {job.directory}")
+    if pool.busy and not pool.signals:
+        print("no waiting for them, which would hold a GPU: SLURM queues a job again that died")
     if pool.signals:
         print("stopped; the same command resumes")
         sys.exit(128 + pool.signals[0])

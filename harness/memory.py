@@ -1,0 +1,81 @@
+"""How much memory members need on a device, and how many fit."""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import psutil
+
+from harness.checkpoint import without_keys
+from harness.members import split_config
+
+# Of a device's free memory that members may take. The rest is for what is measured in one member
+# after the other, some 0.4 GB, and for gaps.
+USABLE = 0.8
+
+
+class Memory(NamedTuple):
+    """Bytes on a device."""
+
+    shared: int  # by all members there, such as the data
+    each: int  # of a member
+
+
+def needed_memory(script, config, data):
+    """Return the memory that training needs, from the program compiled for two members.
+
+    `config` is of one run, or of several that are trained together. `data` is a script's dataset
+    or the shapes of its arrays. Nothing is trained. It takes as long as compiling does.
+    """
+    static, traced = split_config(first_members(config, 2))
+    state = jax.eval_shape(partial(first_state, script, config), data)
+    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), state)
+    program = script.epoch.program.lower(static, traced, states, data).compile()
+    used = program.memory_analysis()
+    beside_states = used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
+    # Twice the state: an evaluation that is played beside training has a copy of it
+    return Memory(num_bytes(data), 2 * num_bytes(state) + beside_states // 2)
+
+
+def first_members(config, number):
+    """Return a config of so many members, in whose program all is that is in the config's."""
+    own = {}
+    for name, value in split_config(config)[1].items():
+        if np.ndim(value) > 0:
+            own[name] = np.resize(value, number)
+    return replace(config, num_seeds=number, **own)
+
+
+def first_state(script, config, data):
+    """Return a state as `init_states` makes it of one member."""
+    own = {name: np.ravel(value)[0] for name, value in split_config(config)[1].items()}
+    batch = script.transitions(data, np.arange(1))
+    return script.init_state(replace(config, **own), batch, 0)
+
+
+def num_bytes(tree):
+    """Return the size of all arrays in a tree, or of those that have such shapes."""
+    arrays = jax.tree.leaves(jax.eval_shape(without_keys, tree))
+    return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+def free_memory():
+    """Return the bytes that are free on each of JAX's devices."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return psutil.virtual_memory().available // jax.local_device_count()
+
+
+def num_fitting(memory):
+    """Return how many members fit on all of JAX's devices, 1 or more."""
+    on_each = (USABLE * free_memory() - memory.shared) / memory.each
+    return max(1, int(on_each)) * jax.local_device_count()
+
+
+def is_out_of_memory(error):
+    """Return whether a JaxRuntimeError says that the device's memory ran out."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

@@ -1,0 +1,173 @@
+"""The memory that members need, how many are trained at once, and what happens when it runs out."""
+
+import resource
+from dataclasses import replace
+
+import jax
+import psutil
+import pytest
+from conftest import init_states, small_config, small_data
+from runs_helpers import before_epochs, fails
+from test_group import PLAIN, STRONG, STRONGER, assert_same_to_rounding, read, start_alone, updates
+
+import harness.memory
+import iql
+import rebrac
+from harness import group
+from harness.checkpoint import without_keys
+from harness.directory import status
+from harness.members import split_config, stack_configs
+from harness.memory import Memory, needed_memory, num_fitting
+
+__all__ = ["start_alone"]  # a fixture
+
+
+def measured(script, config, data):
+    """Return the bytes of the arrays and of what a program of a config's members needs beside."""
+    states = init_states(script, config, data)
+    static, traced = split_config(config)
+    program = script.epoch.program.lower(static, traced, states, data).compile()
+    used = program.memory_analysis()
+    arrays = jax.tree.leaves(without_keys((states, data)))
+    beside = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    copy = sum(x.nbytes for x in jax.tree.leaves(without_keys(states)))
+    return sum(x.nbytes for x in arrays) + beside + copy
+
+
+@pytest.mark.parametrize("script", [rebrac, iql])
+def test_what_members_need_is_what_the_program_of_more_members_has(script):
+    """Their strengths differ, and 0 is among them."""
+    data = small_data()
+    runs = []
+    for seed in range(6):
+        config = small_config(script, seed=seed, batch_size=256, actor_dropout=0.1 * (seed % 2))
+        runs.append(replace(config, actor_wd=0.1 * seed))
+    config = stack_configs(runs)
+    memory = needed_memory(script, config, data)
+    assert memory.shared == sum(x.nbytes for x in jax.tree.leaves(data))
+    expected = measured(script, config, data)
+    assert 0.8 * expected < memory.shared + 6 * memory.each < 1.25 * expected
+
+
+@pytest.mark.parametrize(
+    "free, devices, members",
+    [(1000, 1, 10), (1000, 8, 80), (100, 2, 2)],  # (0.8 * 1000 - 90) / 70 is 10.1
+)
+def test_as_many_fit_as_the_free_memory_has_room_for(free, devices, members, monkeypatch):
+    monkeypatch.setattr(harness.memory, "free_memory", lambda: free)
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+    assert num_fitting(Memory(shared=90, each=70)) == members
+
+
+@pytest.mark.parametrize("runs, room, at_once", [(5, 4, 3), (5, 5, 5), (9, 4, 3), (2, 1, 1)])
+def test_runs_are_parted_evenly(runs, room, at_once, monkeypatch, quick):
+    """Each run here has two seeds, so that there is room for 2 * `room` members and one more."""
+    monkeypatch.setattr(group, "num_fitting", lambda memory: 2 * room + 1)
+    monkeypatch.setattr(group, "needed_memory", lambda *_: None)
+    config = small_config(iql, num_seeds=2, dataset_path=quick["dataset_path"])
+    configs = [replace(config, seed=10 * i) for i in range(runs)]
+    assert group.num_at_once(iql, configs) == at_once
+
+
+def test_those_that_do_not_fit_follow(start_group, monkeypatch):
+    monkeypatch.setattr(group, "num_fitting", lambda memory: 2)
+    directories = start_group(PLAIN, STRONG, STRONGER, words=["fit"])
+    company = ["one of 2 runs that are trained together"] * 2
+    company.append("one of 1 runs that are trained together")
+    for directory, line in zip(directories, company):
+        assert status(directory).state == "finished"
+        assert line in read(directory, "output.txt")
+
+
+def test_data_that_can_not_be_read_is_each_runs_own_error(start_group, small_file):
+    """And not that of the question how many fit."""
+    with open(small_file, "rb") as file:
+        content = file.read()
+    broken = small_file + ".broken.hdf5"
+    with open(broken, "wb") as file:
+        file.write(content[: len(content) // 2])
+    with pytest.raises(SystemExit):
+        start_group(PLAIN, STRONG, words=["fit"], dataset_path=broken)
+    for directory in start_group.directories:
+        assert broken in status(directory).reason
+        assert read(directory, "output.txt").splitlines()[-1].startswith("error: ")
+
+
+# --- When it runs out ---
+
+# A run needs some 160 MB for its updates
+LARGE = dict(batch_size=100_000, hidden_dim=32, log_every=1, num_updates=2, eval_every=2)
+
+
+@pytest.fixture
+def limit_memory():
+    """Return a function that limits what memory this process may still take. None is no limit."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def limit(more):
+        most = before[0] if more is None else psutil.Process().memory_info().vms + more
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_a_group_for_which_there_is_no_memory_is_halved(
+    start_group, start_alone, limit_memory, monkeypatch
+):
+    """In its second epoch alone, which can't have the memory that the first had."""
+
+    def act(number):
+        limit_memory(100_000_000 if number == 2 else None)
+
+    with monkeypatch.context() as patch:
+        before_epochs(patch, iql, act)
+        directories = start_group(PLAIN, STRONG, **LARGE)
+    members = [PLAIN, STRONG]
+    for directory, member, when in zip(directories, members, ["now", "after the others"]):
+        line = (
+            "the device's memory ran out with 2 runs together; now 1 at once. "
+            f"This one goes on {when}, from update 0"
+        )
+        assert line in read(directory, "output.txt").splitlines()
+        assert updates(directory) == [1, 2]
+        assert_same_to_rounding(directory, start_alone(member, results="alone", **LARGE))
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.", "the device's memory ran out; "),
+        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE:\n a fault", "JAX's device has failed; "),
+    ],
+)
+def test_a_run_that_loses_its_device_says_how_it_goes_on(words, line, start, monkeypatch):
+    with monkeypatch.context() as patch:
+        lose_device(patch, words)
+        said = fails(f"^{line}", start, iql)
+    assert "the same command resumes from the last checkpoint, of update 20" in said
+    assert status(start.directory).reason == f"error: {said}\n"
+    assert status(start(iql)).state == "finished"
+
+
+def test_a_group_that_loses_its_device_says_how_it_goes_on(start_group, monkeypatch):
+    with monkeypatch.context() as patch:
+        lose_device(patch, "INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE")
+        with pytest.raises(SystemExit):
+            start_group(PLAIN, STRONG)
+    for directory in start_group.directories:
+        last = read(directory, "output.txt").splitlines()[-1]
+        assert last.startswith("error: JAX's device has failed; the same command resumes from ")
+    for directory in start_group(PLAIN, STRONG):
+        assert status(directory).state == "finished"
+        assert "resuming from update 20" in read(directory, "output.txt")
+
+
+def lose_device(patch, words):
+    """Let JAX raise an error with some words in the fourth epoch and after."""
+
+    def act(number):
+        if number >= 4:
+            raise jax.errors.JaxRuntimeError(words)
+
+    before_epochs(patch, iql, act)

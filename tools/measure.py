@@ -1,0 +1,159 @@
+"""Measures what a plan of a sweep rests on (plan.py), in a process of its own.
+
+    python -m tools.measure 2 < questions.json  # with the cores and GPUs that one of 2 programs has
+
+A process of its own, since JAX keeps a GPU's memory for itself.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+
+if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import jax
+import numpy as np
+
+from harness.config import decode
+from harness.environments import Envs
+from harness.errors import one_line_errors
+from harness.evaluation import evaluation_episodes
+from harness.members import check_device, has_accelerator, split_config
+from harness.memory import first_state, free_memory, needed_memory, num_bytes, num_fitting
+from harness.policies import host_policy
+from harness.scripts import load_script
+from tools.timing import (
+    first_states,
+    machine,
+    matrix_products,
+    num_operations,
+    random_data,
+    stopwatch,
+    trainer,
+)
+
+SECONDS = 4  # of measuring a rate
+VALUES = dict(v_min=-10.0, v_max=10.0)  # in place of what a script takes from the dataset
+
+
+def take_share(processes):
+    """Take the cores and GPUs that the first of so many programs has."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[::processes])
+    gpus = os.getenv("CUDA_VISIBLE_DEVICES")
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[::processes])
+
+
+def measurements(questions):
+    """Measure the first kind of each script, and an evaluation of the first kind of each row.
+
+    The result's "kinds" have what follows from the shapes of each one. Its "speeds" are by script.
+    Its "steps", of environments a second, and "memory" are by row.
+    """
+    started = time.monotonic()
+    found = dict(kinds=[], speeds={}, steps={}, memory={})
+    for about in questions:
+        script = load_script(about["script"])
+        config = script.Config(**decode(script.Config, about["fields"]))
+        for name, value in VALUES.items():
+            if getattr(config, name, 0) is None:
+                config = replace(config, **{name: value})
+        size, *dims = about["shapes"]
+        made = made_by(script, config, random_data(2, *dims))
+        found["kinds"].append(made)
+        row = about["row"]
+        if row in found["memory"]:
+            continue
+        data = random_data(size, *dims)
+        config = replace(config, num_seeds=about["members"])
+        memory = needed_memory(script, config, data)
+        fitting = num_fitting(memory)
+        found["memory"][row] = dict(shared=memory.shared, each=memory.each, fitting=fitting)
+        if about["as_many_as_fit"]:
+            config = replace(config, num_seeds=min(config.num_seeds, fitting))
+        found["steps"][row] = steps_per_second(script, config, data)
+        if script.NAME not in found["speeds"]:
+            speed = updates_per_second(script, config, jax.device_put(data))
+            found["speeds"][script.NAME] = speed
+            speed["operations"] = speed["updates"] * made["operations"]
+            speed["about"] = f"{config.dataset_name}, batch {config.batch_size}"
+    return dict(
+        **found,
+        machine=machine(),
+        accelerator=has_accelerator(),
+        devices=jax.local_device_count(),
+        free=free_memory(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def made_by(script, config, data):
+    """Return what follows from the shapes of a member, without compiling anything.
+
+    That is the operations of an update, the bytes and number of its arrays, and the columns of
+    train.csv.
+    """
+    state = jax.eval_shape(functools.partial(first_state, script, config), data)
+    states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state)
+    num_updates = getattr(config, "policy_freq", 1)
+    static, traced = split_config(replace(config, num_seeds=1, log_every=num_updates))
+    trace = jax.make_jaxpr(script.epoch.program, static_argnums=0, return_shape=True)
+    program, (_, infos) = trace(static, traced, states, data)
+    work = sum(num_operations(*product) for product in matrix_products(program.jaxpr))
+    return dict(
+        operations=work / num_updates,
+        bytes=num_bytes(state),
+        arrays=len(jax.tree.leaves(state)),
+        columns=2 + len(infos),
+    )
+
+
+def updates_per_second(script, config, data):
+    """Return the rate of all members, how many they are, and the seconds to compile.
+
+    On a CPU two stand for more, since members take as long as one after the other.
+    """
+    if not has_accelerator():
+        log_every = 10 * getattr(config, "policy_freq", 1)
+        config = replace(config, num_seeds=min(2, config.num_seeds), log_every=log_every)
+    train = trainer(script, config, data)
+    first = stopwatch(train)
+    times = [stopwatch(train)]
+    while sum(times) < SECONDS:
+        times.append(stopwatch(train))
+    seconds = float(np.median(times))
+    rate = config.num_seeds * config.log_every / seconds
+    return dict(updates=rate, members=config.num_seeds, start=max(0.0, first - seconds))
+
+
+def steps_per_second(script, config, data):
+    """Return the rate of up to 32 environments that one member's policy steps together."""
+    number = min(32, config.num_seeds * len(evaluation_episodes(config)))
+    config = replace(config, num_seeds=1)
+    actor = first_states(script, config, data).actor
+    act = host_policy(script.policy, config, actor, data)
+    envs = Envs(config.dataset_name, number)
+    states = envs.reset([(0, 0, episode) for episode in range(number)])
+    np.array(act(states[None]))  # compiles it
+    started = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() < started + SECONDS / 2:
+        states, _, _ = envs.step(np.arange(number), np.array(act(states[None]))[0])
+        rounds += 1
+    return rounds * number / (time.perf_counter() - started)
+
+
+def main():
+    take_share(int(sys.argv[1]))
+    check_device()
+    print(json.dumps(measurements(json.load(sys.stdin))))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,280 @@
+"""A plan of a sweep on this machine: `python -m tools.sweep FILES --plan` prints it.
+
+Nothing is started or written. measure.py measures, of each script, the updates a second of the
+kind of program that has the most to do, and in each domain the steps a second of an evaluation.
+The rest is reckoned: other kinds make as many floating-point operations a second in their matrix
+products, whose number follows from the shapes.
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+from harness.datasets import DOMAINS, domain, with_checksum
+from harness.directory import status
+from harness.download import known_files
+from harness.environments import d4rl, gym, make_env
+from harness.errors import UserError
+from harness.evaluation import evaluation_episodes
+from harness.hdf5 import open_hdf5
+from harness.inside import NUM_COMPARED
+from harness.members import NOT_COMPILED
+from harness.scripts import ROOT
+from tools.jobs import make_groups
+
+TRANSITIONS = 1_000_000  # of a dataset whose file isn't here
+
+# Fields that don't set the cost of an update
+NO_SIZES = (*NOT_COMPILED, "dataset_name", "num_seeds", "num_updates", "log_every", "preset")
+
+# Bytes in a run's files, as finished runs have them
+NUMBER = 10  # in train.csv
+INSIDE = 450  # a row of evaluations.csv with the analysis
+EPISODE = 35  # a row of episodes.csv
+ARRAY = 350  # what a checkpoint has about each array
+
+# --- What is to be done ---
+
+
+@functools.cache
+def task(name):
+    """Return the entries of a state and of an action, and the steps of the longest episode."""
+    env = make_env(name, drawn=False)
+    return env.observation_space.shape[0], env.action_space.shape[0], env._max_episode_steps
+
+
+def file_of_d4rl(name):
+    """Return where D4RL's own file of a dataset is or would be, None if it has none."""
+    url = gym.spec(name).kwargs.get("dataset_url")
+    return url and d4rl.offline_env.filepath_from_url(url)
+
+
+def with_known_checksum(config):
+    """Return the config with its dataset's checksum. A file of D4RL's that isn't here has its own.
+
+    So nothing is downloaded, and the names of runs are right.
+    """
+    path = file_of_d4rl(config.dataset_name)
+    if config.dataset_path or not path or os.path.exists(path):
+        return with_checksum(config)
+    known = known_files().get(os.path.basename(path), {})
+    return replace(config, dataset_sha256=config.dataset_sha256 or known.get("sha256"))
+
+
+@functools.cache
+def num_transitions(name, path):
+    """Return the steps in a dataset's file, None if it isn't here."""
+    path = path or file_of_d4rl(name)
+    if not os.path.exists(path):
+        return None
+    with open_hdf5(path) as file:
+        return len(file["rewards"])
+
+
+def row_of(job):
+    """Return the job's algorithm and domain, which are a row of the plan."""
+    return f"{job.script.NAME}, {DOMAINS[domain(job.config.dataset_name)]}"
+
+
+def num_evaluations(config, update=0):
+    """Return how many evaluations of a run come after an update."""
+    return math.ceil(config.num_updates / config.eval_every) - update // config.eval_every
+
+
+class Program:
+    """Jobs that one program trains, and what they still have to do."""
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+        self.script = jobs[0].script
+        self.config = jobs[0].config
+        self.row = row_of(jobs[0])
+        self.state_dim, self.action_dim, longest = task(self.config.dataset_name)
+        self.transitions = num_transitions(self.config.dataset_name, self.config.dataset_path)
+        self.members = sum(job.config.num_seeds for job in jobs)
+        self.updates = 0  # of all members
+        self.steps = 0  # of environments
+        for job in jobs:
+            config = job.config
+            update = status(job.directory).update
+            episodes = num_evaluations(config, update) * len(evaluation_episodes(config))
+            self.updates += config.num_seeds * (config.num_updates - update)
+            self.steps += config.num_seeds * episodes * longest
+
+    def kind(self):
+        """Return what sets the cost of an update: the script, and all sizes."""
+        sizes = [self.state_dim, self.action_dim]
+        for name, value in vars(self.config).items():
+            if type(value) in (int, str) and name not in NO_SIZES and "lr_decay" not in name:
+                sizes.append(value)
+        return self.script.__name__, *sizes
+
+    def question(self, as_many_as_fit):
+        """Return what `measurements` needs to know."""
+        return dict(
+            script=self.script.__name__,
+            fields=vars(self.config),
+            row=self.row,
+            members=self.members,
+            as_many_as_fit=as_many_as_fit,
+            shapes=(self.transitions or TRANSITIONS, self.state_dim, self.action_dim),
+        )
+
+    def reckon(self, found, made, as_many_as_fit):
+        """Reckon seconds and bytes from what was `found`, and from what its kind has `made`."""
+        speed = found["speeds"][self.script.NAME]
+        training = self.updates * made["operations"] / speed["operations"] + speed["start"]
+        evaluation = self.steps / found["steps"][self.row]
+        is_beside = found["accelerator"]  # the CPU plays while the GPU trains
+        self.seconds = max(training, evaluation) if is_beside else training + evaluation
+        self.evaluation = self.seconds - training
+        memory = found["memory"][self.row]
+        if as_many_as_fit:
+            self.members = min(self.members, memory["fitting"])
+        on_one_device = math.ceil(self.members / found["devices"])
+        self.memory = memory["shared"] + memory["each"] * on_one_device
+        sizes = [run_bytes(job.config, made) for job in self.jobs]
+        self.checkpoints = sum(checkpoint for checkpoint, _ in sizes)
+        self.disk = sum(checkpoint + others for checkpoint, others in sizes)
+
+
+def run_bytes(config, made):
+    """Return the bytes of a run's checkpoint, and of its other files once it is finished."""
+    checkpoint = config.num_seeds * made["bytes"] + made["arrays"] * ARRAY
+    evaluation = len(evaluation_episodes(config)) * EPISODE
+    features = 0
+    if config.analysis:
+        evaluation += INSIDE
+        features = 4 * NUM_COMPARED * config.hidden_dim
+    rows = config.num_updates // config.log_every
+    tables = rows * made["columns"] * NUMBER + num_evaluations(config) * evaluation
+    return checkpoint, config.num_seeds * (tables + features)
+
+
+# --- The plan ---
+
+
+def ask(questions, processes):
+    """Return the `measurements` that another process makes.
+
+    That has the share of the machine that a program has of so many. JAX would keep a GPU's memory
+    in this one.
+    """
+    command = [sys.executable, "-m", "tools.measure", str(processes)]
+    text = json.dumps(questions)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["its process was killed"]
+        raise UserError(f"can't measure: {lines[-1].removeprefix('error: ')}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_plan(jobs, processes, together, measure=ask):
+    """Print the plan of some jobs, before any of them is started."""
+    unfinished = [job for job in jobs if status(job.directory).state != "finished"]
+    if not unfinished:
+        print(f"all {len(jobs)} runs are finished")
+        return
+    programs = [Program(own) for own in make_groups(unfinished, together)]
+    by_kind = grouped(programs, Program.kind)
+    kinds = sorted(by_kind, key=lambda kind: -sum(own.updates for own in by_kind[kind]))
+    print("measuring, about a minute for each algorithm; no run is started", flush=True)
+    fit = together is None
+    found = measure([by_kind[kind][0].question(fit) for kind in kinds], processes)
+    for program in programs:
+        program.reckon(found, found["kinds"][kinds.index(program.kind())], fit)
+    print(aligned(table(jobs, programs, num_at_once(processes, found))))
+    print(*about_time(programs, found), *about_room(programs, processes, found), sep="\n")
+
+
+def grouped(items, key):
+    """Return lists of items by their keys."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def num_at_once(processes, found):
+    """Return how many programs run at once at the full rate. Those on the same GPU share it."""
+    if not found["accelerator"]:
+        return processes
+    return min(processes, len(os.getenv("CUDA_VISIBLE_DEVICES", "").split(",")))
+
+
+def table(jobs, programs, at_once):
+    """Return the lines of the plan's table: a row for each algorithm and domain, and for all."""
+    header = ["", "runs", "finished", "programs", "members"]
+    lines = [header + ["10^6 updates", "GB of memory", "GB of disk", "hours"]]
+    own_programs = grouped(programs, lambda program: program.row)
+    rows = [(row, own, own_programs.get(row, [])) for row, own in grouped(jobs, row_of).items()]
+    for row, own_jobs, own in [*rows, ("all", jobs, programs)]:
+        num_finished = len(own_jobs) - sum(len(program.jobs) for program in own)
+        cells = [row, f"{len(own_jobs):,}", f"{num_finished:,}", f"{len(own):,}"]
+        if own:
+            cells.append(f"{max(program.members for program in own)}")
+            cells.append(f"{sum(program.updates for program in own) / 1e6:,.2f}")
+            cells.append(f"{max(program.memory for program in own) / 1e9:.2f}")
+            cells.append(f"{sum(program.disk for program in own) / 1e9:,.2f}")
+            seconds = [program.seconds for program in own]
+            cells.append(f"{max(sum(seconds) / at_once, max(seconds)) / 3600:,.1f}")
+        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+    return lines
+
+
+def aligned(lines):
+    """Return a table of texts, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = []
+    for name, *cells in lines:
+        words = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        texts.append("  ".join([name.ljust(widths[0]), *words]))
+    return "\n".join(texts)
+
+
+def about_time(programs, found):
+    """Yield lines about what the hours rest on."""
+    yield f"\nmeasured in {found['seconds']:.0f} s, on {found['machine']}:"
+    for name, speed in found["speeds"].items():
+        rate = f"{speed['updates']:,.0f} updates/s; {speed['start']:.0f} s to compile"
+        yield f"  {name}, {speed['about']}, members: {speed['members']}: {rate}"
+    for row, rate in found["steps"].items():
+        yield f"  {row}: {rate:,.0f} steps/s of evaluation"
+    yield "reckoned from that: the rest, by operations; regularisers count as free"
+    yield "not counted: reading the datasets, and measuring inside the actors"
+    settings = []
+    for program in programs:
+        config = program.config
+        noisy = len(evaluation_episodes(config)) - config.eval_episodes
+        episodes = f"{config.eval_episodes} + {noisy} episodes"
+        settings.append(f"every {config.eval_every:,} updates {episodes}")
+    seconds = sum(program.seconds for program in programs)
+    share = sum(program.evaluation for program in programs) / seconds
+    yield (
+        f"evaluation: at most {share:.1%} of the hours ({', or '.join(dict.fromkeys(settings))}); "
+        "--eval_every and --eval_episodes change it"
+    )
+
+
+def about_room(programs, processes, found):
+    """Yield lines about memory and disk."""
+    absent = {own.config.dataset_name for own in programs if own.transitions is None}
+    if absent:
+        yield f"taken as {TRANSITIONS:,} steps, since not here: {', '.join(sorted(absent))}"
+    on_top = "" if found["accelerator"] else "; the process itself takes 0.5 GB more"
+    free = f"{found['free'] / 1e9:.1f} GB are free"
+    yield f"memory: of a program on each device, where {free}{on_top}"
+    checkpoints = sorted(program.checkpoints for program in programs)[-processes:]
+    most = sum(program.disk for program in programs) + sum(checkpoints)
+    folder = os.path.abspath(programs[0].config.results)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    yield f"disk: {most / 1e9:,.2f} GB before the end; {free / 1e9:,.1f} GB are free in {folder}"
+    if most > free:
+        yield "the disk has too little room: --results names another folder"
