@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import sys
 
@@ -180,8 +179,6 @@ def main():
         config = read_config(script, words)
         if status(run_directory(script.__name__, config, script.tuned)).state != "finished":
             configs.append(config)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each run has a lock
     at_once = len(configs)
     if "fit" in sys.argv[2:] and len(configs) > 1:
         with contextlib.suppress(UserError):  # which each run will have in its output

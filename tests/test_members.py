@@ -81,6 +81,27 @@ def test_each_seed_has_what_the_plain_function_gives(num_seeds, noise):
         np.testing.assert_array_equal(new_states["w"][seed], expected["w"])
 
 
+def test_members_in_turn_need_no_more_memory_than_one():
+    """Each has a matrix of 4 MB."""
+
+    def middle(config, x):
+        return jnp.sort(jnp.outer(x, jnp.cos(x)).ravel())[500_000] * config.tau
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 1000)), jnp.float32)
+    in_turn = over_members("x", in_turn=True)(middle)
+    at_once = over_members("x")(middle)
+    np.testing.assert_allclose(in_turn(CONFIG, x), at_once(CONFIG, x), rtol=1e-6)
+
+    def memory(function, x):
+        program = function.program.lower(*split_config(CONFIG), x).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    alone = memory(at_once, x[:1])
+    assert alone > 4_000_000
+    assert memory(in_turn, x) < 1.1 * alone
+    assert memory(at_once, x) > 4 * alone
+
+
 def test_the_decorated_function_keeps_its_name_and_docstring():
     assert over_all_seeds.__name__ == "decay"
     assert over_all_seeds.__doc__ == decay.__doc__
