@@ -9,7 +9,7 @@ which is CQL(H) on Soft Actor-Critic (SAC, arXiv 1812.05905).
     python cql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
     python cql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
 
-Two CPU cores make about 13 updates a second (Hopper's sizes).
+Two CPU cores make about 14 updates a second (Hopper's sizes).
 """
 
 import math
@@ -81,10 +81,10 @@ class Config:
     critic_learning_rate: float = 3e-4  # learning rate of the critics' Adam
     reward_scale: Optional[float] = None  # rewards are multiplied by this; default: 1 (AntMaze 10)
     reward_shift: Optional[float] = None  # then this is added; default: 0 (AntMaze -5)
-    cql_weight: Optional[float] = None  # weight of the gap in the critics' loss; default: tuned
+    cql_weight: Optional[float] = None  # weight of the gap; default: 10 (AntMaze 5, Adroit 1)
     n_actions: int = 10  # actions from each of three sources, by which the gap is estimated
-    lagrange_gap: Optional[float] = None  # Lagrange form: where the gap is to be; 0: none; tuned
-    gap_clip: Optional[float] = None  # the gap is at least minus this; 0: any; default: tuned
+    lagrange_gap: Optional[float] = None  # Lagrange form: the gap's target; 0: none; AntMaze 0.8
+    gap_clip: Optional[float] = None  # the gap is at least minus this; 0: any; AntMaze 200
     max_backup: Optional[bool] = None  # targets take the best of n_actions; default: on AntMaze
     bc_steps: int = 0  # first updates in which the actor clones the data in place of raising Q
     log_std_min: float = -20.0  # lower bound of the log standard deviation
@@ -441,7 +441,10 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 
 
 def hidden_dense(config):
-    """Return a hidden Dense: orthogonal weights, biases 0, as CORL's critics."""
+    """Return a hidden Dense: orthogonal weights, biases 0.
+
+    So are CORL's critics, but not its actor.
+    """
     return nn.Dense(config.hidden_dim, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
 
 
@@ -551,7 +554,7 @@ class TrainState(NamedTuple):
     critic_opt: optax.OptState
     temperature: dict  # its params: the logarithm of SAC's alpha
     temperature_opt: optax.OptState
-    multiplier: dict  # its params: the logarithm of Lagrange's alpha', which has no use without
+    multiplier: dict  # its params: the logarithm of alpha', unused without lagrange_gap
     multiplier_opt: optax.OptState
     key: jax.Array
 
@@ -563,7 +566,7 @@ def temperature(params):
 
 def multiplier(params):
     """Return Lagrange's alpha', up to 1e6."""
-    return jnp.minimum(jnp.exp(params["log_alpha"]), 1e6)
+    return jnp.minimum(jnp.exp(params["log_alpha_prime"]), 1e6)
 
 
 def repeated(observations, actions):
@@ -575,8 +578,8 @@ def repeated(observations, actions):
 def critic_target(config, state, batch, next_actions):
     """Return r + gamma (1 - d) min_k Q'_k(s', a'), (B,), of scaled rewards, without an entropy.
 
-    a' is the first of next_actions (n, B, A). With max_backup it is the best of them: it has the
-    largest min_k Q'_k(s', a'), as in CORL.
+    a' is the first of next_actions (n, B, A), which are also the gap's samples. With max_backup it
+    is the best of them: it has the largest min_k Q'_k(s', a'), as in CORL.
     """
     nets = networks(config, batch.actions)
     if not config.max_backup:
@@ -589,7 +592,7 @@ def critic_target(config, state, batch, next_actions):
 
 
 def conservative_gap(config, values, log_densities, data_values):
-    """Return log sum_j exp(Q(s, a_j)) / mu(a_j) - Q(s, a), (2, B) (CQL, equation 4).
+    """Return log(sum_j exp(Q(s, a_j)) / mu(a_j)) - Q(s, a), (2, B) (CQL, equation 4).
 
     The sum is over samples a_j of densities mu, (2, num, B) and (num, B) (CQL, appendix F). Of a
     Q that is constant in the action it is log sum_j 1 / mu(a_j), without a gradient. lagrange_gap
@@ -604,9 +607,9 @@ def conservative_gap(config, values, log_densities, data_values):
 def critic_loss(params, config, state, batch, target, samples, key):
     """Return (Q(s, a) - target)^2 + cql_weight gap, a mean over the batch (CQL, equation 4).
 
-    In the Lagrange form the weight is also multiplied by alpha' (CQL, appendix F). It is summed
-    over both critics; the logged one is their mean. The data's actions and the samples go through
-    the critics as one batch. Also returns the critics' variables and scalars to log.
+    In the Lagrange form the weight is also multiplied by alpha' (CQL, appendix F). The loss is
+    summed over both critics; the logged one is their mean. The data's actions and the samples go
+    through the critics as one batch. Also returns the critics' variables and scalars to log.
     """
     nets = networks(config, batch.actions)
     critic = {**state.critic, "params": params}
@@ -837,8 +840,8 @@ def init_state(config, batch, seed):
     nets = networks(config, batch.actions)
     actor = init_network(nets.actor, actor_key, batch.observations)
     critic = init_network(nets.critics, critic_key, batch.observations, batch.actions)
-    log_alpha = {"log_alpha": jnp.float32(0)}  # as CORL's, and the next
-    log_multiplier = {"log_alpha": jnp.float32(1)}
+    log_alpha = {"log_alpha": jnp.float32(0)}  # as CORL's
+    log_multiplier = {"log_alpha_prime": jnp.float32(1)}  # as CORL's
     return TrainState(
         actor=actor,
         actor_opt=actor_optimizer(config).init(actor["params"]),

@@ -80,7 +80,10 @@ STUDY = dict(
 )
 # The squared-error critic, and the largest of the paper's coefficients: with those for D4RL's
 # larger files ReBRAC's actor leaves the study's data, which tools/collect.py has made, in part.
-STUDY_OF = {"rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1])}
+STUDY_OF = {
+    "rebrac": dict(critic_loss=["mse"], actor_bc_coef=[0.1]),
+    "cql": dict(actor_learning_rate=[3e-4]),
+}
 
 # The README's second study: where do regularisers help?
 SECOND_PARTS = {

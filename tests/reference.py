@@ -714,7 +714,7 @@ def cql_update_critics(config, state, batch, actions, log_densities):
     x = np.concatenate([pairs(batch.observations, a) for a in [batch.actions, *actions]])
     weight = config.cql_weight
     if config.lagrange_gap:
-        weight = weight * min(np.exp(state["multiplier"]["log_alpha"]), 1e6)
+        weight = weight * min(np.exp(state["multiplier"]["log_alpha_prime"]), 1e6)
     grads = {}
     losses = []
     gaps = []
@@ -740,9 +740,9 @@ def cql_update_critics(config, state, batch, actions, log_densities):
 
 def cql_update_multiplier(config, state, gap):
     """Return the state after a step of log alpha' on -alpha' w (gap - tau)."""
-    alpha = np.exp(state["multiplier"]["log_alpha"])
+    alpha = np.exp(state["multiplier"]["log_alpha_prime"])
     grad = -alpha * config.cql_weight * (gap - config.lagrange_gap) * (alpha < 1e6)
-    return take_step(state, "multiplier", {"log_alpha": grad}, config.critic_learning_rate)
+    return take_step(state, "multiplier", {"log_alpha_prime": grad}, config.critic_learning_rate)
 
 
 def cql_actor_loss(config, state, batch, noise):

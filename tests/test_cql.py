@@ -267,14 +267,17 @@ def test_alpha_prime_rises_while_the_gap_is_too_large_and_stops_at_1e6():
     state = small_state(cql, config)
     for gap, sign in ((3.0, 1), (1.0, -1)):
         after, _ = cql.update_multiplier(config, state, jnp.float32(gap))
-        change = after.multiplier["params"]["log_alpha"] - state.multiplier["params"]["log_alpha"]
+        change = (
+            after.multiplier["params"]["log_alpha_prime"]
+            - state.multiplier["params"]["log_alpha_prime"]
+        )
         np.testing.assert_allclose(change, sign * config.critic_learning_rate, rtol=1e-3)
     grad = jax.grad(cql.multiplier_loss)
-    low = grad({"log_alpha": jnp.float32(1)}, config, jnp.float32(3))["log_alpha"]
+    low = grad({"log_alpha_prime": jnp.float32(1)}, config, jnp.float32(3))["log_alpha_prime"]
     np.testing.assert_allclose(low, -np.e * 5 * (3 - 2), rtol=1e-5)
-    high = grad({"log_alpha": jnp.float32(20)}, config, jnp.float32(3))["log_alpha"]
+    high = grad({"log_alpha_prime": jnp.float32(20)}, config, jnp.float32(3))["log_alpha_prime"]
     assert high == 0
-    assert cql.multiplier({"log_alpha": jnp.float32(20)}) == 1e6
+    assert cql.multiplier({"log_alpha_prime": jnp.float32(20)}) == 1e6
 
 
 def test_alpha_rises_while_the_entropy_is_below_its_target():
@@ -365,7 +368,7 @@ def test_seeds_trained_together_are_those_trained_alone():
             np.testing.assert_allclose(a[seed], b[0], rtol=1e-3, atol=1e-5)
 
 
-def test_parameters_start_as_corls():
+def test_critics_and_deviations_start_as_corls():
     """And both critics have as many layers."""
     config = replace(SMALL, hidden_dim=32, critic_layers=5)
     state = cql.init_state(config, small_batch(1), 0)
