@@ -380,18 +380,21 @@ def findings():
 def antmaze():
     """Success on AntMaze data of our own over the updates, beside CORL's on D4RL's."""
     seeds, _ = read_results([path_of("data", "antmaze.csv")])
-    table = pd.DataFrame(seeds)
+    table = by_label(pd.DataFrame(seeds))
+    table["num_updates"] = table["updates"].map(max)
     published = pd.read_csv(path_of("data", "paper.csv")).set_index(["algorithm", "dataset_name"])
     rows = []
-    for (algorithm, dataset), own in table.groupby(["algorithm", "dataset"], sort=False):
+    kinds = ["algorithm", "dataset", "label", "num_updates"]
+    for (algorithm, dataset, label, _), own in table.groupby(kinds, observed=True):
         name = SCRIPTS[algorithm].NAME
         curve = []
         for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
             curve.append(f"{updates // 1000}: {scores.mean():.0f}")
         last = ", ".join(f"{scores[-1]:.0f}" for scores in own["scores"])
-        rows.append([name, dataset, ", ".join(curve), last])
+        rows.append([name, dataset, label, ", ".join(curve), last])
         rows[-1].append(f"{published['mean'][name, dataset]:.0f}")
-    header = ["", "dataset", "thousand updates: mean success (%)", "at the end, by seed", "CORL"]
+    header = ["", "dataset", "regularisers", "thousand updates: mean success (%)"]
+    header += ["at the end, by seed", "CORL"]
     return markdown(header, rows)
 
 
