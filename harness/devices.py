@@ -15,6 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+# Of a `Spread`'s arguments without members, by its position: the argument, the number of devices,
+# and the copies on them
+COPIES = {}
+
+
+def forget_copies():
+    """Free the memory of the copies, as when it has run out."""
+    COPIES.clear()
+
+
+def devices_work():
+    """Return whether JAX's devices still compute."""
+    try:
+        for device in jax.local_devices():
+            np.asarray(jax.device_put(np.ones(8), device) + 1)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
 
 def host():
     """Return the CPU as JAX's device, or JAX's first one if JAX_PLATFORMS leaves the CPU out."""
@@ -27,8 +46,8 @@ def host():
 def num_devices(members):
     """Return over how many of JAX's devices so many members are spread.
 
-    It is the fewest that leave none with more than its share of all: 9 members on 8 devices take
-    5, two on each, so that one copy fills them up, and not 7.
+    9 members on 8 devices need two on one of them. Then 5 devices are enough, with two on each. One
+    copy fills them up, where 8 devices would need 7.
     """
     most_on_one = math.ceil(members / jax.local_device_count())
     return math.ceil(members / most_on_one)
@@ -83,10 +102,9 @@ class Spread:
 
     def __init__(self, axes):
         self.axes = axes
-        self.copies = {}  # of arguments that aren't, by their positions
 
     def is_needed(self, arguments):
-        """Return whether there are several devices and members, which no argument keeps on one."""
+        """Return whether members go to several devices. An argument may keep them on its own."""
         if jax.local_device_count() == 1 or has_device(arguments):
             return False
         return num_members(self.axes, arguments) > 1
@@ -107,11 +125,11 @@ class Spread:
 
     def copy(self, position, argument, number):
         """Return an argument with a copy on each of the devices, which is made once."""
-        copied, devices, copy = self.copies.get(position, (None, None, None))
-        if copied is not argument or devices != number:
-            copy = jax.device_put(argument, NamedSharding(mesh_of(number), PartitionSpec()))
-            self.copies[position] = (argument, number, copy)
-        return copy
+        last_argument, last_number, copies = COPIES.get((self, position), (None, None, None))
+        if last_argument is not argument or last_number != number:
+            copies = jax.device_put(argument, NamedSharding(mesh_of(number), PartitionSpec()))
+            COPIES[self, position] = (argument, number, copies)
+        return copies
 
 
 def split(arrays, size, number):

@@ -19,6 +19,12 @@ class BusyError(UserError):
     exit_code = os.EX_TEMPFAIL  # by which tools/sweep.py knows it
 
 
+class DeviceError(UserError):
+    """JAX's device has failed, for this run and all others."""
+
+    exit_code = os.EX_UNAVAILABLE  # by which tools/sweep.py knows it
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """End the program with one line where a UserError is raised, without a traceback.

@@ -25,8 +25,9 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no
 import jax
 
 from harness.datasets import load_dataset
+from harness.devices import forget_copies
 from harness.directory import run_directory, status
-from harness.errors import BusyError, UserError, one_line_errors
+from harness.errors import BusyError, DeviceError, UserError, one_line_errors
 from harness.members import check_device, stack_configs
 from harness.memory import is_out_of_memory, needed_memory, num_fitting
 from harness.record import Record
@@ -42,7 +43,6 @@ class Group(Run):
     """Runs that are trained together: those at the same update that no other process trains."""
 
     def __init__(self, name, configs, tuned):
-        check_device()
         self.finished_before = False
         self.later = []  # configs of runs that are trained after these
         self.at_once = len(configs)  # as many as the memory has had room for
@@ -53,6 +53,9 @@ class Group(Run):
             with self.printing(record):
                 try:
                     record.open()
+                    if status(record.directory).state == "finished":  # by another process
+                        record.close()
+                        continue
                     positions[record] = record.position()
                 except BusyError as error:
                     print(error)
@@ -96,16 +99,8 @@ class Group(Run):
         """Train these."""
         self.begin(records, stack_configs([record.config for record in records]))
 
-    @contextlib.contextmanager
     def printing(self, record):
-        """Print to a run's output.txt, or to the process's own output if that can't be opened."""
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                os.makedirs(record.directory, exist_ok=True)
-                lines = dict(buffering=1, errors="backslashreplace")
-                output = stack.enter_context(open(record.path("output.txt"), "a", **lines))
-                stack.enter_context(contextlib.redirect_stdout(output))
-            yield
+        return printing_to(record.directory)
 
     def give_up(self, broken, states=None, update=None):
         """Save the others, if there are `states`, and end the broken ones.
@@ -129,20 +124,33 @@ class Group(Run):
         """Put off half of the runs. The others go on from their last checkpoints."""
         if self.pending:  # it may have run out of memory, too
             self.pending.ended.wait()
-        self.at_once = len(self.records) // 2
+        self.at_once = (len(self.records) + 1) // 2
         kept, others = self.records[: self.at_once], self.records[self.at_once :]
         for record in self.records:
             record.held = None
             when = "now" if record in kept else "after the others"
             with self.printing(record):
                 print(
-                    f"the device's memory ran out with {len(self.records)} runs together; now "
-                    f"{self.at_once} at once. This one goes on {when}, from update {record.saved}"
+                    f"memory ran out with {len(self.records)} runs together; now {self.at_once} at "
+                    f"once. This one goes on {when}, from {record.checkpoint_text()}"
                 )
         self.later += [record.config for record in others]
         self.close(others, 1, preempted=True)
         self.bar.close()
         self.take(kept)
+
+
+@contextlib.contextmanager
+def printing_to(directory):
+    """Print to a run's output.txt, or to the process's own output if that can't be opened."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            os.makedirs(directory, exist_ok=True)
+            path = os.path.join(directory, "output.txt")
+            output = open(path, "a", buffering=1, errors="backslashreplace")
+            stack.enter_context(output)
+            stack.enter_context(contextlib.redirect_stdout(output))
+        yield
 
 
 def train(script, group):
@@ -154,16 +162,17 @@ def train(script, group):
                     return script.train(group.config, group)
             except FewerRuns:
                 pass
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 if len(group.records) == 1 or not is_out_of_memory(error):
                     raise
                 group.halve()
-            gc.collect()  # so that the arrays of before are gone
+            # The arrays of before must be gone
+            forget_copies()
+            gc.collect()
 
 
 def num_at_once(script, configs):
-    """Return how many runs to train at once: parts of one size, for which memory has room."""
-    check_device()
+    """Return how many runs to train at once. Memory has room for them, and parts are even."""
     config = stack_configs(configs)
     with contextlib.redirect_stdout(io.StringIO()):
         data = script.make_dataset(config, load_dataset(config))
@@ -174,33 +183,57 @@ def num_at_once(script, configs):
 
 def main():
     script = load_script(sys.argv[1])
-    configs = []
-    for words in json.load(sys.stdin):
-        config = read_config(script, words)
-        if status(run_directory(script.__name__, config, script.tuned)).state != "finished":
-            configs.append(config)
+
+    def directory_of(config):
+        return run_directory(script.__name__, config, script.tuned)
+
+    given = [read_config(script, words) for words in json.load(sys.stdin)]
+    failed_before = [one for one in given if status(directory_of(one)).state == "failed"]
+    configs = [one for one in given if status(directory_of(one)).state != "finished"]
+    try:
+        check_device()
+    except UserError as error:
+        for config in configs:
+            with printing_to(directory_of(config)):
+                print(f"error: {error}")
+        raise
     at_once = len(configs)
     if "fit" in sys.argv[2:] and len(configs) > 1:
-        with contextlib.suppress(UserError):  # which each run will have in its output
+        # An error comes again in training, where each run has it in its output
+        with contextlib.suppress(UserError, jax.errors.JaxRuntimeError, MemoryError):
             at_once = num_at_once(script, configs)
     problem = None
     while configs:
-        now, configs = configs[:at_once], configs[at_once:]
+        later = configs[at_once:]
         try:
-            group = Group(script.__name__, now, script.tuned)
+            group = Group(script.__name__, configs[:at_once], script.tuned)
         except UserError as error:  # none of these can be trained here
             print(f"error: {error}", file=sys.stderr)
             problem = error
+            configs = later
             continue
         problem = problem or group.problem
         try:
             train(script, group)
+        except DeviceError:
+            raise
         except UserError as error:  # the others are still trained
             problem = error
         at_once = min(at_once, group.at_once)
-        configs = group.later + configs
+        configs = []
+        for config in group.later + later:
+            if is_left(directory_of(config), config in failed_before):
+                configs.append(config)
     if problem:  # which is in the output of its own runs
         sys.exit(problem.exit_code)
+
+
+def is_left(directory, had_failed):
+    """Return whether a run is left to do: other processes may have trained it meanwhile."""
+    now = status(directory)
+    if now.busy or now.state == "finished":
+        return False
+    return had_failed or now.state != "failed"
 
 
 if __name__ == "__main__":

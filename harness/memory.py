@@ -11,8 +11,8 @@ import psutil
 from harness.checkpoint import without_keys
 from harness.members import split_config
 
-# Of a device's free memory that members may take. The rest is for what is measured in one member
-# after the other, some 0.4 GB, and for gaps.
+# Members may take this share of a device's free memory. The rest is for measuring inside the
+# actors, which takes up to 0.4 GB for one after the other, and for gaps.
 USABLE = 0.8
 
 
@@ -40,7 +40,7 @@ def needed_memory(script, config, data):
 
 
 def first_members(config, number):
-    """Return a config of so many members, in whose program all is that is in the config's."""
+    """Return a config of so many members. Its program has all that the config's program has."""
     own = {}
     for name, value in split_config(config)[1].items():
         if np.ndim(value) > 0:
@@ -77,5 +77,7 @@ def num_fitting(memory):
 
 
 def is_out_of_memory(error):
-    """Return whether a JaxRuntimeError says that the device's memory ran out."""
+    """Return whether an error says that the device's memory ran out, or the host's."""
+    if isinstance(error, MemoryError):
+        return True
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

@@ -39,7 +39,7 @@ class Record:
         self.is_finished = os.path.exists(self.path("finished.json"))
         self.score = {}  # to show
         self.losses = {}  # to show
-        self.saved = 0  # the last checkpoint's update
+        self.saved = 0  # the last checkpoint's update; None until it was read
         self.lock = None  # the file, once the directory is this process's
         self.wandb = None
         self.held = None  # rows that W&B gets after an evaluation that is still played
@@ -60,8 +60,14 @@ class Record:
         except OSError as error:
             raise UserError(
                 f"can't write to {self.directory} ({error.strerror}); once that is mended, the "
-                f"same command resumes from the last checkpoint, of update {self.saved}"
+                f"same command resumes from {self.checkpoint_text()}"
             ) from error
+
+    def checkpoint_text(self):
+        """Return words for the last checkpoint."""
+        if self.saved is None:
+            return "the last checkpoint"
+        return f"the last checkpoint, of update {self.saved}"
 
     # Its beginning
 
@@ -78,6 +84,8 @@ class Record:
             text = yaml.safe_dump(saved_fields(vars(self.config)), sort_keys=False)
             write_file(self.path("config.yaml"), lambda file: file.write(text.encode()))
             self.remove("failed.txt")
+            if os.path.exists(self.path("checkpoint.npz")):
+                self.saved = None
             self.wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
 
     def take_lock(self):

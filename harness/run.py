@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.checkpoint import flatten, restore_tree, without_keys
-from harness.devices import host
-from harness.errors import UserError, one_line
+from harness.devices import devices_work, host
+from harness.errors import DeviceError, UserError, one_line
 from harness.finite import find_divergence
 from harness.members import check_device, has_accelerator
 from harness.memory import is_out_of_memory
@@ -129,30 +129,34 @@ class Run:
             signal.signal(number, handler)
         self.bar.close()
         error = self.explain(cause)
-        if error is not None and not self.stopping:
+        # A run that has lost its device goes on elsewhere
+        is_stopped = bool(self.stopping) or isinstance(error, DeviceError)
+        if error is not None and not is_stopped:
             for record in self.records:
                 record.fail(error)
-        self.close(self.records, 0 if error is None else 1, preempted=bool(self.stopping))
+        self.close(self.records, 0 if error is None else 1, preempted=is_stopped)
         if self.is_evaluating():  # Python's own end would crash in its thread
             if self.stopping:
                 sys.stdout.flush()
                 os._exit(128 + self.stopping)
             self.pending.ended.wait()
-        if isinstance(cause, jax.errors.JaxRuntimeError):
+        if error is not cause:
             raise error from cause
 
     def explain(self, error):
-        """Return an error, but for one of JAX's device a line that says what to do."""
-        if not isinstance(error, jax.errors.JaxRuntimeError):
+        """Return an error, in place of JAX's own or a MemoryError one that says what to do."""
+        if not isinstance(error, (jax.errors.JaxRuntimeError, MemoryError)):
             return error
-        what = "JAX's device has failed"
+        kind = UserError
+        what = "JAX has failed"
         if is_out_of_memory(error):
-            what = "the device's memory ran out; other programs may use it, or give it less to do"
-        saved = min(record.saved for record in self.records)
-        return UserError(
-            f"{what}; the same command resumes from the last checkpoint, of update {saved} "
-            f"(JAX: {one_line(error)[:300]})"
-        )
+            what = "memory ran out; other programs may use it, or give this one less to do"
+        elif not devices_work():
+            kind = DeviceError
+            what = "JAX's device has failed"
+        checkpoint = self.records[0].checkpoint_text()
+        words = one_line(error)[:300]
+        return kind(f"{what}; the same command resumes from {checkpoint} ({words})")
 
     def close(self, records, exit_code, preempted=False):
         """Close some records. Their W&B runs end at the same time, since each may take long."""
@@ -174,8 +178,8 @@ class Run:
         if is_second or self.is_evaluating() or self.phase in ("starting", "evaluation"):
             for record in self.records:
                 with self.printing(record):
-                    line = f"stopped; the same command goes on from update {record.saved}"
-                    print(line, flush=True)
+                    where = record.checkpoint_text()
+                    print(f"stopped; the same command goes on from {where}", flush=True)
             sys.exit(128 + number)
 
     def finish(self):

@@ -23,8 +23,8 @@
 #SBATCH --mem=16G
 set -eu
 : "${1:?name the sweep: sbatch --array=1-64%16 sweeps/slurm.sh team/project/id}"
-case "$1" in
-    *.yaml) command=(python -m tools.sweep "$@") ;;
+case "$*" in
+    *.yaml*) command=(python -m tools.sweep "$@") ;;
     *) command=(wandb agent --forward-signals "$1") ;;
 esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"

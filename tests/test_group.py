@@ -560,7 +560,7 @@ def test_a_signal_ends_an_evaluation_beside_training_at_once(
             at4=lambda: os.kill(os.getpid(), signal.SIGTERM),
         )
         exits(128 + signal.SIGTERM, start_alone, PLAIN)
-    line = "stopped; the same command goes on from update 20"
+    line = "stopped; the same command goes on from the last checkpoint, of update 20"
     assert line in capsys.readouterr().out
     beside.finish()
     assert positions(start.directory) == (20, 0, [])
@@ -599,7 +599,10 @@ def test_a_process_ends_in_an_evaluation_beside_training(
     output, _ = run.communicate(timeout=20)
     assert run.returncode == 128 + signal.SIGTERM
     last = output.splitlines()[-1]
-    assert last == f"stopped; the same command goes on from update {eval_every}"
+    assert (
+        last
+        == f"stopped; the same command goes on from the last checkpoint, of update {eval_every}"
+    )
 
 
 def test_an_environment_leaves_the_output_to_other_threads(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The memory that members need, how many are trained at once, and what happens when it runs out."""
 
+import os
 import resource
 from dataclasses import replace
 
@@ -8,18 +9,29 @@ import psutil
 import pytest
 from conftest import init_states, small_config, small_data
 from runs_helpers import before_epochs, fails
-from test_group import PLAIN, STRONG, STRONGER, assert_same_to_rounding, read, start_alone, updates
+from test_group import (
+    PLAIN,
+    STRONG,
+    STRONGER,
+    assert_same_to_rounding,
+    hold,
+    read,
+    start_alone,
+    updates,
+)
 
 import harness.memory
+import harness.run
 import iql
 import rebrac
 from harness import group
 from harness.checkpoint import without_keys
 from harness.directory import status
+from harness.errors import UserError
 from harness.members import split_config, stack_configs
 from harness.memory import Memory, needed_memory, num_fitting
 
-__all__ = ["start_alone"]  # a fixture
+__all__ = ["hold", "start_alone"]  # fixtures
 
 
 def measured(script, config, data):
@@ -126,8 +138,8 @@ def test_a_group_for_which_there_is_no_memory_is_halved(
     members = [PLAIN, STRONG]
     for directory, member, when in zip(directories, members, ["now", "after the others"]):
         line = (
-            "the device's memory ran out with 2 runs together; now 1 at once. "
-            f"This one goes on {when}, from update 0"
+            "memory ran out with 2 runs together; now 1 at once. "
+            f"This one goes on {when}, from the last checkpoint, of update 0"
         )
         assert line in read(directory, "output.txt").splitlines()
         assert updates(directory) == [1, 2]
@@ -135,39 +147,92 @@ def test_a_group_for_which_there_is_no_memory_is_halved(
 
 
 @pytest.mark.parametrize(
-    "words, line",
+    "error, line",
     [
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.", "the device's memory ran out; "),
-        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE:\n a fault", "JAX's device has failed; "),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 bytes."), "memory ran out; "),
+        (MemoryError("Unable to allocate 8 bytes"), "memory ran out; "),
+        (jax.errors.JaxRuntimeError("INTERNAL:\n a fault"), "JAX has failed; "),
     ],
 )
-def test_a_run_that_loses_its_device_says_how_it_goes_on(words, line, start, monkeypatch):
+def test_a_run_that_jax_ends_says_how_it_goes_on(error, line, start, monkeypatch):
     with monkeypatch.context() as patch:
-        lose_device(patch, words)
+        fail_in_epochs(patch, error)
         said = fails(f"^{line}", start, iql)
     assert "the same command resumes from the last checkpoint, of update 20" in said
     assert status(start.directory).reason == f"error: {said}\n"
     assert status(start(iql)).state == "finished"
 
 
-def test_a_group_that_loses_its_device_says_how_it_goes_on(start_group, monkeypatch):
+def test_a_run_that_loses_its_device_has_not_failed(start, monkeypatch):
+    """So that another machine takes it up."""
     with monkeypatch.context() as patch:
-        lose_device(patch, "INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE")
-        with pytest.raises(SystemExit):
-            start_group(PLAIN, STRONG)
-    for directory in start_group.directories:
+        lose_device(patch)
+        fails("^JAX's device has failed; the same command resumes from the last ", start, iql)
+    assert status(start.directory).state == "unfinished"
+    assert status(start(iql)).state == "finished"
+
+
+def test_a_group_that_loses_its_device_ends_without_trying_the_others(start_group, monkeypatch):
+    with monkeypatch.context() as patch:
+        lose_device(patch)
+        monkeypatch.setattr(group, "num_at_once", lambda *about: 2)
+        fails("^JAX's device has failed; ", start_group, PLAIN, STRONG, STRONGER, words=["fit"])
+    plain, strong, stronger = start_group.directories
+    for directory in (plain, strong):
         last = read(directory, "output.txt").splitlines()[-1]
         assert last.startswith("error: JAX's device has failed; the same command resumes from ")
-    for directory in start_group(PLAIN, STRONG):
+        assert status(directory).state == "unfinished"
+    assert not os.path.exists(os.path.join(stronger, "config.yaml"))
+    for directory in start_group(PLAIN, STRONG, STRONGER):
         assert status(directory).state == "finished"
-        assert "resuming from update 20" in read(directory, "output.txt")
+    assert "resuming from update 20" in read(plain, "output.txt")
 
 
-def lose_device(patch, words):
-    """Let JAX raise an error with some words in the fourth epoch and after."""
+def fail_in_epochs(patch, error):
+    """Let an error come in the fourth epoch and after."""
 
     def act(number):
         if number >= 4:
-            raise jax.errors.JaxRuntimeError(words)
+            raise error
 
     before_epochs(patch, iql, act)
+
+
+def lose_device(patch):
+    fail_in_epochs(patch, jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE"))
+    patch.setattr(harness.run, "devices_work", lambda: False)
+
+
+# --- What other processes do meanwhile ---
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "busy"])
+def test_a_run_that_another_process_has_had_meanwhile_is_left_out(
+    state, start_group, hold, monkeypatch
+):
+    """The second of two that follow each other."""
+    files = dict(finished="finished.json", failed="failed.txt")
+
+    def act(number):
+        directory = start_group.directories[1]
+        if number == 1 and state == "busy":
+            hold(directory)
+        elif number == 1:
+            os.makedirs(directory, exist_ok=True)
+            open(os.path.join(directory, files[state]), "w").close()
+
+    monkeypatch.setattr(group, "num_at_once", lambda *about: 1)
+    before_epochs(monkeypatch, iql, act)
+    plain, strong = start_group(PLAIN, STRONG, words=["fit"])
+    assert status(plain).state == "finished"
+    assert not os.path.exists(os.path.join(strong, "config.yaml"))
+
+
+def test_without_a_device_each_run_says_so(start_group, monkeypatch):
+    def fail():
+        raise UserError("JAX finds no device")
+
+    monkeypatch.setattr(group, "check_device", fail)
+    fails("^JAX finds no device$", start_group, PLAIN, STRONG)
+    for directory in start_group.directories:
+        assert read(directory, "output.txt") == "error: JAX finds no device\n"

@@ -417,7 +417,7 @@ def test_ctrl_c_saves_too_and_a_second_one_ends_at_once(start, monkeypatch, caps
         exits(128 + signal.SIGINT, start)
     output = capsys.readouterr().out
     assert "stopped at" not in output
-    assert "stopped; the same command goes on from update 40" in output
+    assert "stopped; the same command goes on from the last checkpoint, of update 40" in output
     start()
     output = capsys.readouterr().out
     assert "resuming from update 40" in output  # saved before the evaluation there

@@ -39,12 +39,12 @@ if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no
 from tqdm import tqdm
 
 from harness.directory import status
-from harness.errors import UserError, one_line_errors
+from harness.errors import DeviceError, UserError, one_line_errors
 from tools.jobs import make_groups, read_jobs
 from tools.plan import print_plan, with_known_checksum
 
 LOOK_EVERY = 30  # seconds between looks at what other processes train
-LOCK_SECONDS = 10  # after the last lock that a process took, it leaves the other runs out
+LOCK_SECONDS = 10  # a process that has taken no more lock for so long leaves the other runs out
 
 
 class Program:
@@ -74,7 +74,7 @@ class Program:
             except BlockingIOError:
                 self.release()
                 return False
-            except OSError:  # `start` says why nothing can be written, `own_share` has of locks
+            except OSError:  # nothing can be written or locked, which `start` and `own_share` say
                 continue
         return True
 
@@ -142,8 +142,10 @@ class Pool:
 
     def __init__(self, jobs, slots, together):
         self.slots = slots
+        self.lost = set()  # slots whose device has failed
         self.together = together
-        self.waits = "SLURM_JOB_ID" not in os.environ  # for others, which would hold the GPU
+        # Whether to wait for others. In a SLURM job that would hold a GPU.
+        self.waits = "SLURM_JOB_ID" not in os.environ
         self.says_that_it_waits = False
         self.next_look = 0.0  # at what other processes train
         self.running = {}  # programs by their slots
@@ -181,7 +183,7 @@ class Pool:
             for slot, program in list(self.running.items()):
                 self.look_after(slot, program)
             self.look_at_others()
-            for slot in range(self.slots):
+            for slot in set(range(self.slots)) - self.lost:
                 self.fill(slot)
             self.bar.update(sum(self.updates.values()) - self.bar.n)
             time.sleep(0.5)
@@ -200,7 +202,7 @@ class Pool:
         """Return whether nothing runs, and nothing is left to start or to wait for."""
         if self.running:
             return False
-        if self.signals:
+        if self.signals or len(self.lost) == self.slots:
             return True
         if self.waiting:
             return False
@@ -269,13 +271,23 @@ class Pool:
         code = program.process.poll()
         found = {job: status(job.directory) for job in program.jobs}
         program.note_locks(sum(now.busy for now in found.values()))
-        if code is not None:
-            del self.running[slot]
-            program.release()
         for job, now in found.items():
             self.updates[job] = now.update
-            if code is not None:
-                self.note_end(job, now, code, len(program.jobs) > 1)
+        if code is None:
+            return
+        del self.running[slot]
+        program.release()
+        if code == DeviceError.exit_code:
+            self.lose(slot, program.jobs)
+            return
+        for job, now in found.items():
+            self.note_end(job, now, code, len(program.jobs) > 1)
+
+    def lose(self, slot, jobs):
+        """Start nothing more on a slot whose device has failed. Others may take up its jobs."""
+        self.lost.add(slot)
+        self.say(f"a device has failed: {jobs[0].last_words()}")
+        self.waiting += self.programs([job for job in jobs if self.is_free(job)])
 
     def note_end(self, job, now, code, in_group):
         """Note how a job has ended, and print it unless it was stopped."""
@@ -365,8 +377,9 @@ def has_locks(folder):
 def place_in_array():
     """Return a task's place in its SLURM array, from 0, and the number of tasks."""
     names = ("ID", "MIN", "MAX", "STEP", "COUNT")
-    index, first, last, step, number = (int(os.environ[f"SLURM_ARRAY_TASK_{x}"]) for x in names)
-    if last - first != step * (number - 1) or (index - first) % step:
+    values = [int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in names]
+    index, first, last, step, number = values
+    if step == 0 or last - first != step * (number - 1) or (index - first) % step:
         raise UserError(
             "no locks on this disk, so the tasks share the runs by the array's indices, which "
             "must have equal steps, as in --array=1-8"
@@ -420,6 +433,11 @@ def main():
     if pool.signals:
         print("stopped; the same command resumes")
         sys.exit(128 + pool.signals[0])
+    if len(pool.lost) == pool.slots:
+        raise UserError(
+            f"JAX's devices have failed, with {len(pool.unfinished) - len(pool.done)} runs to go; "
+            "once they are mended, or on another machine, the same command resumes"
+        )
     if pool.failed:
         raise UserError(
             f"{len(pool.failed)} runs failed; output.txt in their directories says why, and the "
