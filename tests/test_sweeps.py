@@ -711,13 +711,13 @@ def run_jobs(tmp_path, monkeypatch, capsys):
 def test_nothing_more_is_started_on_a_device_that_has_failed(run_jobs, tmp_path):
     """Another device takes up its run. Without another one the command ends."""
     path = tmp_path / "failed"
-    failing = f"test -e {path} || {{ touch {path}; echo gone; exit {os.EX_UNAVAILABLE}; }}"
+    failing = f"mkdir {path} 2> /dev/null && {{ echo gone; exit {os.EX_UNAVAILABLE}; }}"
     lines = [f"{failing}; {ending(tmp_path / f'job{i}', 2)}" for i in range(3)]
     printed, end = run_jobs(1, *lines)
     assert printed[1:] == ["a device has failed: gone"]
     expected = "JAX's devices have failed, with 3 runs to go; once they are mended, "
     assert str(end).startswith(expected)
-    path.unlink()
+    path.rmdir()
     printed, end = run_jobs(2, *lines)
     assert "a device has failed: gone" in printed
     assert end is None

@@ -20,11 +20,18 @@ import jax
 import numpy as np
 
 from harness.config import decode
-from harness.environments import Envs
+from harness.environments import Envs, available_cores
 from harness.errors import one_line_errors
 from harness.evaluation import evaluation_episodes
-from harness.members import check_device, has_accelerator, split_config
-from harness.memory import first_state, free_memory, needed_memory, num_bytes, num_fitting
+from harness.members import check_device, has_accelerator, split_config, stack_configs
+from harness.memory import (
+    first_members,
+    first_state,
+    free_memory,
+    needed_memory,
+    num_bytes,
+    num_fitting,
+)
 from harness.policies import host_policy
 from harness.scripts import load_script
 from tools.timing import (
@@ -50,41 +57,30 @@ def take_share(processes):
 
 
 def measurements(questions):
-    """Measure the first kind of each script, and an evaluation of the first kind of each row.
+    """Return what is measured for a plan, from a question about each kind of program.
 
-    The result's "kinds" have what follows from the shapes of each one. Its "speeds" are by script.
-    Its "steps", of environments a second, and "memory" are by row.
+    "kinds" has the `member_costs` of each kind. "rows" has each row's memory, of its kind with the
+    most operations an update, and its steps of environments a second. "speeds" has the rates of
+    each script's first kind.
     """
     started = time.monotonic()
-    found = dict(kinds=[], speeds={}, steps={}, memory={})
-    for about in questions:
-        script = load_script(about["script"])
-        config = script.Config(**decode(script.Config, about["fields"]))
-        for name, value in VALUES.items():
-            if getattr(config, name, 0) is None:
-                config = replace(config, **{name: value})
-        size, *dims = about["shapes"]
-        made = made_by(script, config, random_data(2, *dims))
-        found["kinds"].append(made)
-        row = about["row"]
-        if row in found["memory"]:
-            continue
-        data = random_data(size, *dims)
-        config = replace(config, num_seeds=about["members"])
-        memory = needed_memory(script, config, data)
-        fitting = num_fitting(memory)
-        found["memory"][row] = dict(shared=memory.shared, each=memory.each, fitting=fitting)
-        if about["as_many_as_fit"]:
-            config = replace(config, num_seeds=min(config.num_seeds, fitting))
-        found["steps"][row] = steps_per_second(script, config, data)
-        if script.NAME not in found["speeds"]:
-            speed = updates_per_second(script, config, jax.device_put(data))
-            found["speeds"][script.NAME] = speed
-            speed["operations"] = speed["updates"] * made["operations"]
-            speed["about"] = f"{config.dataset_name}, batch {config.batch_size}"
+    kinds = [Kind(**question) for question in questions]
+    speeds = {}
+    rows = {}
+    for kind in kinds:
+        if kind.row not in rows:
+            own = [other for other in kinds if other.row == kind.row]
+            largest = max(own, key=lambda other: other.costs["operations"])
+            rows[kind.row] = dict(memory_of(largest), steps=steps_per_second(kind))
+        if kind.script.NAME not in speeds:
+            fitting = rows[kind.row]["fitting"] if kind.as_many_as_fit else kind.config.num_seeds
+            speeds[kind.script.NAME] = speed_of(kind, fitting)
     return dict(
-        **found,
+        kinds=[kind.costs for kind in kinds],
+        speeds=speeds,
+        rows=rows,
         machine=machine(),
+        cores=available_cores(),
         accelerator=has_accelerator(),
         devices=jax.local_device_count(),
         free=free_memory(),
@@ -92,7 +88,28 @@ def measurements(questions):
     )
 
 
-def made_by(script, config, data):
+class Kind:
+    """A kind of program, as one of its programs is."""
+
+    def __init__(self, script, configs, row, as_many_as_fit, shapes):
+        self.script = load_script(script)
+        self.row = row
+        self.as_many_as_fit = as_many_as_fit
+        self.size, *self.dims = shapes
+        runs = [self.script.Config(**decode(self.script.Config, fields)) for fields in configs]
+        config = replace(stack_configs(runs), seed=0)
+        for name, value in VALUES.items():
+            if getattr(config, name, 0) is None:
+                config = replace(config, **{name: value})
+        self.config = config  # of all members
+        self.about = f"{config.dataset_name}, batch {config.batch_size}"
+        self.costs = member_costs(self.script, config, self.data(2))
+
+    def data(self, size):
+        return random_data(size, *self.dims)
+
+
+def member_costs(script, config, data):
     """Return what follows from the shapes of a member, without compiling anything.
 
     That is the operations of an update, the bytes and number of its arrays, and the columns of
@@ -101,7 +118,7 @@ def made_by(script, config, data):
     state = jax.eval_shape(functools.partial(first_state, script, config), data)
     states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state)
     num_updates = getattr(config, "policy_freq", 1)
-    static, traced = split_config(replace(config, num_seeds=1, log_every=num_updates))
+    static, traced = split_config(replace(first_members(config, 1), log_every=num_updates))
     trace = jax.make_jaxpr(script.epoch.program, static_argnums=0, return_shape=True)
     program, (_, infos) = trace(static, traced, states, data)
     work = sum(num_operations(*product) for product in matrix_products(program.jaxpr))
@@ -113,6 +130,21 @@ def made_by(script, config, data):
     )
 
 
+def memory_of(kind):
+    """Return the bytes that a kind needs on a device, and how many members fit on all."""
+    memory = needed_memory(kind.script, kind.config, kind.data(kind.size))
+    fitting = num_fitting(memory)
+    return dict(shared=memory.shared, each=memory.each, fitting=fitting, about=kind.about)
+
+
+def speed_of(kind, fitting):
+    """Return the rates of as many of a kind's members as fit."""
+    config = first_members(kind.config, min(kind.config.num_seeds, fitting))
+    speed = updates_per_second(kind.script, config, jax.device_put(kind.data(kind.size)))
+    operations = speed["updates"] * kind.costs["operations"]
+    return dict(speed, operations=operations, about=kind.about)
+
+
 def updates_per_second(script, config, data):
     """Return the rate of all members, how many they are, and the seconds to compile.
 
@@ -120,7 +152,7 @@ def updates_per_second(script, config, data):
     """
     if not has_accelerator():
         log_every = 10 * getattr(config, "policy_freq", 1)
-        config = replace(config, num_seeds=min(2, config.num_seeds), log_every=log_every)
+        config = replace(first_members(config, min(2, config.num_seeds)), log_every=log_every)
     train = trainer(script, config, data)
     first = stopwatch(train)
     times = [stopwatch(train)]
@@ -131,12 +163,13 @@ def updates_per_second(script, config, data):
     return dict(updates=rate, members=config.num_seeds, start=max(0.0, first - seconds))
 
 
-def steps_per_second(script, config, data):
+def steps_per_second(kind):
     """Return the rate of up to 32 environments that one member's policy steps together."""
-    number = min(32, config.num_seeds * len(evaluation_episodes(config)))
-    config = replace(config, num_seeds=1)
-    actor = first_states(script, config, data).actor
-    act = host_policy(script.policy, config, actor, data)
+    config = first_members(kind.config, 1)
+    number = min(32, kind.config.num_seeds * len(evaluation_episodes(config)))
+    data = kind.data(2)
+    actor = first_states(kind.script, config, data).actor
+    act = host_policy(kind.script.policy, config, actor, data)
     envs = Envs(config.dataset_name, number)
     states = envs.reset([(0, 0, episode) for episode in range(number)])
     np.array(act(states[None]))  # compiles it

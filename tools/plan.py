@@ -13,15 +13,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 
 from harness.datasets import DOMAINS, domain, with_checksum
 from harness.directory import status
 from harness.download import known_files
-from harness.environments import d4rl, gym, make_env
+from harness.environments import available_cores, d4rl, gym, make_env
 from harness.errors import UserError
 from harness.evaluation import evaluation_episodes
-from harness.hdf5 import open_hdf5
+from harness.hdf5 import read_columns
 from harness.inside import NUM_COMPARED
 from harness.members import NOT_COMPILED
 from harness.scripts import ROOT
@@ -72,8 +73,7 @@ def num_transitions(name, path):
     path = path or file_of_d4rl(name)
     if not os.path.exists(path):
         return None
-    with open_hdf5(path) as file:
-        return len(file["rewards"])
+    return len(read_columns(path, ["rewards"])["rewards"])
 
 
 def row_of(job):
@@ -82,8 +82,12 @@ def row_of(job):
 
 
 def num_evaluations(config, update=0):
-    """Return how many evaluations of a run come after an update."""
-    return math.ceil(config.num_updates / config.eval_every) - update // config.eval_every
+    """Return how many evaluations of a run come at an update or later.
+
+    That at the update counts, since the run may have stopped within it.
+    """
+    before = max(0, update - 1) // config.eval_every
+    return math.ceil(config.num_updates / config.eval_every) - before
 
 
 class Program:
@@ -107,52 +111,57 @@ class Program:
             self.steps += config.num_seeds * episodes * longest
 
     def kind(self):
-        """Return what sets the cost of an update: the script, and all sizes."""
+        """Return what sets the cost of an update: the row's script, and all sizes."""
         sizes = [self.state_dim, self.action_dim]
         for name, value in vars(self.config).items():
             if type(value) in (int, str) and name not in NO_SIZES and "lr_decay" not in name:
                 sizes.append(value)
-        return self.script.__name__, *sizes
+        return self.row, *sizes
+
+    def size(self):
+        """Return the transitions and the members, for both of which a device needs memory."""
+        return self.transitions or TRANSITIONS, self.members
 
     def question(self, as_many_as_fit):
-        """Return what `measurements` needs to know."""
+        """Return what `measurements` needs to know of the program's kind."""
         return dict(
             script=self.script.__name__,
-            fields=vars(self.config),
+            configs=[vars(job.config) for job in self.jobs],
             row=self.row,
-            members=self.members,
             as_many_as_fit=as_many_as_fit,
             shapes=(self.transitions or TRANSITIONS, self.state_dim, self.action_dim),
         )
 
-    def reckon(self, found, made, as_many_as_fit):
-        """Reckon seconds and bytes from what was `found`, and from what its kind has `made`."""
+    def reckon(self, found, costs, as_many_as_fit):
+        """Reckon seconds and bytes from the measurements `found`, and from a member's `costs`."""
         speed = found["speeds"][self.script.NAME]
-        training = self.updates * made["operations"] / speed["operations"] + speed["start"]
-        evaluation = self.steps / found["steps"][self.row]
-        is_beside = found["accelerator"]  # the CPU plays while the GPU trains
-        self.seconds = max(training, evaluation) if is_beside else training + evaluation
-        self.evaluation = self.seconds - training
-        memory = found["memory"][self.row]
+        row = found["rows"][self.row]
+        training = self.updates * costs["operations"] / speed["operations"] + speed["start"]
+        self.evaluation = self.steps / row["steps"]
+        if found["accelerator"]:  # the CPU plays while the GPU trains
+            self.seconds = max(training, self.evaluation)
+        else:
+            self.seconds = training + self.evaluation
+        self.members_at_once = self.members
         if as_many_as_fit:
-            self.members = min(self.members, memory["fitting"])
-        on_one_device = math.ceil(self.members / found["devices"])
-        self.memory = memory["shared"] + memory["each"] * on_one_device
-        sizes = [run_bytes(job.config, made) for job in self.jobs]
+            self.members_at_once = min(self.members, row["fitting"])
+        on_one_device = math.ceil(self.members_at_once / found["devices"])
+        self.memory = row["shared"] + row["each"] * on_one_device
+        sizes = [run_bytes(job.config, costs) for job in self.jobs]
         self.checkpoints = sum(checkpoint for checkpoint, _ in sizes)
         self.disk = sum(checkpoint + others for checkpoint, others in sizes)
 
 
-def run_bytes(config, made):
+def run_bytes(config, costs):
     """Return the bytes of a run's checkpoint, and of its other files once it is finished."""
-    checkpoint = config.num_seeds * made["bytes"] + made["arrays"] * ARRAY
+    checkpoint = config.num_seeds * costs["bytes"] + costs["arrays"] * ARRAY
     evaluation = len(evaluation_episodes(config)) * EPISODE
     features = 0
     if config.analysis:
         evaluation += INSIDE
         features = 4 * NUM_COMPARED * config.hidden_dim
     rows = config.num_updates // config.log_every
-    tables = rows * made["columns"] * NUMBER + num_evaluations(config) * evaluation
+    tables = rows * costs["columns"] * NUMBER + num_evaluations(config) * evaluation
     return checkpoint, config.num_seeds * (tables + features)
 
 
@@ -160,10 +169,10 @@ def run_bytes(config, made):
 
 
 def ask(questions, processes):
-    """Return the `measurements` that another process makes.
+    """Return the `measurements`, made in another process.
 
-    That has the share of the machine that a program has of so many. JAX would keep a GPU's memory
-    in this one.
+    JAX would keep a GPU's memory in this one. The other process has as many cores and GPUs as one
+    program has, when `processes` programs share the machine.
     """
     command = [sys.executable, "-m", "tools.measure", str(processes)]
     text = json.dumps(questions)
@@ -185,11 +194,13 @@ def print_plan(jobs, processes, together, measure=ask):
     kinds = sorted(by_kind, key=lambda kind: -sum(own.updates for own in by_kind[kind]))
     print("measuring, about a minute for each algorithm; no run is started", flush=True)
     fit = together is None
-    found = measure([by_kind[kind][0].question(fit) for kind in kinds], processes)
+    examples = [max(by_kind[kind], key=Program.size) for kind in kinds]
+    found = measure([program.question(fit) for program in examples], processes)
     for program in programs:
         program.reckon(found, found["kinds"][kinds.index(program.kind())], fit)
     print(aligned(table(jobs, programs, num_at_once(processes, found))))
-    print(*about_time(programs, found), *about_room(programs, processes, found), sep="\n")
+    print(*about_measured(found, processes), *about_evaluation(programs, found), sep="\n")
+    print(*about_room(programs, processes, found), sep="\n")
 
 
 def grouped(items, key):
@@ -201,9 +212,12 @@ def grouped(items, key):
 
 
 def num_at_once(processes, found):
-    """Return how many programs run at once at the full rate. Those on the same GPU share it."""
+    """Return how many programs run at once at the measured rate.
+
+    Those on the same core or GPU share it.
+    """
     if not found["accelerator"]:
-        return processes
+        return min(processes, available_cores())
     return min(processes, len(os.getenv("CUDA_VISIBLE_DEVICES", "").split(",")))
 
 
@@ -211,20 +225,28 @@ def table(jobs, programs, at_once):
     """Return the lines of the plan's table: a row for each algorithm and domain, and for all."""
     header = ["", "runs", "finished", "programs", "members"]
     lines = [header + ["10^6 updates", "GB of memory", "GB of disk", "hours"]]
-    own_programs = grouped(programs, lambda program: program.row)
-    rows = [(row, own, own_programs.get(row, [])) for row, own in grouped(jobs, row_of).items()]
-    for row, own_jobs, own in [*rows, ("all", jobs, programs)]:
-        num_finished = len(own_jobs) - sum(len(program.jobs) for program in own)
-        cells = [row, f"{len(own_jobs):,}", f"{num_finished:,}", f"{len(own):,}"]
-        if own:
-            cells.append(f"{max(program.members for program in own)}")
-            cells.append(f"{sum(program.updates for program in own) / 1e6:,.2f}")
-            cells.append(f"{max(program.memory for program in own) / 1e9:.2f}")
-            cells.append(f"{sum(program.disk for program in own) / 1e9:,.2f}")
-            seconds = [program.seconds for program in own]
-            cells.append(f"{max(sum(seconds) / at_once, max(seconds)) / 3600:,.1f}")
-        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+    by_row = grouped(programs, lambda program: program.row)
+    for row, own_jobs in grouped(jobs, row_of).items():
+        lines.append(table_line(row, own_jobs, by_row.get(row, []), at_once))
+    lines.append(table_line("all", jobs, programs, at_once))
     return lines
+
+
+def table_line(name, jobs, programs, at_once):
+    """Return the cells of some jobs, and of the programs that train those still unfinished."""
+    num_finished = len(jobs) - sum(len(program.jobs) for program in programs)
+    cells = [name, f"{len(jobs):,}", f"{num_finished:,}", f"{len(programs):,}"]
+    if not programs:
+        return [*cells, "", "", "", "", ""]
+    all_seconds = sum(program.seconds for program in programs)
+    longest = max(program.seconds for program in programs)
+    hours = max(all_seconds / at_once, longest) / 3600
+    cells.append(f"{max(program.members_at_once for program in programs)}")
+    cells.append(f"{sum(program.updates for program in programs) / 1e6:,.2f}")
+    cells.append(f"{max(program.memory for program in programs) / 1e9:.2f}")
+    cells.append(f"{sum(program.disk for program in programs) / 1e9:,.2f}")
+    cells.append(f"{hours:,.1f}")
+    return cells
 
 
 def aligned(lines):
@@ -237,16 +259,26 @@ def aligned(lines):
     return "\n".join(texts)
 
 
-def about_time(programs, found):
-    """Yield lines about what the hours rest on."""
+def about_measured(found, processes):
+    """Yield lines about what was measured, and what is reckoned from it."""
+    own = f"cores: {found['cores']}"
+    if found["accelerator"]:
+        own += f", devices: {found['devices']}"
     yield f"\nmeasured in {found['seconds']:.0f} s, on {found['machine']}:"
+    yield f"  what one of {processes} programs at once has of it: {own}"
     for name, speed in found["speeds"].items():
         rate = f"{speed['updates']:,.0f} updates/s; {speed['start']:.0f} s to compile"
         yield f"  {name}, {speed['about']}, members: {speed['members']}: {rate}"
-    for row, rate in found["steps"].items():
-        yield f"  {row}: {rate:,.0f} steps/s of evaluation"
-    yield "reckoned from that: the rest, by operations; regularisers count as free"
+    for name, row in found["rows"].items():
+        yield f"  {name}: {row['steps']:,.0f} steps/s of evaluation"
+        yield f"  {name}, {row['about']}: {row['each'] / 1e6:,.1f} MB for each member"
+    yield "reckoned from that: other updates, by operations; other regularisers count as free"
+    yield "memory: as measured for all of a row, with the most operations an update in it"
     yield "not counted: reading the datasets, and measuring inside the actors"
+
+
+def about_evaluation(programs, found):
+    """Yield a line about the time that evaluation takes."""
     settings = []
     for program in programs:
         config = program.config
@@ -254,10 +286,11 @@ def about_time(programs, found):
         episodes = f"{config.eval_episodes} + {noisy} episodes"
         settings.append(f"every {config.eval_every:,} updates {episodes}")
     seconds = sum(program.seconds for program in programs)
-    share = sum(program.evaluation for program in programs) / seconds
+    share = sum(program.evaluation for program in programs) / max(seconds, 1)
+    beside = ", beside training" if found["accelerator"] else ""
     yield (
-        f"evaluation: at most {share:.1%} of the hours ({', or '.join(dict.fromkeys(settings))}); "
-        "--eval_every and --eval_episodes change it"
+        f"evaluation: at most {share:.1%} of the hours{beside} "
+        f"({', or '.join(dict.fromkeys(settings))}); --eval_every and --eval_episodes change it"
     )
 
 
@@ -274,7 +307,13 @@ def about_room(programs, processes, found):
     folder = os.path.abspath(programs[0].config.results)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
+    needed = f"disk: {most / 1e9:,.2f} GB before the end"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        yield f"{needed}; can't write to {folder} ({error.strerror}): --results names another"
+        return
     free = shutil.disk_usage(folder).free
-    yield f"disk: {most / 1e9:,.2f} GB before the end; {free / 1e9:,.1f} GB are free in {folder}"
+    yield f"{needed}; {free / 1e9:,.1f} GB are free in {folder}"
     if most > free:
         yield "the disk has too little room: --results names another folder"
