@@ -332,18 +332,37 @@ def test_the_objectives_noise_changes_the_gradient():
     assert not same_bits(grads(actor_bc_noise=0.3), grads())
 
 
-def test_the_actors_flags_leave_all_else_alone():
-    flags = {name: value for name, value in ACTOR_FLAGS.items() if name not in NORMS}
+@pytest.mark.parametrize("flag", [name for name in ACTOR_FLAGS if name not in NORMS])
+def test_a_regulariser_reaches_the_actor_only(flag):
     small = replace(SMALL, lagrange_gap=1.0)
-    config = replace(small, **flags)
-    plain, _ = update(small, small_state(cql, small), BATCH)
-    regularised, _ = update(config, small_state(cql, config), BATCH)
+    config = replace(small, **{flag: ACTOR_FLAGS[flag]})
+    states = []
+    for own in (small, config):
+        state, _ = update(own, small_state(cql, own), BATCH)
+        states.append(state)
+    plain, regularised = states
     for name in ("critic", "target_critic", "temperature", "multiplier"):
         assert same_bits(getattr(plain, name), getattr(regularised, name)), name
-    assert not same_bits(plain.actor, regularised.actor)
+    # A decay begins with the rate itself
+    assert same_bits(plain.actor, regularised.actor) == (flag == "actor_lr_decay")
     actions = cql.act(small, plain.actor, small_data(), BATCH.observations)
     same_actions = cql.act(config, plain.actor, small_data(), BATCH.observations)
     np.testing.assert_array_equal(same_actions, actions)
+
+
+@pytest.mark.parametrize("flag", ["actor_ln", "actor_bn", "actor_sn"])
+def test_a_normalisation_of_the_actor_reaches_the_critics_through_samples_only(flag):
+    config = replace(SMALL, **{flag: True})
+    plain = small_state(cql, SMALL)
+    normalised = small_state(cql, config)
+    normalised = normalised._replace(critic=plain.critic, target_critic=plain.target_critic)
+    keys = jax.random.split(jax.random.key(0), 3)
+    samples = cql.draw_samples(SMALL, plain, BATCH, keys[0])
+    own_samples = cql.draw_samples(config, normalised, BATCH, keys[0])
+    assert not same_bits(samples.actions[1:], own_samples.actions[1:])
+    one, _ = cql.update_critics(SMALL, plain, BATCH, samples, *keys[1:])
+    other, _ = cql.update_critics(config, normalised, BATCH, samples, *keys[1:])
+    assert same_bits(one.critic, other.critic)
 
 
 # --- The loop ---

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +18,13 @@ import iql
 import rebrac
 from harness.directory import load_config
 from harness.environments import d4rl
+from harness.memory import Memory
 from tools import measure as measuring
 from tools import plan
 from tools.jobs import read_jobs
 from tools.timing import num_operations, products_of_two_updates, random_data
 
+ROW = dict(steps=1.0, shared=1e9, each=5e8, fitting=4, about="it")
 RUNS = dict(  # 12 of 1,000,000 updates, with two evaluations of 8 episodes of 1000 steps
     dataset_name="hopper-medium-v2",
     actor_dropout=[0.0, 0.1],
@@ -33,15 +36,15 @@ RUNS = dict(  # 12 of 1,000,000 updates, with two evaluations of 8 episodes of 1
 )
 FOUND = dict(
     speeds={"IQL": dict(operations=1e9, updates=1, members=1, start=2000.0, about="it")},
-    steps={"IQL, Gym-MuJoCo": 1.0},
-    memory={"IQL, Gym-MuJoCo": dict(shared=1e9, each=5e8, fitting=4)},
+    rows={"IQL, Gym-MuJoCo": ROW},
     machine="it",
+    cores=1,
     accelerator=False,
     devices=1,
     free=8e9,
     seconds=60,
 )
-MADE = dict(bytes=4e8, arrays=0, columns=5)
+COSTS = dict(bytes=4e8, arrays=0, columns=5)
 
 
 @pytest.fixture
@@ -75,16 +78,19 @@ def rows(capsys):
 
 def measure(questions, processes, **changes):
     """Know the machine: an operation takes a nanosecond, an update 1e6 for each transition."""
-    kinds = [dict(MADE, operations=1e6 * one["fields"]["batch_size"]) for one in questions]
+    kinds = []
+    for question in questions:
+        kinds.append(dict(COSTS, operations=1e6 * question["configs"][0]["batch_size"]))
     return {**FOUND, "kinds": kinds, **changes}
 
 
-def test_what_is_to_be_done_and_how_long_it_takes(jobs, capsys):
+def test_what_is_to_be_done_and_how_long_it_takes(jobs, capsys, monkeypatch):
     """The hours by hand. 4 + 1 runs of batch 64 and 4 + 2 of batch 128 are unfinished.
 
     The former have 4.4e6 updates, which take 0.064 s each, the latter 6e6 of 0.128 s. Each of four
     programs takes 2000 s to start. There are 10 x 2 + 1 evaluations of 8000 steps of 1 s.
     """
+    monkeypatch.setattr(plan, "available_cores", lambda: 8)
     training = 4.4e6 * 0.064 + 6e6 * 0.128 + 4 * 2000
     evaluation = 21 * 8000
     plan.print_plan(jobs, 1, 4, measure)
@@ -101,6 +107,18 @@ def test_what_is_to_be_done_and_how_long_it_takes(jobs, capsys):
     longest = 4e6 * 0.128 + 2000 + 4 * 2 * 8000
     assert rows(capsys)[0][0][7] == f"{longest / 3600:.1f}"
 
+    monkeypatch.setattr(plan, "available_cores", lambda: 2)  # which eight programs share
+    plan.print_plan(jobs, 8, 4, measure)
+    row, lines = rows(capsys)
+    assert row[0][7] == "170.2"
+    assert "  the share of a program, with --processes 8: cores: 1" in lines
+
+
+@pytest.mark.parametrize("update, left", [(0, 3), (3, 3), (4, 3), (5, 2), (8, 2), (9, 1), (10, 1)])
+def test_an_evaluation_that_may_have_been_cut_off_is_left(update, left):
+    """Of evaluations after 4, 8 and 10 updates."""
+    assert plan.num_evaluations(small_config(iql, num_updates=10, eval_every=4), update) == left
+
 
 def test_a_gpu_trains_while_the_cpu_plays(jobs, capsys, monkeypatch):
     training = 4.4e6 * 0.064 + 6e6 * 0.128 + 4 * 2000
@@ -109,12 +127,15 @@ def test_a_gpu_trains_while_the_cpu_plays(jobs, capsys, monkeypatch):
         return measure(questions, processes, accelerator=True)
 
     plan.print_plan(jobs, 2, 4, on_gpu)  # two programs share it
-    assert rows(capsys)[0][0][7] == f"{training / 3600:.1f}"
+    (row, _), lines = rows(capsys)
+    assert row[7] == f"{training / 3600:.1f}"
+    share = f"at most {21 * 8000 / training:.1%} of the hours, beside training"
+    assert any(share in line for line in lines)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     plan.print_plan(jobs, 2, 4, on_gpu)
     assert rows(capsys)[0][0][7] == f"{training / 2 / 3600:.1f}"
-    slow = {"IQL, Gym-MuJoCo": 0.1}
-    plan.print_plan(jobs, 1, 4, lambda *about: {**on_gpu(*about), "steps": slow})
+    slow = {"IQL, Gym-MuJoCo": dict(ROW, steps=0.1)}
+    plan.print_plan(jobs, 1, 4, lambda *about: {**on_gpu(*about), "rows": slow})
     assert rows(capsys)[0][0][7] == f"{21 * 8000 / 0.1 / 3600:,.1f}"
 
 
@@ -132,6 +153,19 @@ def test_memory_and_disk(jobs, capsys, monkeypatch):
     assert float(row[6]) == pytest.approx(11 * 0.4, rel=0.01)
     assert any(line.startswith("disk: 6.8") for line in lines)  # six have two checkpoints
     assert lines[-1].startswith("the disk has too little room")
+
+
+def test_a_folder_that_can_not_be_written_to(jobs, capsys):
+    jobs[1].config = replace(jobs[1].config, results=f"{ROOT}/README.md/results")
+    plan.print_plan(jobs[1:2], 1, 1, measure)
+    end = f"can't write to {ROOT}/README.md (Not a directory): --results names another"
+    assert rows(capsys)[1][-1].endswith(end)
+
+
+def test_a_broken_dataset_is_one_line(tmp_path):
+    path = tmp_path / "broken.hdf5"
+    path.write_text("<html>")
+    fails("broken.hdf5 is a web page, not an HDF5 file$", plan.num_transitions, "", str(path))
 
 
 def test_a_dataset_that_is_not_here_is_not_downloaded(tmp_path, capsys, monkeypatch):
@@ -167,7 +201,7 @@ def test_the_disk_that_a_run_takes(start, write_dataset):
     directory = start(iql, dataset_path=file, num_seeds=2, num_updates=400, eval_every=100)
     config = load_config(iql.Config, directory)
     checkpoint, others = plan.run_bytes(
-        config, measuring.made_by(iql, config, random_data(2, 17, 6))
+        config, measuring.member_costs(iql, config, random_data(2, 17, 6))
     )
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
     of_checkpoint = sizes.pop("checkpoint.npz")
@@ -181,7 +215,7 @@ def test_the_operations_of_an_update_are_those_of_the_benchmark(policy_freq):
     one = small_config(rebrac, policy_freq=policy_freq)
     products = products_of_two_updates(rebrac, one, small_data())
     operations = sum(num_operations(*product) for product in products) / 2
-    assert measuring.made_by(rebrac, config, small_data())["operations"] == operations
+    assert measuring.member_costs(rebrac, config, small_data())["operations"] == operations
 
 
 def test_the_rates(monkeypatch):
@@ -212,8 +246,40 @@ def test_the_rates(monkeypatch):
 
     monkeypatch.setattr(measuring, "Envs", SlowEnvs)
     config = small_config(rebrac, num_seeds=1, eval_episodes=10)
-    rate = measuring.steps_per_second(rebrac, config, small_data())
+    data = small_data()
+    kind = SimpleNamespace(script=rebrac, config=config, data=lambda size: data)
+    rate = measuring.steps_per_second(kind)
     assert rate == pytest.approx(20 / 0.1)
+
+
+def test_memory_is_that_of_the_largest_kind_with_all_that_its_members_have(monkeypatch):
+    """Of two kinds the second is larger. Its second run alone has dropout."""
+    seen = []
+
+    def needed_memory(script, config, data):
+        seen.append((config, len(data["rewards"])))
+        return Memory(shared=1, each=2)
+
+    monkeypatch.setattr(measuring, "needed_memory", needed_memory)
+    monkeypatch.setattr(measuring, "num_fitting", lambda memory: 3)
+    monkeypatch.setattr(measuring, "steps_per_second", lambda kind: 5.0)
+    monkeypatch.setattr(measuring, "SECONDS", 0)
+    questions = []
+    for batch_size in (8, 16):
+        configs = [small_config(iql, batch_size=batch_size, num_seeds=3)]
+        configs.append(replace(configs[0], actor_dropout=0.1))
+        fields = [vars(config) for config in configs]
+        about = dict(script="iql", configs=fields, row="row", as_many_as_fit=True)
+        questions.append(dict(about, shapes=(batch_size + 32, 5, 2)))
+    found = measuring.measurements(questions)
+    ((config, size),) = seen
+    assert (config.batch_size, size) == (16, 48)
+    assert list(config.actor_dropout) == [0, 0, 0, 0.1, 0.1, 0.1]
+    about = f"{config.dataset_name}, batch 16"
+    assert found["rows"] == {"row": dict(shared=1, each=2, fitting=3, about=about, steps=5.0)}
+    assert found["speeds"]["IQL"]["about"] == f"{config.dataset_name}, batch 8"
+    small, large = found["kinds"]
+    assert large["operations"] == 2 * small["operations"]
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def about_measured(found, processes):
     if found["accelerator"]:
         own += f", devices: {found['devices']}"
     yield f"\nmeasured in {found['seconds']:.0f} s, on {found['machine']}:"
-    yield f"  what one of {processes} programs at once has of it: {own}"
+    yield f"  the share of a program, with --processes {processes}: {own}"
     for name, speed in found["speeds"].items():
         rate = f"{speed['updates']:,.0f} updates/s; {speed['start']:.0f} s to compile"
         yield f"  {name}, {speed['about']}, members: {speed['members']}: {rate}"
@@ -273,7 +273,7 @@ def about_measured(found, processes):
         yield f"  {name}: {row['steps']:,.0f} steps/s of evaluation"
         yield f"  {name}, {row['about']}: {row['each'] / 1e6:,.1f} MB for each member"
     yield "reckoned from that: other updates, by operations; other regularisers count as free"
-    yield "memory: as measured for all of a row, with the most operations an update in it"
+    yield "each row's memory: that of its kind of program with the most operations an update"
     yield "not counted: reading the datasets, and measuring inside the actors"
 
 

@@ -44,6 +44,7 @@ from tools.jobs import make_groups, read_jobs
 from tools.plan import print_plan, with_known_checksum
 
 LOOK_EVERY = 30  # seconds between looks at what other processes train
+PROGRESS_EVERY = 5  # seconds between looks at how far a program is, once it has its locks
 LOCK_SECONDS = 10  # a process that has taken no more lock for so long leaves the other runs out
 
 
@@ -57,6 +58,7 @@ class Program:
         self.claims = []  # locked files
         self.num_locks = 0  # of its runs, how many its process has taken
         self.locked_at = 0.0  # when it took the last of them
+        self.next_look = 0.0  # at how far they are
 
     def claim(self):
         """Keep the runs from other pools until `release`. Return whether none is starting them.
@@ -269,6 +271,9 @@ class Pool:
             program.process.send_signal(number)
             program.signals_sent += 1
         code = program.process.poll()
+        if code is None and not program.claims and time.monotonic() < program.next_look:
+            return
+        program.next_look = time.monotonic() + PROGRESS_EVERY
         found = {job: status(job.directory) for job in program.jobs}
         program.note_locks(sum(now.busy for now in found.values()))
         for job, now in found.items():
