@@ -211,7 +211,8 @@ def test_a_report_of_the_readmes_is_made(command, tmp_path, start):
     table = pd.read_csv(os.path.join(ROOT, "data", "study.csv"), dtype=str)
     is_small = (table["dataset_name"] == "hopper-medium-v2") & (table["algorithm"] == "iql")
     table[is_small].to_csv(tmp_path / "data" / "study.csv", index=False)
-    shutil.copy(os.path.join(ROOT, "data", "paper.csv"), tmp_path / "data")
+    for name in ("paper.csv", "curves.csv"):
+        shutil.copy(os.path.join(ROOT, "data", name), tmp_path / "data")
     words = [sys.executable, *shlex.split(command)[1:], "--reps", "20"]
     environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)

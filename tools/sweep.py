@@ -35,6 +35,8 @@ import time
 
 if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # So that `python path/to/tools/sweep.py` finds the other tools
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tqdm import tqdm
 
