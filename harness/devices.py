@@ -46,8 +46,8 @@ def host():
 def num_devices(members):
     """Return over how many of JAX's devices so many members are spread.
 
-    9 members on 8 devices need two on one of them. Then 5 devices are enough, with two on each. One
-    copy fills them up, where 8 devices would need 7.
+    It is the fewest on which no device has more members than it would on all devices. 9 members on
+    8 devices have two on one of them, so they take 5, and one copy fills these up.
     """
     most_on_one = math.ceil(members / jax.local_device_count())
     return math.ceil(members / most_on_one)

@@ -82,9 +82,10 @@ class Group(Run):
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
+            explained = self.explain(error)
             for record in self.records:
                 with self.printing(record):
-                    print(f"error: {self.explain(error)}")
+                    print(f"error: {explained}")
         super().__exit__(kind, error, trace)
 
     def end(self, broken):

@@ -121,6 +121,11 @@ def split_config(config):
     return replace(config, **dict.fromkeys([*traced, *NOT_COMPILED])), traced
 
 
+def own_numbers(config):
+    """Return the traced numbers in which members differ, arrays (members,) by their names."""
+    return {name: x for name, x in split_config(config)[1].items() if np.ndim(x) > 0}
+
+
 # --- Programs of several members ---
 
 
@@ -215,10 +220,6 @@ def init_states(init_state, config, batch):
     They are made on the host, since they may be more than one device has room for. A loop and not
     a vmap: JAX's batched QR, in IQL's orthogonal initialiser, can hang on a CPU.
     """
-    own = {}  # numbers of each member
-    for name, value in split_config(config)[1].items():
-        if np.ndim(value) > 0:
-            own[name] = value
 
     def init(member):
         seed, numbers = member
@@ -227,4 +228,4 @@ def init_states(init_state, config, batch):
     quick_to_compile = {"xla_backend_optimization_level": 0}  # since it runs once
     init_all = jax.jit(functools.partial(jax.lax.map, init), compiler_options=quick_to_compile)
     with jax.default_device(host()):
-        return init_all((seeds(config), own))
+        return init_all((seeds(config), own_numbers(config)))

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 from harness.checkpoint import without_keys
-from harness.members import split_config
+from harness.members import own_numbers, split_config
 
 # Members may take this share of a device's free memory. The rest is for measuring inside the
 # actors, which takes up to 0.4 GB for one after the other, and for gaps.
@@ -34,23 +34,21 @@ def needed_memory(script, config, data):
     states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), state)
     program = script.epoch.program.lower(static, traced, states, data).compile()
     used = program.memory_analysis()
-    beside_states = used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
+    new_outputs = used.output_size_in_bytes - used.alias_size_in_bytes
+    beside_states = (new_outputs + used.temp_size_in_bytes) // 2
     # Twice the state: an evaluation that is played beside training has a copy of it
-    return Memory(num_bytes(data), 2 * num_bytes(state) + beside_states // 2)
+    return Memory(num_bytes(data), 2 * num_bytes(state) + beside_states)
 
 
 def first_members(config, number):
     """Return a config of so many members. Its program has all that the config's program has."""
-    own = {}
-    for name, value in split_config(config)[1].items():
-        if np.ndim(value) > 0:
-            own[name] = np.resize(value, number)
+    own = {name: np.resize(x, number) for name, x in own_numbers(config).items()}
     return replace(config, num_seeds=number, **own)
 
 
 def first_state(script, config, data):
     """Return a state as `init_states` makes it of one member."""
-    own = {name: np.ravel(value)[0] for name, value in split_config(config)[1].items()}
+    own = {name: x[0] for name, x in own_numbers(config).items()}
     batch = script.transitions(data, np.arange(1))
     return script.init_state(replace(config, **own), batch, 0)
 

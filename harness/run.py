@@ -144,7 +144,7 @@ class Run:
             raise error from cause
 
     def explain(self, error):
-        """Return an error, in place of JAX's own or a MemoryError one that says what to do."""
+        """Return an error as it is, or one that says what to do if JAX or memory has failed."""
         if not isinstance(error, (jax.errors.JaxRuntimeError, MemoryError)):
             return error
         kind = UserError
