@@ -62,7 +62,8 @@ def import_d4rl():
 
 gym, d4rl = import_silently()
 
-import mujoco_py  # noqa: E402, since MuJoCo must have been imported
+import mujoco  # noqa: E402, since it must have been imported as above
+import mujoco_py  # noqa: E402
 
 # AntMaze prints its targets. sys.stdout stays as it is, since evaluation may have its own thread.
 d4rl.locomotion.maze_env.print = lambda *words: None
@@ -93,6 +94,17 @@ def make_env(name, drawn=True):
     return env
 
 
+def simulate(env, control, num_frames):
+    """Do as gym's `MujocoEnv.do_simulation`, with one call of MuJoCo for all frames of a step."""
+    if np.shape(control) != env.action_space.shape:
+        raise ValueError(f"actions have shape {env.action_space.shape}, not {np.shape(control)}")
+    env.sim.data.ctrl[:] = control
+    mujoco.mj_step(env.sim.model, env.sim.data, num_frames)
+
+
+gym.envs.mujoco.MujocoEnv.do_simulation = simulate
+
+
 def inner(env):
     """Return the environment within the wrappers, which has the seed and the time step."""
     return getattr(env.unwrapped, "_wrapped_env", env.unwrapped)
@@ -104,6 +116,36 @@ def reset(env, *numbers):
     inner(env).seed(seed)
     np.random.seed(seed)  # noqa: NPY002, AntMaze draws its start and its target from here
     return env.reset()
+
+
+# --- Steps without the wrappers ---
+
+BOXES = (d4rl.utils.wrappers.NormalizedBoxEnv, d4rl.locomotion.wrappers.NormalizedBoxEnv)
+
+
+def has_usual_wrappers(env):
+    """Return whether an environment has only those wrappers whose work `step_running` does.
+
+    They are gym's TimeLimit and OrderEnforcing and, in Gym-MuJoCo and AntMaze, a NormalizedBoxEnv
+    of D4RL's that changes nothing but the actions.
+    """
+    if type(env) is not gym.wrappers.TimeLimit:
+        return False
+    if type(env.env) is not gym.wrappers.OrderEnforcing or env.env.env is not env.unwrapped:
+        return False
+    box = env.unwrapped
+    if type(box) in BOXES:
+        return box._reward_scale == 1 and not box._should_normalize
+    return box is inner(env)
+
+
+def scale_actions(env, actions):
+    """Scale actions (..., A) as the environment's NormalizedBoxEnv does, if it has one."""
+    if type(env.unwrapped) not in BOXES:
+        return actions
+    space = inner(env).action_space
+    scaled = space.low + (actions + 1.0) * 0.5 * (space.high - space.low)
+    return np.clip(scaled, space.low, space.high)
 
 
 # --- Copies that are stepped together ---
@@ -131,11 +173,24 @@ def reset_all(envs, rows):
 
 
 def step_running(envs, rows):
-    """Step the environments that are running by the actions in their rows."""
+    """Step the environments that are running by the actions in their rows.
+
+    The usual wrappers are passed by, since their Python takes a sixth of HalfCheetah's step. Their
+    work is done here: actions are scaled, for all environments at once, and steps are counted.
+    """
+    running = np.flatnonzero(rows["running"]).tolist()
     actions, observations = rows["action"], rows["observation"]
     rewards, done = rows["reward"], rows["done"]
-    for i in np.flatnonzero(rows["running"]).tolist():
-        observations[i], rewards[i], done[i], _ = envs[i].step(actions[i])
+    if not has_usual_wrappers(envs[0]):
+        for i in running:
+            observations[i], rewards[i], done[i], _ = envs[i].step(actions[i])
+        return
+    actions = scale_actions(envs[0], actions)
+    for i in running:
+        env = envs[i]
+        observations[i], rewards[i], ended, _ = inner(env).step(actions[i])
+        env._elapsed_steps += 1
+        done[i] = ended or env._elapsed_steps >= env._max_episode_steps
 
 
 class Envs:

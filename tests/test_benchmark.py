@@ -213,13 +213,15 @@ def test_load_start_and_evaluation_print_their_tables():
         rounds=1,
         updates=2,
         transitions="[2000]",
+        eval_episodes="[1, 2]",
     )
     rows = rows_of(output)
     names = ["2,000 transitions", "iql, empty cache", "iql, full cache"]
     for task in ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"):
-        names += [task, f"{task}, in one process", f"{task}, bare"]
-        if task == "halfcheetah-medium-v2":
-            names.append("halfcheetah-medium-v2, BCQ")
+        for episodes in ("1 + 2", "2 + 2"):
+            names += [f"{task}, {episodes} episodes, {kind}" for kind in ("evaluation", "bare")]
+            if names[-1] == "halfcheetah-medium-v2, 1 + 2 episodes, bare":
+                names.append("halfcheetah-medium-v2, 1 + 2 episodes, BCQ's")
     assert [row[0] for row in rows] == names
     assert all(float(row[1]) > 0 for row in rows[1:])
 

@@ -14,7 +14,7 @@ from conftest import BUNDLED, ROOT
 
 import rebrac
 from harness.datasets import normalized_score
-from harness.environments import Envs, d4rl, inner, make_env, reset
+from harness.environments import Envs, d4rl, gym, has_usual_wrappers, inner, make_env, reset
 from harness.errors import UserError
 from harness.evaluation import NUM_VISITED, evaluate, evaluation_episodes, normal_draws
 
@@ -114,6 +114,41 @@ def test_lock_step_returns_are_those_of_one_after_another(name):
     np.testing.assert_array_equal(again, together)
     other, *_ = evaluate(config, policy, envs, update=200)
     assert not np.array_equal(other, together)
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("name", ["halfcheetah-medium-v2", *STATE_DIMS])
+def test_steps_without_the_wrappers_are_those_with_them(name, is_wrapped):
+    envs = Envs(name, 2, processes=1)
+    envs.start()
+    for env in envs.own:
+        env._max_episode_steps = 30
+    if is_wrapped:
+        envs.own = [Halved(env) for env in envs.own]
+    assert has_usual_wrappers(envs.own[0]) != is_wrapped
+    actions = np.random.default_rng(0).uniform(-1.5, 1.5, (30, 2, *envs.own[0].action_space.shape))
+    actions = actions.astype(np.float32)
+    envs.reset([(0, 0, 0), (0, 0, 1)])
+    found = [[], []]  # each episode's steps
+    running = np.arange(2)
+    for pair in actions:
+        for i, *step in zip(running, *envs.step(running, pair[running])):
+            found[i].append(step)
+        running = np.array([i for i in running if not found[i][-1][2]], int)
+    for i, env in enumerate(envs.own):
+        reset(env, 0, 0, i)
+        for pair, (observation, reward, done) in zip(actions, found[i]):
+            expected = env.step(pair[i])
+            np.testing.assert_array_equal(observation, expected[0].astype(np.float32))
+            assert (reward, done) == expected[1:3]
+        assert done
+
+
+class Halved(gym.ActionWrapper):
+    """A wrapper of a user's own."""
+
+    def action(self, action):
+        return action / 2
 
 
 @pytest.mark.parametrize("name", STATE_DIMS)

@@ -1,6 +1,6 @@
 """Times this project on the machine it runs on.
 
-    python -m tools.benchmark  # everything; about an hour on two cores
+    python -m tools.benchmark  # everything; more than an hour on two cores
     python -m tools.benchmark --parts '[regularisers]' --scripts '[iql]' --rounds 3
     python -m tools.benchmark --parts '[gpu]' --rounds 3  # 8 minutes on a GPU
 
@@ -85,6 +85,7 @@ class Config:
     updates: int = 100  # in one timing
     rounds: int = 7  # timings of each
     transitions: List[int] = field(default_factory=lambda: [1_000_000, 2_000_000])  # in a file
+    eval_episodes: List[int] = field(default_factory=lambda: [10, 100])  # and as many with noise
     members: List[int] = field(default_factory=lambda: [1, 8, 32, 128])  # of the part `gpu`
     run_updates: int = 100_000  # of a whole run in the part `gpu`
     gpu_file: str = os.path.join(ROOT, "data", "gpu.md")  # for what the part `gpu` prints
@@ -295,10 +296,10 @@ def replay(env, episodes, actions):
             env.step(action)
 
 
-def first_policy(config, name, task, env):
+def first_policy(config, name, task, env, eval_episodes):
     """Return a config of the script `name`, and the policy of its first states."""
     script = scripts()[name]
-    settings = make_config(config, name, dataset_name=task, eval_episodes=10)
+    settings = make_config(config, name, dataset_name=task, eval_episodes=eval_episodes)
     shape = (env.observation_space.shape[0], env.action_space.shape[0])
     data = jax.device_put(random_data(100, *shape))
     actors = first_states(script, settings, data).actor
@@ -306,31 +307,36 @@ def first_policy(config, name, task, env):
 
 
 def evaluation_part(config, folder):
-    """Time an evaluation of 10 episodes, and 10 more with noise, against a bare environment.
+    """Time evaluations against a bare environment, which is given the same actions.
 
-    The policy is ReBRAC's. On HalfCheetah, whose episodes are equally long, BCQ's is timed, too.
+    The policy is ReBRAC's. BCQ's is timed, too, on HalfCheetah, whose episodes are equally long.
     """
     print_head("steps/s", "share of the bare environment's")
     for name in TASKS:
         env = make_env(name)
-        settings, policy = first_policy(config, "rebrac", name, env)
-        episodes = evaluation_episodes(settings)
-        recording = RecordingEnvs(name, len(episodes))
-        evaluate(settings, policy, recording, 0)
-        num_steps = sum(len(own) for own in recording.actions)
-        alone = Envs(name, len(episodes), processes=1)
-        functions = {
-            name: partial(evaluate, settings, policy, make_envs(settings), 0),
-            f"{name}, in one process": partial(evaluate, settings, policy, alone, 0),
-            f"{name}, bare": partial(replay, env, episodes, recording.actions),
-        }
-        if name.startswith("halfcheetah"):
-            settings, policy = first_policy(config, "bcq", name, env)
-            functions[f"{name}, BCQ"] = partial(evaluate, settings, policy, make_envs(settings), 0)
-        seconds = interleaved(functions, config.rounds)
-        bare = seconds[f"{name}, bare"]
-        for title, times in seconds.items():
-            print_row(title, spread(num_steps / times, ".0f"), spread(bare / times))
+        for number in config.eval_episodes:
+            time_evaluation(config, name, env, number)
+
+
+def time_evaluation(config, name, env, number):
+    """Time an evaluation of a number of episodes, and of as many more with noise."""
+    settings, policy = first_policy(config, "rebrac", name, env, number)
+    episodes = evaluation_episodes(settings)
+    recording = RecordingEnvs(name, len(episodes))
+    evaluate(settings, policy, recording, 0)
+    num_steps = sum(len(own) for own in recording.actions)
+    functions = {
+        "evaluation": partial(evaluate, settings, policy, make_envs(settings), 0),
+        "bare": partial(replay, env, episodes, recording.actions),
+    }
+    if name.startswith("halfcheetah") and number == config.eval_episodes[0]:
+        settings, policy = first_policy(config, "bcq", name, env, number)
+        functions["BCQ's"] = partial(evaluate, settings, policy, make_envs(settings), 0)
+    seconds = interleaved(functions, config.rounds)
+    for kind, times in seconds.items():
+        title = f"{name}, {number} + {len(episodes) - number} episodes, {kind}"
+        share = seconds["bare"] / times
+        print_row(title, spread(num_steps / times, ".0f"), spread(share))
 
 
 # --- Main ---
