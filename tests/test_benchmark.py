@@ -218,10 +218,10 @@ def test_load_start_and_evaluation_print_their_tables():
     rows = rows_of(output)
     names = ["2,000 transitions", "iql, empty cache", "iql, full cache"]
     for task in ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"):
-        for episodes in ("1 + 2", "2 + 2"):
-            names += [f"{task}, {episodes} episodes, {kind}" for kind in ("evaluation", "bare")]
-            if names[-1] == "halfcheetah-medium-v2, 1 + 2 episodes, bare":
-                names.append("halfcheetah-medium-v2, 1 + 2 episodes, BCQ's")
+        for number in (3, 4):
+            names += [f"{task}, {number} episodes", f"{task}, {number} episodes, bare"]
+            if names[-1] == "halfcheetah-medium-v2, 3 episodes, bare":
+                names.append("halfcheetah-medium-v2, 3 episodes, BCQ")
     assert [row[0] for row in rows] == names
     assert all(float(row[1]) > 0 for row in rows[1:])
 

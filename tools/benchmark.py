@@ -326,17 +326,20 @@ def time_evaluation(config, name, env, number):
     evaluate(settings, policy, recording, 0)
     num_steps = sum(len(own) for own in recording.actions)
     functions = {
-        "evaluation": partial(evaluate, settings, policy, make_envs(settings), 0),
-        "bare": partial(replay, env, episodes, recording.actions),
+        "": partial(evaluate, settings, policy, make_envs(settings), 0),
+        ", bare": partial(replay, env, episodes, recording.actions),
     }
     if name.startswith("halfcheetah") and number == config.eval_episodes[0]:
         settings, policy = first_policy(config, "bcq", name, env, number)
-        functions["BCQ's"] = partial(evaluate, settings, policy, make_envs(settings), 0)
+        functions[", BCQ"] = partial(evaluate, settings, policy, make_envs(settings), 0)
     seconds = interleaved(functions, config.rounds)
     for kind, times in seconds.items():
-        title = f"{name}, {number} + {len(episodes) - number} episodes, {kind}"
-        share = seconds["bare"] / times
-        print_row(title, spread(num_steps / times, ".0f"), spread(share))
+        share = seconds[", bare"] / times
+        print_row(
+            f"{name}, {len(episodes)} episodes{kind}",
+            spread(num_steps / times, ".0f"),
+            spread(share),
+        )
 
 
 # --- Main ---

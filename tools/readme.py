@@ -155,10 +155,19 @@ SPEED = {  # rows of the benchmark -> titles, and what the second number is a sh
     "BCQ, batch 256: 7.67 GFLOP": ("BCQ, batch 256: updates/s", "products"),
     "rebrac, 8 seeds": ("ReBRAC, 8 seeds at once: updates/s of all", "one seed"),
     "iql, 8 seeds": ("IQL, 8 seeds at once: updates/s of all", "one seed"),
-    "halfcheetah-medium-v2": ("evaluation on HalfCheetah: steps/s", "bare environment"),
-    "antmaze-umaze-v2": ("evaluation on AntMaze: steps/s", "bare environment"),
-    "pen-human-v1": ("evaluation on Pen: steps/s", "bare environment"),
-    "halfcheetah-medium-v2, BCQ": ("BCQ's on HalfCheetah: steps/s", "bare environment"),
+    "halfcheetah-medium-v2, 20 episodes": ("HalfCheetah, 20 episodes: steps/s", "bare environment"),
+    "halfcheetah-medium-v2, 200 episodes": (
+        "HalfCheetah, 200 episodes: steps/s",
+        "bare environment",
+    ),
+    "antmaze-umaze-v2, 20 episodes": ("AntMaze, 20 episodes: steps/s", "bare environment"),
+    "antmaze-umaze-v2, 200 episodes": ("AntMaze, 200 episodes: steps/s", "bare environment"),
+    "pen-human-v1, 20 episodes": ("Pen, 20 episodes: steps/s", "bare environment"),
+    "pen-human-v1, 200 episodes": ("Pen, 200 episodes: steps/s", "bare environment"),
+    "halfcheetah-medium-v2, 20 episodes, BCQ": (
+        "HalfCheetah, 20 episodes, BCQ: steps/s",
+        "bare environment",
+    ),
 }
 
 
