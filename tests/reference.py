@@ -1,8 +1,9 @@
-"""ReBRAC, IQL and CQL in NumPy, with every gradient by hand.
+"""ReBRAC, IQL, BCQ and CQL in NumPy, with every gradient by hand.
 
 The tests hold the scripts' updates against these, in double precision. Nothing here is shared
 with the scripts: the formulas are those of the papers (ReBRAC: arXiv 2305.09836, HL-Gauss: arXiv
-2403.03950, IQL: arXiv 2110.06169, CQL: arXiv 2006.04779, SAM: arXiv 2010.01412).
+2403.03950, IQL: arXiv 2110.06169, BCQ: arXiv 1812.02900, CQL: arXiv 2006.04779, SAM: arXiv
+2010.01412).
 
 A network's parameters are nested dictionaries with Flax's names. Each `f(params, x)` has an
 `f_back(params, x, grad)`, which takes the gradient dL/dy (B, Y) by the outputs y = f(x) and
@@ -29,10 +30,16 @@ def dense_back(params, x, grad):
     return grads, grad @ params["kernel"].T
 
 
+def row_mean(x):
+    """Return the mean of each row's units, (B, 1)."""
+    return x.mean(-1, keepdims=True)
+
+
 def standardise(x):
     """Return n = (x - mean) / std over a row's units, and the std."""
-    std = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    return (x - x.mean(-1, keepdims=True)) / std, std
+    variance = x.var(-1, keepdims=True)
+    std = np.sqrt(variance + 1e-6)
+    return (x - row_mean(x)) / std, std
 
 
 def layer_norm(params, x):
@@ -49,13 +56,12 @@ def layer_norm_back(params, x, grad):
     n, std = standardise(x)
     grads = {"scale": (grad * n).sum(0), "bias": grad.sum(0)}
     h = params["scale"] * grad
-    grad = h - h.mean(-1, keepdims=True) - n * (h * n).mean(-1, keepdims=True)
-    return grads, grad / std
+    return grads, (h - row_mean(h) - n * row_mean(h * n)) / std
 
 
 def root_mean_square(x):
     """Return the root of the mean square of a row's units."""
-    return np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return np.sqrt(row_mean(x**2) + 1e-6)
 
 
 def rms_norm(params, x):
@@ -72,7 +78,7 @@ def rms_norm_back(params, x, grad):
     n = x / rms
     grads = {"scale": (grad * n).sum(0)}
     h = params["scale"] * grad
-    return grads, (h - n * (h * n).mean(-1, keepdims=True)) / rms
+    return grads, (h - n * row_mean(h * n)) / rms
 
 
 NORMS = {"LayerNorm": (layer_norm, layer_norm_back), "RMSNorm": (rms_norm, rms_norm_back)}
@@ -80,10 +86,12 @@ NORMS = {"LayerNorm": (layer_norm, layer_norm_back), "RMSNorm": (rms_norm, rms_n
 
 def layer(params, i, x):
     """Return the outputs of hidden layer i: Dense, ReLU, and the norm that it has, if any."""
-    x = np.maximum(dense(params[f"Dense_{i}"], x), 0)
+    x = dense(params[f"Dense_{i}"], x)
+    x = np.maximum(x, 0)
     for norm, (forward, _) in NORMS.items():
-        if f"{norm}_{i}" in params:
-            x = forward(params[f"{norm}_{i}"], x)
+        name = f"{norm}_{i}"
+        if name in params:
+            x = forward(params[name], x)
     return x
 
 
@@ -91,10 +99,11 @@ def layer_back(params, i, x, grad):
     """Return the gradients of `layer`. The ReLU lets those of positive outputs through."""
     grads = {}
     outputs = dense(params[f"Dense_{i}"], x)
+    positive = np.maximum(outputs, 0)
     for norm, (_, backward) in NORMS.items():
         name = f"{norm}_{i}"
         if name in params:
-            grads[name], grad = backward(params[name], np.maximum(outputs, 0), grad)
+            grads[name], grad = backward(params[name], positive, grad)
     grad = grad * (outputs > 0)
     name = f"Dense_{i}"
     grads[name], grad = dense_back(params[name], x, grad)
@@ -103,19 +112,22 @@ def layer_back(params, i, x, grad):
 
 def hidden(params, x):
     """Return the features: the outputs of two hidden layers."""
-    return layer(params, 1, layer(params, 0, x))
+    x = layer(params, 0, x)
+    return layer(params, 1, x)
 
 
 def hidden_back(params, x, grad):
     """Return the gradients of `hidden`."""
-    second, grad = layer_back(params, 1, layer(params, 0, x), grad)
+    between = layer(params, 0, x)
+    second, grad = layer_back(params, 1, between, grad)
     first, grad = layer_back(params, 0, x, grad)
     return {**first, **second}, grad
 
 
 def network(params, k, x):
     """Return the outputs of a module's network number k: hidden layers and a last Dense."""
-    return dense(params[f"Dense_{k}"], hidden(params[f"Hidden_{k}"], x))
+    features = hidden(params[f"Hidden_{k}"], x)
+    return dense(params[f"Dense_{k}"], features)
 
 
 def network_back(params, k, x, grad):
@@ -131,9 +143,24 @@ def network_back(params, k, x, grad):
 
 def tree_map(function, *trees):
     """Return the nested dictionary of a function of the trees' leaves."""
-    if not isinstance(trees[0], dict):
+    first = trees[0]
+    if not isinstance(first, dict):
         return function(*trees)
-    return {key: tree_map(function, *[tree[key] for tree in trees]) for key in trees[0]}
+    mapped = {}
+    for key in first:
+        children = [tree[key] for tree in trees]
+        mapped[key] = tree_map(function, *children)
+    return mapped
+
+
+def leaves(tree):
+    """Return the arrays of a nested dictionary."""
+    if not isinstance(tree, dict):
+        return [tree]
+    found = []
+    for child in tree.values():
+        found += leaves(child)
+    return found
 
 
 def init_adam(params):
@@ -165,8 +192,7 @@ def take_step(state, name, grads, learning_rate):
 
 def ascend(state, name, grads, radius):
     """Return the state with theta + radius g / |g| for the network `name`: SAM's."""
-    squares = []
-    tree_map(lambda grad: squares.append((grad**2).sum()), grads)
+    squares = [(grad**2).sum() for grad in leaves(grads)]
     scale = radius / np.sqrt(sum(squares))
     moved = tree_map(lambda theta, grad: theta + scale * grad, state[name], grads)
     return {**state, name: moved}
@@ -183,9 +209,88 @@ def sam_grads(gradients, config, state, *arguments):
 
 def move_target(state, name, tau):
     """Return the state after theta' = tau theta + (1 - tau) theta'."""
-    old = state[f"target_{name}"]
-    target = tree_map(lambda new, old: tau * new + (1 - tau) * old, state[name], old)
-    return {**state, f"target_{name}": target}
+
+    def average(theta, target):
+        return tau * theta + (1 - tau) * target
+
+    target_name = f"target_{name}"
+    target = tree_map(average, state[name], state[target_name])
+    return {**state, target_name: target}
+
+
+# --- Gaussians ---
+
+
+def gaussian(params, x):
+    """Return means, and log standard deviations before the clipping, of the same features."""
+    features = hidden(params["Hidden_0"], x)
+    means = dense(params["Dense_0"], features)
+    log_stds = dense(params["Dense_1"], features)
+    return means, log_stds
+
+
+def gaussian_back(params, x, by_mean, by_log_std):
+    """Return the gradients of `gaussian` by the parameters."""
+    features = hidden(params["Hidden_0"], x)
+    mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
+    std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
+    layers, _ = hidden_back(params["Hidden_0"], x, by_features + more)
+    return {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+
+
+def is_within(config, log_stds):
+    """Return whether each is within its bounds. Where it is clipped it has no gradient."""
+    return (log_stds > config.log_std_min) & (log_stds < config.log_std_max)
+
+
+# --- Critics ---
+
+
+def pairs(observations, actions):
+    """Return what a critic sees, (B, S + A)."""
+    return np.concatenate([observations, actions], -1)
+
+
+def values_of(params, k, x):
+    """Return a network's only output as (B,)."""
+    outputs = network(params, k, x)
+    return outputs[:, 0]
+
+
+def both_values(params, x):
+    """Return the two critics' values."""
+    return values_of(params, 0, x), values_of(params, 1, x)
+
+
+def fit_critics(config, state, batch, target):
+    """Update both critics by (Q(s, a) - target)^2."""
+    x = pairs(batch.observations, batch.actions)
+    grads = {}
+    losses = []
+    for k in range(2):
+        error = values_of(state["critic"], k, x) - target
+        grad = 2 * error / len(error)
+        own, _ = network_back(state["critic"], k, x, grad[:, None])
+        grads.update(own)
+        losses.append((error**2).mean())
+    state = take_step(state, "critic", grads, config.critic_learning_rate)
+    return state, {"critic_loss": np.mean(losses)}
+
+
+def action_slope(params, k, observations, actions):
+    """Return dQ_k/da, (B, A)."""
+    x = pairs(observations, actions)
+    ones = np.ones((len(x), 1))
+    _, by_inputs = network_back(params, k, x, ones)
+    state_dim = observations.shape[1]
+    return by_inputs[:, state_dim:]
+
+
+def smaller_q(values, slopes):
+    """Return Q = min_k Q_k (B,) and dQ/da (B, A) of both critics' own."""
+    first_is_smaller = values[0] < values[1]
+    slope = np.where(first_is_smaller[:, None], *slopes)
+    return np.minimum(*values), slope
 
 
 # --- ReBRAC ---
@@ -199,25 +304,25 @@ def policy(params, observations):
 def policy_back(params, observations, grad):
     """Return the gradients by the parameters, with tanh' = 1 - tanh^2."""
     actions = policy(params, observations)
-    grads, _ = network_back(params, 0, observations, grad * (1 - actions**2))
+    by_outputs = grad * (1 - actions**2)
+    grads, _ = network_back(params, 0, observations, by_outputs)
     return grads
-
-
-def pairs(observations, actions):
-    """Return what a critic sees, (B, S + A)."""
-    return np.concatenate([observations, actions], -1)
 
 
 def bins(config):
     """Return the bins' edges (n + 1,) and centres (n,): [v_min, v_max], widened by v_expand."""
     margin = config.v_expand * (config.v_max - config.v_min) / 2
-    edges = np.linspace(config.v_min - margin, config.v_max + margin, config.n_classes + 1)
-    return edges, (edges[:-1] + edges[1:]) / 2
+    low = config.v_min - margin
+    high = config.v_max + margin
+    edges = np.linspace(low, high, config.n_classes + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    return edges, centres
 
 
 def softmax(logits):
     """Return p_i = exp(l_i) / sum_j exp(l_j)."""
-    p = np.exp(logits - logits.max(-1, keepdims=True))
+    largest = logits.max(-1, keepdims=True)
+    p = np.exp(logits - largest)
     return p / p.sum(-1, keepdims=True)
 
 
@@ -232,8 +337,10 @@ def hl_gauss(config, values):
         values = np.clip(values, edges[0], edges[-1])
     cdf = stats.norm.cdf(edges[None], values[:, None], sigma)
     total = cdf[:, -1:] - cdf[:, :1]
-    # The paper's code has twice this distribution, and adds 1e-6 to twice the total.
-    return np.diff(cdf, axis=-1) / (total if config.clip_targets else total + 0.5e-6)
+    if not config.clip_targets:
+        # The paper's code has twice this distribution, and adds 1e-6 to twice the total.
+        total = total + 0.5e-6
+    return np.diff(cdf, axis=-1) / total
 
 
 def critic_values(config, outputs):
@@ -262,7 +369,10 @@ def rebrac_target(config, state, batch, noise):
     next_actions = policy(state["target_actor"], batch.next_observations) + noise
     next_actions = np.clip(next_actions, -1, 1)
     x = pairs(batch.next_observations, next_actions)
-    values = [critic_values(config, network(state["target_critic"], k, x)) for k in range(2)]
+    values = []
+    for k in range(2):
+        outputs = network(state["target_critic"], k, x)
+        values.append(critic_values(config, outputs))
     penalty = ((next_actions - batch.next_actions) ** 2).sum(-1)
     next_values = np.minimum(*values) - config.critic_bc_coef * penalty
     return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
@@ -278,9 +388,10 @@ def rebrac_critic_loss(config, outputs, target):
         error = outputs - target[:, None]
         return (error**2).mean(), 2 * error / len(error)
     wanted = hl_gauss(config, target)
+    total = wanted.sum(-1, keepdims=True)
     p = softmax(outputs)
-    loss = -(wanted * np.log(p)).sum(-1).mean()
-    return loss, (p * wanted.sum(-1, keepdims=True) - wanted) / len(p)
+    losses = -(wanted * np.log(p)).sum(-1)
+    return losses.mean(), (p * total - wanted) / len(p)
 
 
 def rebrac_update_critics(config, state, batch, noise):
@@ -290,7 +401,8 @@ def rebrac_update_critics(config, state, batch, noise):
     grads = {}
     losses = []
     for k in range(2):
-        loss, grad = rebrac_critic_loss(config, network(state["critic"], k, x), target)
+        outputs = network(state["critic"], k, x)
+        loss, grad = rebrac_critic_loss(config, outputs, target)
         own, _ = network_back(state["critic"], k, x, grad)
         grads.update(own)
         losses.append(loss)
@@ -305,17 +417,16 @@ def rebrac_actor_loss(config, state, batch):
     """
     actions = policy(state["actor"], batch.observations)
     x = pairs(batch.observations, actions)
+    state_dim = batch.observations.shape[1]
     values = []
     slopes = []  # dQ/da
     for k in range(2):
         outputs = network(state["critic"], k, x)
-        values.append(critic_values(config, outputs))
         by_outputs = critic_values_back(config, outputs)
         _, by_inputs = network_back(state["critic"], k, x, by_outputs)
-        slopes.append(by_inputs[:, batch.observations.shape[1] :])
-    first_is_smaller = values[0] < values[1]
-    q = np.minimum(*values)
-    slope = np.where(first_is_smaller[:, None], *slopes)
+        values.append(critic_values(config, outputs))
+        slopes.append(by_inputs[:, state_dim:])
+    q, slope = smaller_q(values, slopes)
 
     difference = actions - batch.actions
     bc = (difference**2).sum(-1).mean()
@@ -351,46 +462,44 @@ def rebrac_update(config, state, batches, noises):
 # --- IQL ---
 
 
-def values_of(params, k, x):
-    """Return a network's only output as (B,)."""
-    return network(params, k, x)[:, 0]
-
-
 def iql_target(state, batch):
     """Return min_k Q'_k(s, a), (B,)."""
     x = pairs(batch.observations, batch.actions)
-    return np.minimum(*[values_of(state["target_critic"], k, x) for k in range(2)])
+    return np.minimum(*both_values(state["target_critic"], x))
 
 
 def iql_update_value(config, state, batch, target):
     """Update V by the mean of |expectile - 1(u < 0)| u^2, where u = target - V(s)."""
     u = target - values_of(state["value"], 0, batch.observations)
     weights = np.abs(config.expectile - (u < 0))
+    loss = (weights * u**2).mean()
     grad = -2 * weights * u / len(u)
     grads, _ = network_back(state["value"], 0, batch.observations, grad[:, None])
     state = take_step(state, "value", grads, config.critic_learning_rate)
-    return state, {"value_loss": (weights * u**2).mean()}
+    return state, {"value_loss": loss}
 
 
 def gaussian_policy(config, params, observations):
     """Return the means and log standard deviations (B, A), and the latter before the clipping."""
-    features = hidden(params["Hidden_0"], observations)
-    means = np.tanh(dense(params["Dense_0"], features))
-    raw = dense(params["Dense_1"], features)
-    return means, np.clip(raw, config.log_std_min, config.log_std_max), raw
+    outputs, raw = gaussian(params, observations)
+    log_stds = np.clip(raw, config.log_std_min, config.log_std_max)
+    return np.tanh(outputs), log_stds, raw
 
 
 def iql_weights(config, state, batch, target):
     """Return min(exp(temperature (target - V(s))), max_weight), (B,)."""
     advantages = target - values_of(state["value"], 0, batch.observations)
-    return np.minimum(np.exp(config.temperature * advantages), config.max_weight)
+    weights = np.exp(config.temperature * advantages)
+    return np.minimum(weights, config.max_weight)
 
 
 def iql_actor_loss(config, state, batch, target):
     """Return the mean of -w log pi(a|s), where pi is a Gaussian in each dimension."""
     means, log_stds, _ = gaussian_policy(config, state["actor"], batch.observations)
-    log_probs = stats.norm.logpdf(batch.actions, means, np.exp(log_stds)).sum(-1)
-    return -(iql_weights(config, state, batch, target) * log_probs).mean()
+    stds = np.exp(log_stds)
+    log_probs = stats.norm.logpdf(batch.actions, means, stds).sum(-1)
+    weights = iql_weights(config, state, batch, target)
+    return -(weights * log_probs).mean()
 
 
 def iql_actor_grads(config, state, batch, target):
@@ -400,19 +509,16 @@ def iql_actor_grads(config, state, batch, target):
     log std, where that isn't clipped.
     """
     loss = iql_actor_loss(config, state, batch, target)
+    weights = iql_weights(config, state, batch, target)
+    w = weights[:, None] / len(weights)
     params = state["actor"]
     means, log_stds, raw = gaussian_policy(config, params, batch.observations)
-    w = iql_weights(config, state, batch, target)[:, None] / len(means)
-    z = (batch.actions - means) / np.exp(log_stds)
-    is_inside = (raw > config.log_std_min) & (raw < config.log_std_max)
-    by_mean = -w * z / np.exp(log_stds) * (1 - means**2)
-    by_log_std = -w * (z**2 - 1) * is_inside
-
-    features = hidden(params["Hidden_0"], batch.observations)
-    mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
-    std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
-    layers, _ = hidden_back(params["Hidden_0"], batch.observations, by_features + more)
-    return loss, {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+    stds = np.exp(log_stds)
+    z = (batch.actions - means) / stds
+    by_mean = -w * z / stds
+    by_outputs = by_mean * (1 - means**2)
+    by_log_std = -w * (z**2 - 1) * is_within(config, raw)
+    return loss, gaussian_back(params, batch.observations, by_outputs, by_log_std)
 
 
 def iql_update_actor(config, state, batch, target):
@@ -427,17 +533,8 @@ def iql_update_critics(config, state, batch):
     next_values = values_of(state["value"], 0, batch.next_observations)
     rewards = batch.rewards + config.reward_shift
     target = rewards + config.gamma * (1 - batch.terminals) * next_values
-    x = pairs(batch.observations, batch.actions)
-    grads = {}
-    losses = []
-    for k in range(2):
-        error = values_of(state["critic"], k, x) - target
-        own, _ = network_back(state["critic"], k, x, 2 * error[:, None] / len(error))
-        grads.update(own)
-        losses.append((error**2).mean())
-    state = take_step(state, "critic", grads, config.critic_learning_rate)
-    state = move_target(state, "critic", config.tau)
-    return state, {"critic_loss": np.mean(losses)}
+    state, info = fit_critics(config, state, batch, target)
+    return move_target(state, "critic", config.tau), info
 
 
 def iql_update(config, state, batch):
@@ -454,12 +551,13 @@ def iql_update(config, state, batch):
 
 def numpy_state(state):
     """Return the networks' parameters of a TrainState, with fresh optimisers."""
-    networks = {}
+    found = {}
     for name, value in state._asdict().items():
         if isinstance(value, dict):
-            networks[name] = tree_map(np.asarray, value["params"])
-    optimisers = {f"{name}_opt": init_adam(params) for name, params in networks.items()}
-    return {**networks, **optimisers}
+            params = tree_map(np.asarray, value["params"])
+            found[name] = params
+            found[f"{name}_opt"] = init_adam(params)
+    return found
 
 
 # --- BCQ ---
@@ -470,7 +568,7 @@ def numpy_state(state):
 
 def bcq_network(actor, k):
     """Return the parameters of the network number k in the actor."""
-    return {f"Hidden_{k}": actor[f"Hidden_{k}"], f"Dense_{k}": actor[f"Dense_{k}"]}
+    return {name: actor[name] for name in (f"Hidden_{k}", f"Dense_{k}")}
 
 
 def bcq_state(state, decoder):
@@ -478,9 +576,11 @@ def bcq_state(state, decoder):
     found = numpy_state(state)
     actor = found.pop("actor")
     del found["actor_opt"]
-    for name, k in (("decoder", decoder), ("perturbation", 1 - decoder)):
-        found[name] = bcq_network(actor, k)
-        found[f"{name}_opt"] = init_adam(found[name])
+    numbers = {"decoder": decoder, "perturbation": 1 - decoder}
+    for name, k in numbers.items():
+        params = bcq_network(actor, k)
+        found[name] = params
+        found[f"{name}_opt"] = init_adam(params)
     found["target_perturbation"] = found.pop("target_actor")
     return found
 
@@ -492,21 +592,25 @@ def bcq_number(params):
 
 def bcq_decode(params, observations, latents):
     """Return the decoder's actions tanh(network(s, z)), (B, A)."""
-    return np.tanh(network(params, bcq_number(params), pairs(observations, latents)))
+    k = bcq_number(params)
+    x = pairs(observations, latents)
+    return np.tanh(network(params, k, x))
 
 
 def bcq_perturb(config, params, observations, actions):
     """Return a + phi tanh(network(s, a)), at most 1 in absolute value, (B, A)."""
-    changes = np.tanh(network(params, bcq_number(params), pairs(observations, actions)))
+    k = bcq_number(params)
+    x = pairs(observations, actions)
+    changes = np.tanh(network(params, k, x))
     return np.clip(actions + config.phi * changes, -1, 1)
 
 
 def bcq_encode(config, params, observations, actions):
     """Return the means and log standard deviations of latents, and the latter unclipped."""
-    features = hidden(params["Hidden_0"], pairs(observations, actions))
-    raw = dense(params["Dense_1"], features)
+    x = pairs(observations, actions)
+    means, raw = gaussian(params, x)
     log_stds = np.clip(raw, config.log_std_min, config.log_std_max)
-    return dense(params["Dense_0"], features), log_stds, raw
+    return means, log_stds, raw
 
 
 def bcq_vae_loss(config, state, batch, noise):
@@ -516,9 +620,9 @@ def bcq_vae_loss(config, state, batch, noise):
     """
     means, log_stds, _ = bcq_encode(config, state["encoder"], batch.observations, batch.actions)
     latents = means + np.exp(log_stds) * noise
-    actions = bcq_decode(state["decoder"], batch.observations, latents)
+    error = bcq_decode(state["decoder"], batch.observations, latents) - batch.actions
     kl = (means**2 + np.exp(2 * log_stds) - 1) / 2 - log_stds
-    return ((actions - batch.actions) ** 2).mean() + config.kl_coef * kl.mean()
+    return (error**2).mean() + config.kl_coef * kl.mean()
 
 
 def bcq_vae_grads(config, state, batch, noise):
@@ -529,27 +633,27 @@ def bcq_vae_grads(config, state, batch, noise):
     (sigma^2 - 1) / n where that isn't clipped, where n are the latents' entries.
     """
     loss = bcq_vae_loss(config, state, batch, noise)
-    params = state["encoder"]
-    means, log_stds, raw = bcq_encode(config, params, batch.observations, batch.actions)
-    stds = np.exp(log_stds)
-    latents = means + stds * noise
+    encoder = state["encoder"]
+    mu, log_sigma, raw = bcq_encode(config, encoder, batch.observations, batch.actions)
+    sigma = np.exp(log_sigma)
+    latents = mu + sigma * noise
 
     decoder = state["decoder"]
     actions = bcq_decode(decoder, batch.observations, latents)
-    by_outputs = 2 * (actions - batch.actions) / actions.size * (1 - actions**2)
+    by_actions = 2 * (actions - batch.actions) / actions.size
+    by_outputs = by_actions * (1 - actions**2)
     x = pairs(batch.observations, latents)
     decoder_grads, by_inputs = network_back(decoder, bcq_number(decoder), x, by_outputs)
-    g = by_inputs[:, batch.observations.shape[1] :]
+    state_dim = batch.observations.shape[1]
+    g = by_inputs[:, state_dim:]
 
-    by_mean = g + config.kl_coef * means / means.size
-    is_inside = (raw > config.log_std_min) & (raw < config.log_std_max)
-    by_log_std = (g * stds * noise + config.kl_coef * (stds**2 - 1) / means.size) * is_inside
+    n = mu.size
+    by_mu = g + config.kl_coef * mu / n
+    by_log_sigma = g * sigma * noise + config.kl_coef * (sigma**2 - 1) / n
+    by_log_sigma = by_log_sigma * is_within(config, raw)
     x = pairs(batch.observations, batch.actions)
-    features = hidden(params["Hidden_0"], x)
-    mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
-    std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
-    layers, _ = hidden_back(params["Hidden_0"], x, by_features + more)
-    return loss, {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}, decoder_grads
+    encoder_grads = gaussian_back(encoder, x, by_mu, by_log_sigma)
+    return loss, encoder_grads, decoder_grads
 
 
 def bcq_update_vae(config, state, batch, noise):
@@ -568,34 +672,26 @@ def bcq_target(config, state, batch, noise):
 
     `noise` (B, n, 2 A) is drawn from a standard Gaussian: the latents before they are clipped.
     """
+    observations = batch.next_observations
     latents = np.clip(noise, -config.latent_clip, config.latent_clip)
-    values = []
+    w = config.min_weight
+    candidates = []
     for i in range(latents.shape[1]):
-        actions = bcq_decode(state["decoder"], batch.next_observations, latents[:, i])
-        actions = bcq_perturb(
-            config, state["target_perturbation"], batch.next_observations, actions
-        )
-        x = pairs(batch.next_observations, actions)
-        both = [values_of(state["target_critic"], k, x) for k in range(2)]
-        w = config.min_weight
-        values.append(w * np.minimum(*both) + (1 - w) * np.maximum(*both))
-    next_values = np.max(values, 0)
+        actions = bcq_decode(state["decoder"], observations, latents[:, i])
+        actions = bcq_perturb(config, state["target_perturbation"], observations, actions)
+        x = pairs(observations, actions)
+        values = both_values(state["target_critic"], x)
+        smaller = np.minimum(*values)
+        larger = np.maximum(*values)
+        candidates.append(w * smaller + (1 - w) * larger)
+    next_values = np.max(candidates, 0)
     return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
 
 
 def bcq_update_critics(config, state, batch, noise):
     """Update both critics by (Q(s, a) - target)^2."""
     target = bcq_target(config, state, batch, noise)
-    x = pairs(batch.observations, batch.actions)
-    grads = {}
-    losses = []
-    for k in range(2):
-        error = values_of(state["critic"], k, x) - target
-        own, _ = network_back(state["critic"], k, x, 2 * error[:, None] / len(error))
-        grads.update(own)
-        losses.append((error**2).mean())
-    state = take_step(state, "critic", grads, config.critic_learning_rate)
-    return state, {"critic_loss": np.mean(losses)}
+    return fit_critics(config, state, batch, target)
 
 
 def bcq_perturbation_grads(config, state, batch, noise):
@@ -609,15 +705,16 @@ def bcq_perturbation_grads(config, state, batch, noise):
     params = state["perturbation"]
     actions = bcq_perturb(config, params, batch.observations, decoded)
     x = pairs(batch.observations, actions)
-    ones = np.ones((len(x), 1))
-    _, by_inputs = network_back(state["critic"], 0, x, ones)
-    slope = by_inputs[:, batch.observations.shape[1] :]
+    loss = -values_of(state["critic"], 0, x).mean()
+    slope = action_slope(state["critic"], 0, batch.observations, actions)
 
     x = pairs(batch.observations, decoded)
-    changes = np.tanh(network(params, bcq_number(params), x))
-    by_outputs = -slope * config.phi * (1 - changes**2) * (np.abs(actions) < 1) / len(x)
-    grads, _ = network_back(params, bcq_number(params), x, by_outputs)
-    loss = -values_of(state["critic"], 0, pairs(batch.observations, actions)).mean()
+    k = bcq_number(params)
+    changes = np.tanh(network(params, k, x))
+    is_inside = np.abs(actions) < 1
+    by_changes = -slope * config.phi
+    by_outputs = by_changes * (1 - changes**2) * is_inside / len(x)
+    grads, _ = network_back(params, k, x, by_outputs)
     return loss, grads
 
 
@@ -646,27 +743,24 @@ def bcq_update(config, state, batch, noises):
 
 def cql_policy(config, params, observations):
     """Return means and log standard deviations (B, A), and the latter before the clipping."""
-    features = hidden(params["Hidden_0"], observations)
-    means = dense(params["Dense_0"], features)
-    raw = dense(params["Dense_1"], features) - 1
-    return means, np.clip(raw, config.log_std_min, config.log_std_max), raw
+    means, raw = gaussian(params, observations)
+    raw = raw - 1
+    log_stds = np.clip(raw, config.log_std_min, config.log_std_max)
+    return means, log_stds, raw
 
 
 def cql_policy_back(config, params, observations, by_mean, by_log_std):
     """Return the gradients by the parameters. A clipped log standard deviation has none."""
     _, _, raw = cql_policy(config, params, observations)
-    by_log_std = by_log_std * ((raw > config.log_std_min) & (raw < config.log_std_max))
-    features = hidden(params["Hidden_0"], observations)
-    mean_grads, by_features = dense_back(params["Dense_0"], features, by_mean)
-    std_grads, more = dense_back(params["Dense_1"], features, by_log_std)
-    layers, _ = hidden_back(params["Hidden_0"], observations, by_features + more)
-    return {"Hidden_0": layers, "Dense_0": mean_grads, "Dense_1": std_grads}
+    by_log_std = by_log_std * is_within(config, raw)
+    return gaussian_back(params, observations, by_mean, by_log_std)
 
 
 def cql_log_density(u, means, log_stds):
     """Return log pi of tanh(u), where log(1 - tanh(u)^2) is -2 log cosh(u)."""
-    gaussian = stats.norm.logpdf(u, means, np.exp(log_stds))
-    return (gaussian + 2 * np.log(np.cosh(u))).sum(-1)
+    log_gaussian = stats.norm.logpdf(u, means, np.exp(log_stds))
+    log_slope = -2 * np.log(np.cosh(u))
+    return (log_gaussian - log_slope).sum(-1)
 
 
 def cql_draw(config, params, observations, noise):
@@ -678,13 +772,15 @@ def cql_draw(config, params, observations, noise):
 
 def cql_samples(config, state, batch, draws):
     """Return the actions (3 n, B, A) and log-densities (3 n, B): uniform, pi(.|s), pi(.|s')."""
-    actions = [draws["uniform"]]
-    log_densities = [np.full(draws["uniform"].shape[:2], np.log(0.5) * batch.actions.shape[1])]
-    for name, observations in (("now", batch.observations), ("next", batch.next_observations)):
-        drawn, log_probs = cql_draw(config, state["actor"], observations, draws[name])
-        actions.append(drawn)
-        log_densities.append(log_probs)
-    return np.concatenate(actions), np.concatenate(log_densities)
+    uniform = draws["uniform"]
+    num, size, dimensions = uniform.shape
+    log_uniform = np.full((num, size), np.log(0.5) * dimensions)
+    actor = state["actor"]
+    now, log_now = cql_draw(config, actor, batch.observations, draws["now"])
+    later, log_later = cql_draw(config, actor, batch.next_observations, draws["next"])
+    actions = np.concatenate([uniform, now, later])
+    log_densities = np.concatenate([log_uniform, log_now, log_later])
+    return actions, log_densities
 
 
 def cql_target(config, state, batch, next_actions):
@@ -692,56 +788,81 @@ def cql_target(config, state, batch, next_actions):
 
     a' is the first of next_actions (n, B, A), or with max_backup the one with the largest Q'.
     """
-    values = []
-    for actions in next_actions if config.max_backup else next_actions[:1]:
+    if not config.max_backup:
+        next_actions = next_actions[:1]
+    candidates = []
+    for actions in next_actions:
         x = pairs(batch.next_observations, actions)
-        both = [values_of(state["target_critic"], k, x) for k in range(2)]
-        values.append(np.minimum(*both))
+        values = both_values(state["target_critic"], x)
+        candidates.append(np.minimum(*values))
+    next_values = np.max(candidates, 0)
     rewards = config.reward_scale * batch.rewards + config.reward_shift
-    return rewards + config.gamma * (1 - batch.terminals) * np.max(values, 0)
+    return rewards + config.gamma * (1 - batch.terminals) * next_values
+
+
+def cql_weight(config, state):
+    """Return the gap's weight w: cql_weight, in the Lagrange form times alpha'."""
+    if not config.lagrange_gap:
+        return config.cql_weight
+    alpha = np.exp(state["multiplier"]["log_alpha_prime"])
+    return config.cql_weight * min(alpha, 1e6)
+
+
+def cql_critic_loss(config, values, log_densities, target, weight):
+    """Return a critic's loss, its mean gap, and its gradient by the values (1 + 3 n, B).
+
+    The values are Q of the data's action, then Q_j of the samples of densities mu_j. The gap is
+    log sum_j exp(Q_j - log mu_j) - Q. The loss is the mean of (Q - y)^2 + w gap.
+
+    With p the softmax of Q_j - log mu_j, the gradient is w p_j by Q_j, and 2 (Q - y) - w by Q.
+    The gap has none where it is clipped.
+    """
+    q = values[0]
+    error = q - target
+    logits = values[1:] - log_densities
+    log_sum = np.log(np.exp(logits).sum(0))
+    gap = log_sum - q
+    p = softmax(logits.T).T
+    is_inside = np.ones(len(q))
+    if config.gap_clip:
+        is_inside = gap > -config.gap_clip
+        gap = np.maximum(gap, -config.gap_clip)
+    loss = (error**2 + weight * gap).mean()
+    by_q = 2 * error - weight * is_inside
+    by_samples = weight * is_inside * p
+    grad = np.concatenate([by_q[None], by_samples]) / len(q)
+    return loss, gap.mean(), grad
 
 
 def cql_update_critics(config, state, batch, actions, log_densities):
-    """Return the state after an update of both critics, and their losses.
-
-    The loss is the mean of (Q - y)^2 + w (log sum_j exp(Q_j - log mu_j) - Q). With p the softmax
-    of Q_j - log mu_j, its gradient is w p_j by Q_j, and 2 (Q - y) - w by Q. The gap has none
-    where it is clipped.
-    """
+    """Return the state after an update of both critics, and the means of their losses and gaps."""
     num = config.n_actions
-    size = len(batch.actions)
     target = cql_target(config, state, batch, actions[2 * num :])
-    x = np.concatenate([pairs(batch.observations, a) for a in [batch.actions, *actions]])
-    weight = config.cql_weight
-    if config.lagrange_gap:
-        weight = weight * min(np.exp(state["multiplier"]["log_alpha_prime"]), 1e6)
+    weight = cql_weight(config, state)
+    judged = [batch.actions, *actions]
+    x = np.concatenate([pairs(batch.observations, own) for own in judged])
     grads = {}
     losses = []
     gaps = []
     for k in range(2):
-        values = values_of(state["critic"], k, x).reshape(-1, size)
-        q = values[0]
-        logits = values[1:] - log_densities
-        gap = np.log(np.exp(logits).sum(0)) - q
-        is_inside = np.ones(size)
-        if config.gap_clip:
-            is_inside = gap > -config.gap_clip
-            gap = np.maximum(gap, -config.gap_clip)
-        by_q = 2 * (q - target) - weight * is_inside
-        by_samples = weight * is_inside * softmax(logits.T).T
-        grad = np.concatenate([by_q[None], by_samples]) / size
+        values = values_of(state["critic"], k, x).reshape(len(judged), -1)
+        loss, gap, grad = cql_critic_loss(config, values, log_densities, target, weight)
         own, _ = network_back(state["critic"], k, x, grad.reshape(-1, 1))
         grads.update(own)
-        losses.append(((q - target) ** 2 + weight * gap).mean())
-        gaps.append(gap.mean())
+        losses.append(loss)
+        gaps.append(gap)
     state = take_step(state, "critic", grads, config.critic_learning_rate)
     return state, {"critic_loss": np.mean(losses), "gap": np.mean(gaps)}
 
 
 def cql_update_multiplier(config, state, gap):
-    """Return the state after a step of log alpha' on -alpha' w (gap - tau)."""
+    """Return the state after a step of log alpha' on -alpha' w (gap - tau).
+
+    From 1e6 on alpha' is clipped, and has no gradient.
+    """
     alpha = np.exp(state["multiplier"]["log_alpha_prime"])
-    grad = -alpha * config.cql_weight * (gap - config.lagrange_gap) * (alpha < 1e6)
+    grad = -alpha * config.cql_weight * (gap - config.lagrange_gap)
+    grad = grad * (alpha < 1e6)
     return take_step(state, "multiplier", {"log_alpha_prime": grad}, config.critic_learning_rate)
 
 
@@ -754,17 +875,15 @@ def cql_actor_loss(config, state, batch, noise):
     alpha = np.exp(state["temperature"]["log_alpha"])
     drawn, log_probs = cql_draw(config, state["actor"], batch.observations, noise[None])
     actions = drawn[0]
-    x = pairs(batch.observations, actions)
-    values = []
-    slopes = []
-    for k in range(2):
-        values.append(values_of(state["critic"], k, x))
-        _, by_inputs = network_back(state["critic"], k, x, np.ones((len(x), 1)))
-        slopes.append(by_inputs[:, batch.observations.shape[1] :])
-    slope = np.where((values[0] < values[1])[:, None], *slopes)
-    loss = (alpha * log_probs[0] - np.minimum(*values)).mean()
-    by_u = (alpha * 2 * actions - slope * (1 - actions**2)) / len(x)
-    return loss, by_u, -alpha * np.ones_like(actions) / len(x)
+    critic = state["critic"]
+    values = both_values(critic, pairs(batch.observations, actions))
+    slopes = [action_slope(critic, k, batch.observations, actions) for k in range(2)]
+    q, slope = smaller_q(values, slopes)
+    size = len(actions)
+    loss = (alpha * log_probs[0] - q).mean()
+    by_u = (alpha * 2 * actions - slope * (1 - actions**2)) / size
+    by_log_std = -alpha * np.ones_like(actions) / size
+    return loss, by_u, by_log_std
 
 
 def cql_cloning_loss(config, state, batch, noise):
@@ -773,14 +892,19 @@ def cql_cloning_loss(config, state, batch, noise):
     The data's have theirs by the mean and log std: z / std, and z^2 - 1.
     """
     alpha = np.exp(state["temperature"]["log_alpha"])
-    means, log_stds, _ = cql_policy(config, state["actor"], batch.observations)
     drawn, log_probs = cql_draw(config, state["actor"], batch.observations, noise[None])
-    u = np.arctanh(np.clip(batch.actions, -1 + 1e-5, 1 - 1e-5))
-    z = (u - means) / np.exp(log_stds)
-    loss = (alpha * log_probs[0] - cql_log_density(u, means, log_stds)).mean()
-    by_mean = -z / np.exp(log_stds) / len(z)
-    by_log_std = -(z**2 - 1) / len(z)
-    return loss, alpha * 2 * drawn[0] / len(z), -alpha / len(z) + by_log_std, by_mean
+    means, log_stds, _ = cql_policy(config, state["actor"], batch.observations)
+    stds = np.exp(log_stds)
+    inner = np.clip(batch.actions, -1 + 1e-5, 1 - 1e-5)
+    u = np.arctanh(inner)
+    z = (u - means) / stds
+    data_log_probs = cql_log_density(u, means, log_stds)
+    loss = (alpha * log_probs[0] - data_log_probs).mean()
+    size = len(z)
+    by_u = alpha * 2 * drawn[0] / size
+    by_mean = -z / stds / size
+    by_log_std = -alpha / size - (z**2 - 1) / size
+    return loss, by_u, by_log_std, by_mean
 
 
 def cql_actor_grads(config, state, batch, noise):
@@ -790,10 +914,11 @@ def cql_actor_grads(config, state, batch, noise):
         loss, by_u, by_log_std, by_mean = cql_cloning_loss(config, state, batch, noise)
     else:
         loss, by_u, by_log_std = cql_actor_loss(config, state, batch, noise)
-    _, log_stds, _ = cql_policy(config, state["actor"], batch.observations)
+    params = state["actor"]
+    _, log_stds, _ = cql_policy(config, params, batch.observations)
+    by_mean = by_u + by_mean
     by_log_std = by_log_std + by_u * np.exp(log_stds) * noise
-    grads = cql_policy_back(config, state["actor"], batch.observations, by_u + by_mean, by_log_std)
-    return loss, grads
+    return loss, cql_policy_back(config, params, batch.observations, by_mean, by_log_std)
 
 
 def cql_update_actor(config, state, batch, noise):

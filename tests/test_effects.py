@@ -16,31 +16,43 @@ from tools import report_effects, report_figures, report_tables
 from tools.report_runs import BASELINE
 
 CHOSEN = {name: rebrac.CHOSEN[name] for name in "DO LN GN L2 EN InN BCN GrN".split()}
+SINGLES = [BASELINE, *CHOSEN]
 MEASURES = ["train/pca_rank", "train/feature_norm", "weight_norm/Hidden_0"]
+PCA_RANK = "PCA rank (training data)"  # the title of the first
 NULLS = 300
 AT_MOST = 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / NULLS)  # of the nulls; 5 %, and chance at 99.5 %
 
 
 def make_rows(labels, datasets=3, seeds=5):
     """Return rows of made-up runs, without scores."""
+    off = {}
+    for flags in CHOSEN.values():
+        off |= dict.fromkeys(flags)
+    runs = itertools.product(range(datasets), range(seeds), labels)
     rows = []
-    usual = {flag: None for flags in CHOSEN.values() for flag in flags}
-    for dataset, seed, label in itertools.product(range(datasets), range(seeds), labels):
-        config = dict(usual)
+    for dataset, seed, label in runs:
+        config = dict(off)
         for name in label.split("+"):
-            config.update(CHOSEN.get(name, {}))
+            config |= CHOSEN.get(name, {})
         rows.append(dict(dataset=f"d{dataset}", seed=seed, label=label, config=config))
     rows = pd.DataFrame(rows)
-    return rows.assign(label=pd.Categorical(rows["label"], labels, ordered=True))
+    rows["label"] = pd.Categorical(rows["label"], labels, ordered=True)
+    return rows
 
 
 def draw_noise(rng, rows, tails):
-    """Return noise whose size differs by dataset, normal or with heavy tails, on blocks' own."""
-    size = len(rows)
-    noise = rng.normal(size=size) if tails == "normal" else rng.standard_t(2, size)
+    """Return noise, normal or with heavy tails, and a block's own on top.
+
+    The first one's size differs by dataset.
+    """
+    if tails == "normal":
+        noise = rng.normal(size=len(rows))
+    else:
+        noise = rng.standard_t(2, len(rows))
     spread = rows["dataset"].map({"d0": 1, "d1": 5, "d2": 15})
     block = rows.groupby(["dataset", "seed"]).ngroup()
-    return noise * spread + rng.normal(0, 30, block.max() + 1)[block]
+    of_blocks = rng.normal(0, 30, block.max() + 1)
+    return noise * spread + of_blocks[block]
 
 
 def with_scores(rows, scores):
@@ -49,23 +61,40 @@ def with_scores(rows, scores):
 
 def has(rows, *names):
     """Return 1 for the rows whose label has all the names, else 0."""
-    return np.array([float(set(names) <= set(label.split("+"))) for label in rows["label"]])
+    words = [label.split("+") for label in rows["label"]]
+    return np.array([set(names) <= set(own) for own in words], float)
 
 
-def dummies(*columns):
-    """Return an indicator (N, values) of each column's values."""
-    return np.hstack([pd.get_dummies(column).to_numpy(float) for column in columns])
+def dummies(rows, *columns):
+    """Return an indicator (N, groups) of the rows' groups, which are equal in these columns."""
+    groups = rows[list(columns)].astype(str).agg("".join, axis=1)
+    return pd.get_dummies(groups).to_numpy(float)
+
+
+def least_squares(design, scores):
+    """Return the coefficients."""
+    return np.linalg.lstsq(design, scores)[0]
 
 
 def left_over(design, scores):
     """Return what least squares leaves of scores."""
-    return scores - design @ np.linalg.lstsq(design, scores)[0]
+    return scores - design @ least_squares(design, scores)
 
 
 def share(blocks, design, scores):
     """Return the share of scores' sum of squares within blocks that a design explains."""
     within = left_over(blocks, scores)
-    return 1 - (left_over(np.hstack([blocks, design]), scores) ** 2).sum() / (within**2).sum()
+    unexplained = left_over(np.hstack([blocks, design]), scores)
+    return 1 - (unexplained**2).sum() / (within**2).sum()
+
+
+def root_mean_square(x):
+    return np.sqrt((x**2).mean(0))
+
+
+def told_from_chance(p):
+    """Return the names whose p value is below 0.05."""
+    return set(p.index[p < 0.05])
 
 
 # --- Many comparisons ---
@@ -77,165 +106,193 @@ def test_holms_correction_is_that_of_its_definition():
     np.testing.assert_allclose(report_tables.holm(p), expected)
     assert np.isnan(report_tables.holm([np.nan])).all()
     p = np.random.default_rng(0).uniform(size=30) ** 3
-    np.testing.assert_allclose(report_tables.holm(p), multipletests(p, method="holm")[1])
+    _, expected, _, _ = multipletests(p, method="holm")
+    np.testing.assert_allclose(report_tables.holm(p), expected)
 
 
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
 def test_differences_are_found_in_5_of_100_tables_without_any(tails):
     rng = np.random.default_rng(0)
     rows = make_rows([BASELINE, "DO", "LN", "GN", "L2", "InN"], seeds=3)
-    scores = pd.DataFrame([draw_noise(rng, rows, tails) for _ in range(NULLS)])
-    scores = scores.to_numpy().reshape(NULLS, 3, 3, 6).mean(1)  # over the datasets
-    differences = scores[:, :, 1:] - scores[:, :, :1]
-    count_findings(differences.transpose(0, 2, 1))
+    nulls = []
+    for _ in range(NULLS):
+        noise = draw_noise(rng, rows, tails).to_numpy()
+        scores = noise.reshape(3, 3, 6).mean(0)  # (seeds, labels), over the datasets
+        differences = scores[:, 1:] - scores[:, :1]
+        nulls.append(differences.T)
+    check_findings(np.stack(nulls))
 
 
-def count_findings(values):
+def check_findings(values):
     """Check how many nulls have a finding: tests of a mean 0, (nulls, tests, blocks)."""
     nulls, tests, blocks = values.shape
-    p = report_tables.p_values(pd.DataFrame(values.reshape(-1, blocks)))
-    found = [report_tables.holm(own).min() < 0.05 for own in p.to_numpy().reshape(nulls, tests)]
-    assert np.mean(found) <= AT_MOST
+    table = pd.DataFrame(values.reshape(-1, blocks))
+    p = report_tables.p_values(table).to_numpy().reshape(nulls, tests)
+    smallest = [report_tables.holm(own).min() for own in p]
+    assert np.mean(np.array(smallest) < 0.05) <= AT_MOST
 
 
 # --- Interactions ---
 
-PAIRS = [BASELINE, *CHOSEN]
-PAIRS += [f"{x}+{y}" for x, y in itertools.combinations(CHOSEN, 2) if (x, y) != ("L2", "EN")]
+PAIRS = ["+".join(pair) for pair in itertools.combinations(CHOSEN, 2)]
+PAIRS.remove("L2+EN")  # which set the same flags
 TRIPLES = [BASELINE, "DO", "LN", "GrN", "DO+LN", "DO+GrN", "LN+GrN", "DO+LN+GrN"]
 
 
-def test_planted_interactions_are_found_and_nothing_else():
+@pytest.fixture(scope="module")
+def planted():
+    """Return the interactions of runs where DO+LN gives 8 and GN+InN takes 6."""
     rng = np.random.default_rng(0)
-    rows = make_rows(PAIRS)
-    scores = 20 * has(rows, "DO") - 9 * has(rows, "GN") + rng.normal(size=len(rows))
-    scores += 8 * has(rows, "DO", "LN") - 6 * has(rows, "GN", "InN")
-    rows = with_scores(rows, scores)
-    found = report_effects.interactions(rows, CHOSEN, 200)
-    assert len(found) == 27
-    assert set(found.index[found["p"] < 0.05]) == {"DO+LN", "GN+InN"}
-    assert found.loc["DO+LN", "point"] == pytest.approx(8, abs=1.5)
-    table = report_effects.interaction_table("", found, [])
+    rows = make_rows(SINGLES + PAIRS)
+    alone = 20 * has(rows, "DO") - 9 * has(rows, "GN")
+    noise = rng.normal(size=len(rows))
+    together = 8 * has(rows, "DO", "LN") - 6 * has(rows, "GN", "InN")
+    rows = with_scores(rows, alone + noise + together)
+    return report_effects.interactions(rows, CHOSEN, 200)
+
+
+def test_planted_interactions_are_found_and_nothing_else(planted):
+    assert len(planted) == 27
+    assert told_from_chance(planted["p"]) == {"DO+LN", "GN+InN"}
+    assert planted.loc["DO+LN", "point"] == pytest.approx(8, abs=1.5)
+
+
+def test_the_table_and_the_map_show_what_is_found(planted):
+    table = report_effects.interaction_table("", planted, [])
     assert table.note.startswith("The strongest synergy is DO+LN: +")
     assert " The strongest conflict is GN+InN: -" in table.note
-    assert list(table.cells.index[table.cells["interaction"].str.contains(r"\*")]) == [
-        "DO+LN",
-        "GN+InN",
-    ]
-    texts = [
-        text.get_text() for text in report_figures.interaction_map(found, CHOSEN).axes[0].texts
-    ]
+    is_bold = table.cells["interaction"].str.contains(r"\*")
+    assert list(table.cells.index[is_bold]) == ["DO+LN", "GN+InN"]
+
+    figure = report_figures.interaction_map(planted, CHOSEN)
+    texts = [text.get_text() for text in figure.axes[0].texts]
     starred = [text for text in texts if text.endswith("*")]
-    assert starred == 2 * [f"{found.loc['DO+LN', 'point']:.1f}*"] + 2 * [
-        f"{found.loc['GN+InN', 'point']:.1f}*"
-    ]
+    synergy = f"{planted.loc['DO+LN', 'point']:.1f}*"
+    conflict = f"{planted.loc['GN+InN', 'point']:.1f}*"
+    assert starred == [synergy, synergy, conflict, conflict]
 
 
 def test_a_planted_interaction_of_three_is_told_from_those_of_two():
     rng = np.random.default_rng(0)
     rows = make_rows(TRIPLES)
-    names = ("DO", "LN", "GrN")
-    scores = 5 * has(rows, "DO", "LN") + 9 * has(rows, *names) + rng.normal(size=len(rows))
-    found = report_effects.interactions(with_scores(rows, scores), CHOSEN, 200)
-    assert set(found.index[found["p"] < 0.05]) == {"DO+LN", "DO+LN+GrN"}
+    noise = rng.normal(size=len(rows))
+    together = 5 * has(rows, "DO", "LN") + 9 * has(rows, "DO", "LN", "GrN")
+    rows = with_scores(rows, together + noise)
+    found = report_effects.interactions(rows, CHOSEN, 200)
+    assert told_from_chance(found["p"]) == {"DO+LN", "DO+LN+GrN"}
     assert found.loc["DO+LN+GrN", "gain"] == pytest.approx(14, abs=1.5)
 
 
 def test_terms_are_those_of_least_squares():
     rng = np.random.default_rng(0)
     rows = make_rows(TRIPLES, datasets=2, seeds=3)
-    rows = with_scores(rows, rng.normal(50, 10, len(rows)))
+    scores = rng.normal(50, 10, len(rows))
     terms = [has(rows, *label.split("+")) for label in TRIPLES[1:]]
-    blocks = dummies(rows["dataset"] + rows["seed"].astype(str))
+    blocks = dummies(rows, "dataset", "seed")
     design = np.column_stack([*terms, blocks])
-    fitted = np.linalg.lstsq(design, rows["final"].to_numpy())[0][3:7]
-    found = report_effects.interactions(rows, CHOSEN, 200)
+    expected = least_squares(design, scores)[3:7]  # after those of the three alone
+    found = report_effects.interactions(with_scores(rows, scores), CHOSEN, 200)
     assert list(found.index) == TRIPLES[4:]
-    np.testing.assert_allclose(found["point"], fitted, atol=1e-8)
-    assert (found["low"] < found["point"]).all() and (found["point"] < found["high"]).all()
+    np.testing.assert_allclose(found["point"], expected, atol=1e-8)
+    assert (found["low"] < found["point"]).all()
+    assert (found["point"] < found["high"]).all()
 
 
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
 def test_interactions_are_found_in_5_of_100_nulls(tails):
     rng = np.random.default_rng(0)
     rows = make_rows(TRIPLES, datasets=2, seeds=3)
-    main = 20 * has(rows, "DO") - 5 * has(rows, "GrN")
+    alone = 20 * has(rows, "DO") - 5 * has(rows, "GrN")
     nulls = []
     for number in range(NULLS):  # as if they were other datasets
-        own = with_scores(rows, main + draw_noise(rng, rows, tails))
-        nulls.append(own.assign(dataset=f"{number:03}" + own["dataset"]))
-    terms, _ = report_effects.contrasts(pd.concat(nulls, ignore_index=True), CHOSEN)
-    count_findings(terms.to_numpy().reshape(4, NULLS, 6).transpose(1, 0, 2))
+        noise = draw_noise(rng, rows, tails)
+        own = with_scores(rows, alone + noise)
+        own["dataset"] = f"{number:03}" + own["dataset"]
+        nulls.append(own)
+    rows = pd.concat(nulls, ignore_index=True)
+    terms, _ = report_effects.contrasts(rows, CHOSEN)
+    values = terms.to_numpy().reshape(4, NULLS, 6)
+    check_findings(values.transpose(1, 0, 2))
+
+
+def told(rows):
+    """Return which interactions are told, and which are not."""
+    found = report_effects.interactions(rows, CHOSEN, 2)
+    return list(found.index), report_effects.untold(rows, CHOSEN, found)
 
 
 def test_only_what_the_runs_identify_is_told():
     rows = with_scores(make_rows(TRIPLES), 50)
-
-    def told(own):
-        found = report_effects.interactions(own, CHOSEN, 2)
-        return list(found.index), report_effects.untold(own, CHOSEN, found)
-
     assert told(rows) == (TRIPLES[4:], [])
-    assert told(rows[rows["label"] != "GrN"]) == (["DO+LN"], ["DO+GrN", "LN+GrN", "DO+LN+GrN"])
-    one_block = (rows["dataset"] == "d0") & (rows["seed"] == 0)
-    assert told(rows[(rows["label"] != "GrN") | one_block])[0] == ["DO+LN"]
-    singles = rows[rows["label"].isin([BASELINE, "DO", "LN"])]
-    assert told(singles.assign(label=singles["label"].cat.remove_unused_categories())) == ([], [])
+    is_noise = rows["label"] == "GrN"
+    found, not_found = told(rows[~is_noise])
+    assert found == ["DO+LN"]
+    assert not_found == ["DO+GrN", "LN+GrN", "DO+LN+GrN"]
+    in_one_block = (rows["dataset"] == "d0") & (rows["seed"] == 0)
+    found, _ = told(rows[~is_noise | in_one_block])
+    assert found == ["DO+LN"]
+    singles = with_scores(make_rows([BASELINE, "DO", "LN"]), 50)
+    assert told(singles) == ([], [])
 
-    others = rows.copy()  # a strength of a triple alone, as the paper has it
-    is_triple = others["label"] == "DO+LN+GrN"
-    changed = [{**config, "actor_grad_noise": 0.003} for config in others["config"]]
-    others["config"] = others["config"].where(~is_triple, pd.Series(changed, others.index))
-    assert told(others) == (TRIPLES[4:7], ["DO+LN+GrN"])
+
+def test_a_triple_is_not_told_from_pairs_of_another_strength():
+    """The paper has such ones."""
+    rows = with_scores(make_rows(TRIPLES), 50)
+    is_triple = rows["label"] == "DO+LN+GrN"
+    for config in rows.loc[is_triple, "config"]:
+        config["actor_grad_noise"] = 0.003
+    assert told(rows) == (TRIPLES[4:7], ["DO+LN+GrN"])
     note = report_effects.missing_text(["DO+LN+GrN"])
     assert note.endswith("have all parts at the same strengths: DO+LN+GrN.")
 
-    dropout = [{**config, "actor_dropout": 0.1} for config in rows["config"]]
-    rows = rows.assign(config=dropout)  # as the baseline has on some datasets
+
+def test_a_pair_is_not_told_from_a_run_that_it_shares():
+    """Where the baseline has dropout, as on some datasets, DO+LN is LN's run."""
+    rows = with_scores(make_rows(TRIPLES), 50)
+    for config in rows["config"]:
+        config["actor_dropout"] = 0.1
     is_pair = rows["label"] == "DO+LN"
-    same = rows[rows["label"] == "LN"].assign(label="DO+LN")
-    assert told(pd.concat([rows[~is_pair], same]).astype(rows.dtypes)) == (
-        ["DO+GrN", "LN+GrN"],
-        ["DO+LN", "DO+LN+GrN"],
-    )
+    shared = rows[rows["label"] == "LN"].assign(label="DO+LN")
+    rows = pd.concat([rows[~is_pair], shared]).astype(rows.dtypes)
+    assert told(rows) == (["DO+GrN", "LN+GrN"], ["DO+LN", "DO+LN+GrN"])
 
 
 # --- Explanation ---
 
-SINGLES = [BASELINE, *CHOSEN]
-
 
 def with_measures(rows, rng, by_label):
     """Add measures whose size is moved by regularisers, `by_label` times as much as by chance."""
+    rows = rows.copy()
     moved = rng.normal(size=(len(MEASURES), len(SINGLES)))
     codes = rows["label"].cat.codes
-    for i, name in enumerate(MEASURES):
-        rows = rows.assign(**{name: by_label * moved[i][codes] + rng.normal(size=len(rows))})
+    for name, own in zip(MEASURES, moved):
+        noise = rng.normal(size=len(rows))
+        rows[name] = by_label * own[codes] + noise
     return rows
 
 
-def found_by(rows, column):
-    p = report_effects.explain(rows, CHOSEN, 20).p[column]
-    return set(p.index[p < 0.05])
-
-
 @pytest.mark.parametrize(
-    "by_label, by_run, expected",
+    "by_label, by_run, between, within",
     [
-        (3, -3, ({"PCA rank (training data)"}, {"PCA rank (training data)"})),
-        (0, 3, (set(), {"PCA rank (training data)"})),
-        (3, 0, ({"PCA rank (training data)"}, set())),
+        (3, -3, {PCA_RANK}, {PCA_RANK}),
+        (0, 3, set(), {PCA_RANK}),
+        (3, 0, {PCA_RANK}, set()),
     ],
 )
-def test_a_planted_explanation_is_found_where_it_is_and_nothing_else(by_label, by_run, expected):
+def test_a_planted_explanation_is_found_where_it_is_and_nothing_else(
+    by_label, by_run, between, within
+):
     """The score follows a measure between regularisers, or between runs of the same, or both."""
     rng = np.random.default_rng(1)
     rows = with_measures(make_rows(SINGLES), rng, 2)
-    rank = rows[MEASURES[0]]
-    usual = rank.groupby([rows["label"], rows["dataset"]], observed=True).transform("mean")
-    scores = by_label * usual + by_run * (rank - usual) + rng.normal(size=len(rows))
-    rows = with_scores(rows, scores)
-    assert (found_by(rows, "between"), found_by(rows, "within")) == expected
+    rank = rows["train/pca_rank"]
+    same = rows.groupby(["label", "dataset"], observed=True)
+    usual = same["train/pca_rank"].transform("mean")
+    noise = rng.normal(size=len(rows))
+    rows = with_scores(rows, by_label * usual + by_run * (rank - usual) + noise)
+    found = report_effects.explain(rows, CHOSEN, 20)
+    assert told_from_chance(found.p["between"]) == between
+    assert told_from_chance(found.p["within"]) == within
 
 
 def test_what_an_explanation_rests_on_is_told():
@@ -244,58 +301,84 @@ def test_what_an_explanation_rests_on_is_told():
     rows = make_rows(SINGLES)
     moved = has(rows, "DO") - has(rows, "LN")
     rows["train/pca_rank"] = 10 * moved + rng.normal(size=len(rows))
-    rows = with_scores(rows, 9 * moved + rng.normal(size=len(rows)))
-    found = report_effects.explain(rows, CHOSEN, 20)
-    assert found.rests_on == {"PCA rank (training data)": ["DO", "LN"]}
+    scores = 9 * moved + rng.normal(size=len(rows))
+    found = report_effects.explain(with_scores(rows, scores), CHOSEN, 20)
+    assert found.rests_on == {PCA_RANK: ["DO", "LN"]}
     text = report_effects.explained(found)
-    assert "PCA rank (training data) (but p isn't below 0.05 without DO, LN)." in text
+    assert f"{PCA_RANK} (but without DO, LN p is 0.05 or more, before correction)." in text
 
 
 def test_only_single_regularisers_are_compared():
-    for label, name in (
-        ("DO(0.3)", "DO"),
-        ("critic_ln=False", "critic_ln"),
-        ("DO+LN", None),
-        ("LN+critic_ln=False", None),
-        ("LN (no DO)", None),
-        ("best", None),
-        (BASELINE, None),
-    ):
+    expected = {
+        "DO(0.3)": "DO",
+        "critic_ln=False": "critic_ln",
+        "DO+LN": None,
+        "LN+critic_ln=False": None,
+        "LN (no DO)": None,
+        "best": None,
+        BASELINE: None,
+    }
+    for label, name in expected.items():
         assert report_effects.regulariser(label, CHOSEN) == name
 
 
 def test_estimates_are_those_of_least_squares():
     rng = np.random.default_rng(0)
-    rows = with_measures(make_rows(SINGLES, datasets=2, seeds=3), rng, 1)
-    scores = rng.normal(50, 10, len(rows)) + 4 * rows[MEASURES[0]]
+    rows = make_rows(SINGLES, datasets=2, seeds=3)
+    rows = with_measures(rows, rng, 1)
+    scores = rng.normal(50, 10, len(rows)) + 4 * rows["train/pca_rank"]
     rows = with_scores(rows, scores)
-    block = rows["dataset"] + rows["seed"].astype(str)
-    blocks = dummies(block)
+    blocks = dummies(rows, "dataset", "seed")
+    labels = dummies(rows, "dataset", "label")
+    cells = np.hstack([blocks, labels])
     x = rows[MEASURES].to_numpy()
     deviations = left_over(blocks, x)
     for dataset in ("d0", "d1"):  # unit: the standard deviation within a dataset's blocks
         own = rows["dataset"] == dataset
-        x[own] /= np.sqrt((deviations[own] ** 2).mean(0))
+        x[own] /= root_mean_square(deviations[own])
 
     found = report_effects.explain(rows, CHOSEN, 200)
     assert sorted(found.sample.columns) == sorted(MEASURES)
-    for i, name in enumerate(MEASURES):
-        rows_of = found.estimates[
-            found.estimates["label"] == report_effects.measure_title(name)
-        ].set_index("quantity")
-        slope = np.linalg.lstsq(np.column_stack([x[:, i], blocks]), scores)[0][0]
-        alone = share(blocks, x[:, [i]], scores)
-        beside = share(blocks, x, scores) - share(blocks, np.delete(x, i, 1), scores)
-        cells = np.hstack([blocks, dummies(rows["dataset"] + rows["label"].astype(str))])
-        same = np.linalg.lstsq(np.column_stack([x[:, i], cells]), scores)[0][0]
-        same *= np.sqrt((left_over(cells, x[:, i]) ** 2).mean())
-        expected = pd.Series(dict(slope=slope, alone=100 * alone, beside=100 * beside, within=same))
-        np.testing.assert_allclose(rows_of["point"][expected.index], expected, rtol=1e-5)
-        assert (rows_of["low"] <= rows_of["high"]).all()
-    assert found.together == pytest.approx(share(blocks, x, scores))
-    labels = dummies(rows["dataset"] + rows["label"].astype(str))
+    assert (found.estimates["low"] <= found.estimates["high"]).all()
+    together = share(blocks, x, scores)
+    assert found.together == pytest.approx(together)
     assert found.label_share == pytest.approx(share(blocks, labels, scores))
     assert found.chance_share == pytest.approx(1 / 3)
+    for i, name in enumerate(MEASURES):
+        own = x[:, i]
+        others = np.delete(x, i, 1)
+        slope = least_squares(np.column_stack([own, blocks]), scores)[0]
+        alone = share(blocks, own[:, None], scores)
+        beside = together - share(blocks, others, scores)
+        within = least_squares(np.column_stack([own, cells]), scores)[0]
+        within *= root_mean_square(left_over(cells, own))
+        expected = [slope, 100 * alone, 100 * beside, within]
+        title = report_effects.measure_title(name)
+        is_own = found.estimates["label"] == title
+        points = found.estimates[is_own].set_index("quantity")["point"]
+        points = points[["slope", "alone", "beside", "within"]]
+        np.testing.assert_allclose(points, expected, rtol=1e-5)
+
+
+def draw_null(rng, rows, tails, by_label, by_kind):
+    """Return measures and last a score (N, measures + 1), which nothing but chance connects.
+
+    A regulariser moves each by `by_label`. There are two kinds of regularisers, by the first
+    measure, and in a block those of a kind share a part of the score, of size `by_kind`.
+    """
+    labels = rows["label"].cat.codes.to_numpy()
+    width = len(MEASURES)
+    moved = rng.normal(0, by_label + by_kind, (len(SINGLES), width))
+    noise = rng.normal(size=(len(rows), width))
+    measures = moved[labels] + noise
+    scores = draw_noise(rng, rows, tails)
+    of_labels = rng.normal(0, by_label, len(SINGLES))
+    scores += of_labels[labels]
+    blocks = rows.groupby(["dataset", "seed"]).ngroup()
+    of_kinds = rng.normal(0, 7 * by_kind, (blocks.max() + 1, 2))
+    kinds = (moved[:, 0] > 0).astype(int)
+    scores += of_kinds[blocks, kinds[labels]]
+    return np.column_stack([measures, scores])
 
 
 @pytest.mark.parametrize(
@@ -309,70 +392,74 @@ def test_explanations_are_found_in_5_of_100_nulls(tails, by_label, by_kind, seed
     """
     monkeypatch.setattr(report_effects, "PERMUTATIONS", 499)
     rng = np.random.default_rng(0)
-    rows = with_scores(with_measures(make_rows(SINGLES, 2, seeds), rng, 1), 0.0)
-    rows["final"] += rows.index
+    rows = with_measures(make_rows(SINGLES, 2, seeds), rng, 1)
+    rows = with_scores(rows, rows.index)
     layout = report_effects.make_sample(rows)
-    codes = rows["label"].cat.codes.to_numpy()
-    found = 0
+    smallest = []
     for _ in range(NULLS):
-        moved = rng.normal(0, by_label + by_kind, (len(SINGLES), len(MEASURES)))
-        measures = moved[codes] + rng.normal(size=(len(rows), len(MEASURES)))
-        scores = draw_noise(rng, rows, tails) + rng.normal(0, by_label, len(SINGLES))[codes]
-        shared = rng.normal(0, 7 * by_kind, (2 * seeds, 2))
-        is_high = (moved[:, 0] > 0).astype(int)
-        scores += shared[layout.about["block"], is_high[codes]]
-        values = np.column_stack([measures, scores]).reshape(2 * seeds, len(SINGLES), -1)
-        values = (values - values.mean(1, keepdims=True)).reshape(len(rows), -1)
-        sample = layout._replace(values=values)
+        values = draw_null(rng, rows, tails, by_label, by_kind)
+        by_block = values.reshape(2 * seeds, len(SINGLES), -1)
+        deviations = by_block - by_block.mean(1, keepdims=True)
+        sample = layout._replace(values=deviations.reshape(values.shape))
         products = report_effects.block_products(sample)
         rectangles = report_effects.rectangles(sample)
         p, _ = report_effects.corrected_p(sample, products, rectangles, CHOSEN)
-        found += p.min() < 0.05
-    assert found <= AT_MOST * NULLS
+        smallest.append(p.min())
+    assert np.mean(np.array(smallest) < 0.05) <= AT_MOST
 
 
-def test_constant_collinear_and_missing_measures_break_nothing():
+@pytest.fixture(scope="module")
+def odd():
+    """Return the explanation by measures that are constant, collinear, or missing."""
     rng = np.random.default_rng(0)
     rows = with_measures(make_rows(SINGLES), rng, 2)
     rows["train/action_error"] = rng.uniform(1, 2, len(rows))
     rows["validation/action_error"] = rng.uniform(1, 2, len(rows))
     rows["gap/action_error"] = rows["validation/action_error"] - rows["train/action_error"]
-    rows["train/copy"] = 2 * rows[MEASURES[0]] - 7
+    rows["train/copy"] = 2 * rows["train/pca_rank"] - 7
     rows["random/copy"] = rng.normal(size=len(rows))  # the same on other states
     rows["train/dead_neurons"] = 0.1
-    rows["train/srank"] = np.where(rows["seed"] > 0, np.nan, 1.0 + rows.index)
-    rows.loc[[3, 4], MEASURES[1]] = [np.nan, np.inf]
-    scores = rng.normal(size=len(rows)) + rows[MEASURES[0]]
+    rows["train/srank"] = 1.0 + rows.index
+    rows.loc[rows["seed"] > 0, "train/srank"] = np.nan
+    rows.loc[3, "train/feature_norm"] = np.nan
+    rows.loc[4, "train/feature_norm"] = np.inf
+    scores = rng.normal(size=len(rows)) + rows["train/pca_rank"]
     rows["score"] = scores
     rows["score/action_noise=0.2"] = scores
     rows["seconds/train"] = scores
-    rows = with_scores(rows, scores)
-    found = report_effects.explain(rows, CHOSEN, 50)
-    errors = ["train/action_error", "validation/action_error", "gap/action_error"]
-    expected = {*MEASURES, *errors, "ratio/action_error", "train/copy"}
-    assert set(found.sample.columns) == expected
-    assert found.sample.constant == ["train/dead_neurons"]
-    assert found.sample.missing == ["train/srank"]
-    assert found.sample.dropped == 2
-    points = found.estimates.set_index(["quantity", "label"])["point"]
-    assert np.isfinite(found.estimates[["point", "low", "high"]]).all(axis=None)
-    rank = "PCA rank (training data)"
-    assert points["alone", "train/copy"] == pytest.approx(points["alone", rank])
-    assert points["alone", rank] > 30
-    assert points["beside", rank] == points["beside", "train/copy"] == 0  # the other has it all
-    assert points["beside", "gap of the action error"] >= 0
-    note = report_effects.explanation_table("", found).note
-    blocks = rows.groupby(["dataset", "seed"]).ngroups
-    assert f"{len(rows) - 2} runs in {blocks} blocks" in note
-    assert "too few runs have it: " in note and "Left out: 2 runs that lack a measure." in note
+    return report_effects.explain(with_scores(rows, scores), CHOSEN, 50)
+
+
+def test_constant_and_missing_measures_are_left_out(odd):
+    errors = [f"{batch}/action_error" for batch in ("train", "validation", "gap", "ratio")]
+    assert set(odd.sample.columns) == {*MEASURES, *errors, "train/copy"}
+    assert odd.sample.constant == ["train/dead_neurons"]
+    assert odd.sample.missing == ["train/srank"]
+    assert odd.sample.dropped == 2
+    note = report_effects.explanation_table("", odd).note
+    assert "133 runs in 15 blocks" in note
+    assert "too few runs have it: " in note
+    assert "Left out: 2 runs that lack a measure." in note
     assert "varies in no block: dead neurons (share, training data)." in note
-    assert len(report_figures.explanation_figure(found).axes) == 4
+
+
+def test_collinear_measures_break_nothing(odd):
+    intervals = odd.estimates[["point", "low", "high"]]
+    assert np.isfinite(intervals).all(axis=None)
+    points = odd.estimates.set_index(["quantity", "label"])["point"]
+    copy = "copy (training data)"
+    assert points["alone", copy] == pytest.approx(points["alone", PCA_RANK])
+    assert points["alone", PCA_RANK] > 30
+    assert points["beside", PCA_RANK] == 0  # the copy has it all
+    assert points["beside", copy] == 0
+    assert points["beside", "gap of the action error"] >= 0
+    figure = report_figures.explanation_figure(odd)
+    assert len(figure.axes) == 4
 
 
 def test_nothing_is_explained_by_too_few_runs():
     rng = np.random.default_rng(0)
-    rows = with_scores(make_rows(SINGLES, datasets=1, seeds=2), 1.0)
-    rows = with_measures(rows, rng, 1)
-    assert report_effects.explain(rows, CHOSEN, 5) is None  # two blocks
-    rows = with_measures(make_rows([BASELINE]), rng, 1)
-    assert report_effects.explain(with_scores(rows, range(len(rows))), CHOSEN, 5) is None
+    for rows in (make_rows(SINGLES, datasets=1, seeds=2), make_rows([BASELINE])):
+        rows = with_scores(rows, range(len(rows)))
+        rows = with_measures(rows, rng, 1)
+        assert report_effects.explain(rows, CHOSEN, 5) is None

@@ -32,8 +32,10 @@ from harness.errors import UserError
 from harness.tables import Tables
 from harness.wandb_log import WandB
 from tools import report, report_figures, report_runs, report_shares, report_tables
-from tools.report import Config, Report
+from tools.report import MOST_DRAWN, Config, Report
 from tools.report_tables import Table
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # such as the mean of nothing
 
 SCRIPTS = {"rebrac": rebrac, "iql": iql}
 HOPPER = "hopper-medium-v2"
@@ -732,13 +734,7 @@ def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, 
             (dict(actor_ln=True, actor_gn=True), 0),
         ):
             score = 50 + gain + seed / 10 + (seed % 2) * len(flags) / 10
-            path = make_run([[1.0, score]], seed=seed, **flags)
-            table = os.path.join(path, "evaluations.csv")
-            with open(table) as file:
-                header, *lines = file.read().splitlines()
-            lines = [f"{line},{score / 3}" for line in lines]
-            with open(table, "w") as file:
-                file.write("\n".join([f"{header},train/new_measure", *lines]) + "\n")
+            add_measure(make_run([[1.0, score]], seed=seed, **flags), score / 3)
     found = make_report("results")
     cells = found["ReBRAC: interactions"]
     assert list(cells.index) == ["LN+FN"]
@@ -749,7 +745,7 @@ def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, 
     ]
     assert cells.loc["LN+FN", "interaction"].startswith("**+15.0 (+15.0 – ")
     cells = found["ReBRAC: what explains the score"]
-    assert list(cells.index) == ["train/new_measure"]  # the others are constant
+    assert list(cells.index) == ["new measure (training data)"]  # the others are constant
     assert cells["share alone (%)"].tolist() == ["100.0 (100.0 – 100.0)"]
     text = (tmp_path / "report" / "tables.md").read_text()
     assert "The strongest synergy is LN+FN: +15.0" in text
@@ -758,6 +754,30 @@ def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, 
     assert "| measure | points per standard deviation |" in text
     for name in ("interactions", "what-explains-the-score"):
         assert os.path.exists(tmp_path / "report" / f"1-rebrac-{name}.png")
+
+
+def add_measure(path, value):
+    """Add a column train/new_measure to a run's evaluations."""
+    table = pd.read_csv(os.path.join(path, "evaluations.csv"))
+    table["train/new_measure"] = value
+    table.to_csv(os.path.join(path, "evaluations.csv"), index=False)
+
+
+def test_a_combination_alone_has_no_p_between_regularisers(make_run, make_report, tmp_path):
+    for seed in range(3):
+        for flags, gain in (({}, 0), (dict(actor_ln=True, actor_fn=True), 5 + seed)):
+            add_measure(make_run([[1.0, 50 + gain]], seed=seed, **flags), gain)
+    cells = make_report("results")["ReBRAC: what explains the score"]
+    assert cells["p, between regularisers"].tolist() == ["too few"]
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "between regularisers is not tested, since they are few." in text
+
+
+def test_the_first_labels_are_drawn_where_there_are_many(make_run, make_report, tmp_path):
+    for i in range(MOST_DRAWN + 1):
+        make_run([[1.0, 50 + i]], seed=0, actor_dropout=i / 100)
+    make_report("results")
+    assert (tmp_path / "report" / "1-rebrac-inside-the-actor-the-first-24.png").exists()
 
 
 def test_a_pair_without_its_parts_is_told_to_be_missing(make_run, make_report, tmp_path):
@@ -795,7 +815,11 @@ def test_a_report_tells_whether_a_gain_grows_as_the_data_shrinks(make_run, make_
     make_run([[1.0, 50]], seed=0, validation_frac=0.25, finished=False)
     cells = make_report("results", variants=2)["ReBRAC: gain by share of the data"]
     assert list(cells.index) == ["DO", "DO(0.3)", "LN"]
-    assert list(cells) == ["6.25 %", "25 %", "50 %", "for each halving", "p"]
+    titles = ["6.25 %", "25 %", "50 %", "for each halving"]
+    assert list(cells)[::2] == titles
+    assert list(cells)[1::2] == [f"p, {title}" for title in titles]
+    p_of_gains = cells[["p, 6.25 %", "p, 25 %", "p, 50 %"]]
+    cells = cells[[*titles, "p, for each halving"]]
     half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
     expected = [f"**{signed(mean, half)}**" for mean in (12, 6, 3)]
     assert cells.loc["LN"].tolist() == [*expected, "**+3.0 (+3.0 – +3.0)**", "<0.001"]
@@ -804,6 +828,8 @@ def test_a_report_tells_whether_a_gain_grows_as_the_data_shrinks(make_run, make_
     assert cells.loc["DO"].tolist() == [*expected, f"**{signed(-0.5, half)}**", f"{2 * p[0]:.3f}"]
     expected = [signed(-0.3 * h, half * h) for h in (4, 2, 1)]  # each p is 3 times 0.035
     assert cells.loc["DO(0.3)"].tolist() == [*expected, f"**{signed(-0.3, half)}**", f"{p[1]:.3f}"]
+    one = 2 * stats.t.sf(3 * np.sqrt(3), 2)  # of DO(0.3) at each share, the largest of nine
+    assert p_of_gains.loc["DO(0.3)"].tolist() == 3 * [f"{3 * one:.3f}"]
     text = (tmp_path / "report" / "tables.md").read_text()
     assert "## ReBRAC, less data. Settings: eval_every=1000, num_updates=2000\n" in text
     assert text.count("gain by share of the data](") == 1
@@ -825,9 +851,9 @@ def test_a_label_needs_no_share_that_only_others_have(make_run, make_report):
         make_run([[1.0, 40]], "iql", seed=seed, dataset_name=WALKER)  # on all of the data alone
     tables = make_report("results")
     cells = tables["IQL: gain by share of the data"]
-    assert list(cells) == ["25 %", "50 %", "100 %", "for each halving", "p"]
+    cells = cells[["25 %", "50 %", "100 %", "for each halving"]]
     expected = ["+4.0 (+4.0 – +4.0)", "+2.0 (+2.0 – +2.0)", "incomplete", "+2.0 (+2.0 – +2.0)"]
-    assert [cell.strip("*") for cell in cells.loc["LN"].tolist()[:4]] == expected
+    assert [cell.strip("*") for cell in cells.loc["LN"]] == expected
 
 
 def test_runs_on_the_same_share_make_no_section_on_less_data(make_run, make_report, tmp_path):

@@ -43,6 +43,9 @@ def default_results():
     return ["results" if glob.glob("results/*/*/*") else "data/study.csv"]
 
 
+MOST_DRAWN = 24  # labels in a figure
+
+
 @dataclass(frozen=True)
 class Config:
     results: List[str] = field(default_factory=default_results)  # folders of runs, or tables (.csv)
@@ -234,9 +237,10 @@ def add_runs(report, config, script, rows, datasets):
     if inside.cells.size:
         report.add_table(inside)
     add_explanation(report, config, script, rows)
-    rows = rows[rows["label"].isin(labels[:24])]
-    report.add_figure(f"{title}: inside the actor", figures.inside_figure(rows, datasets))
-    report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets))
+    rows = rows[rows["label"].isin(labels[:MOST_DRAWN])]
+    of_which = f", the first {MOST_DRAWN}" if len(labels) > MOST_DRAWN else ""
+    report.add_figure(f"{title}: inside the actor{of_which}", figures.inside_figure(rows, datasets))
+    report.add_figure(f"{title}: robustness{of_which}", figures.robustness_figure(rows, datasets))
 
 
 def add_interactions(report, config, script, rows):

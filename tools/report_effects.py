@@ -20,39 +20,42 @@ BLOCK = ["dataset", "seed"]
 
 
 def combination(label, config, chosen):
-    """Return a label such as "DO+LN" if each regulariser has the strength chosen for it alone.
+    """Return a label's regularisers without strengths: "DO+LN" of "DO+LN".
 
-    Return None for all others. A combination for which the paper chose other strengths is one.
+    Return None unless each of them has the strength chosen for it alone. In some of the paper's
+    own combinations one has another.
     """
     if label == BASELINE:
-        return label
+        return BASELINE
     names = [word.split("(")[0] for word in label.split("+")]
     for name in names:
-        flags = chosen.get(name)
-        if flags is None or any(config[flag] != value for flag, value in flags.items()):
+        if name not in chosen:
+            return None
+        if any(config[flag] != value for flag, value in chosen[name].items()):
             return None
     return "+".join(names)
 
 
-def parts(name):
-    """Return the signs by which a combination's term is made of scores: {"baseline": 1, ...}.
+def signs_of_parts(name):
+    """Return by label the signs of the scores whose sum is a combination's term.
 
-    They add up to what the scores of its parts, of single regularisers and pairs, don't add up to:
-    DO+LN - DO - LN + baseline.
+    A pair's term is DO+LN - DO - LN + baseline: its gain less both gains. A triple's term is its
+    gain less the three gains and the three pairs' terms.
     """
     words = name.split("+")
     signs = {}
     for size in range(len(words) + 1):
-        for some in itertools.combinations(words, size):
-            signs["+".join(some) or BASELINE] = (-1) ** (len(words) - size)
+        for part in itertools.combinations(words, size):
+            label = "+".join(part) or BASELINE
+            signs[label] = (-1) ** (len(words) - size)
     return signs
 
 
 def contrasts(rows, chosen):
-    """Return terms and gains over the baseline: a row for each combination of two or three.
+    """Return terms and gains over the baseline: a row for each pair and triple.
 
-    A column is a block. It has a value where the block has all parts, as runs of their own. (Where
-    the baseline has dropout, DO+LN is LN's run.)
+    A column is a block. It has a value where all parts are there and are different runs. (Where
+    the baseline has dropout, DO+LN is LN's run.) A combination without two such blocks has no row.
     """
     pairs = zip(rows["label"], rows["config"])
     names = [combination(label, config, chosen) for label, config in pairs]
@@ -62,11 +65,12 @@ def contrasts(rows, chosen):
     terms = {}
     gains = {}
     for name in rows["name"].unique():
-        signs = parts(name)
-        if len(signs) not in (4, 8) or not scores.columns.isin(signs).sum() == len(signs):
+        signs = signs_of_parts(name)
+        if name.count("+") not in (1, 2) or not set(signs) <= set(scores):
             continue
         own = scores[list(signs)].dropna()
-        own = own[runs.loc[own.index, list(signs)].nunique(axis=1) == len(signs)]
+        number_of_runs = runs.loc[own.index, list(signs)].nunique(axis=1)
+        own = own[number_of_runs == len(signs)]
         if len(own) > 1:
             terms[name] = (own * signs).sum(axis=1).round(9)  # no p value of what is only rounding
             gains[name] = own[name] - own[BASELINE]
@@ -74,7 +78,10 @@ def contrasts(rows, chosen):
 
 
 def interactions(rows, chosen, reps):
-    """Return a row for each term that can be told: point, low, high, p, blocks, gain."""
+    """Return a row for each pair and triple that can be told: point, low, high, p, blocks, gain.
+
+    `point` is its term, and `gain` its gain over the baseline in the same blocks.
+    """
     terms, gains = contrasts(rows, chosen)
     if terms.empty:
         return pd.DataFrame()
@@ -94,7 +101,8 @@ def untold(rows, chosen, found):
     names = []
     for label in rows["label"].cat.categories:
         words = label.split("+")
-        if len(words) in (2, 3) and set(words) <= set(chosen) and label not in found.index:
+        is_combination = len(words) in (2, 3) and set(words) <= set(chosen)
+        if is_combination and label not in found.index:
             names.append(label)
     return names
 
@@ -104,15 +112,18 @@ def interaction_table(title, found, missing):
     cells = pd.DataFrame(index=found.index)
     cells["sum of the parts"] = (found["gain"] - found["point"]).map("{:+.1f}".format)
     cells["together"] = found["gain"].map("{:+.1f}".format)
-    cells["interaction"] = found.apply(effect_text, axis=1)
+    texts = [interval_text(row, "+") for row in found.itertuples()]
+    cells["interaction"] = [tables.bold(text, p) for text, p in zip(texts, found["p"])]
     cells["p"] = found["p"].map(tables.p_text)
     cells["blocks"] = found["blocks"].map(str)
     note = (
-        f"{strongest(found)} Score = block + a term for each regulariser, each pair and each "
-        "triple, by least squares; a block is one seed on one dataset. So an interaction is the "
-        "gain together that the parts don't add up to. In brackets 95 % intervals by a bootstrap "
-        "of blocks, which are too narrow for few blocks. p is Student's over the blocks, corrected "
-        "by Holm over this table. Bold: p below 0.05."
+        f"{strongest(found)} All regularisers have the strengths chosen for each alone. A block is "
+        "one seed on one dataset. An interaction is the gain together less the sum of the parts: "
+        "of the single gains, and for a triple of its pairs' interactions, too. It is a mean over "
+        "the blocks that have all parts. Where all blocks do, that is the least-squares fit of a "
+        "level for each block and a term for each regulariser, pair and triple. In brackets 95 % "
+        "intervals by a bootstrap of blocks, which are too narrow for few blocks. p is Student's "
+        "over the blocks, corrected by Holm over this table. Bold: p below 0.05."
     )
     return tables.Table(title, cells, f"{note} {missing_text(missing)}".strip())
 
@@ -128,29 +139,39 @@ def missing_text(missing):
     )
 
 
-def effect_text(row):
-    text = f"{row['point']:+.1f} ({row['low']:+.1f} – {row['high']:+.1f})"
-    return tables.bold(text, row["p"])
+def interval_text(row, sign):
+    """Return "1.2 (0.3 – 2.1)", or nothing if the point is NaN. The sign "+" shows all signs."""
+    if np.isnan(row.point):
+        return ""
+    return f"{row.point:{sign}.1f} ({row.low:{sign}.1f} – {row.high:{sign}.1f})"
 
 
 def strongest(found):
-    """Return a sentence on the strongest synergy and the strongest conflict that can be told."""
+    """Return a sentence on the strongest synergy and one on the strongest conflict."""
     told = found[found["p"] < tables.LEVEL]
-    sentences = []
-    for word, own in (("synergy", told[told["point"] > 0]), ("conflict", told[told["point"] < 0])):
-        if own.empty:
-            sentences.append(f"No {word} can be told from chance.")
-        else:
-            name = own["point"].abs().idxmax()
-            text = effect_text(own.loc[name]).strip("*")
-            p = tables.p_text(own.loc[name, "p"])
-            sentences.append(f"The strongest {word} is {name}: {text}, p {p}.")
-    return " ".join(sentences)
+    synergies = told[told["point"] > 0]
+    conflicts = told[told["point"] < 0]
+    return f"{strongest_of(synergies, 'synergy')} {strongest_of(conflicts, 'conflict')}"
+
+
+def strongest_of(told, word):
+    if told.empty:
+        return f"No {word} can be told from chance."
+    row = told.loc[told["point"].abs().idxmax()]
+    p = tables.p_text(row["p"])
+    return f"The strongest {word} is {row.name}: {interval_text(row, '+')}, p {p}."
 
 
 # --- Explanation ---
 
-BATCHES = ["train", "validation", "evaluation", "random", "gap", "ratio"]
+BATCHES = {  # -> titles
+    "train": "training data",
+    "validation": "held-out data",
+    "evaluation": "evaluation",
+    "random": "random states",
+    "gap": "gap",
+    "ratio": "held-out / training",
+}
 NO_MEASURES = ("score", "seconds", "ratio/score")
 MOST_MISSING = 0.05  # of a measure's runs; it is left out if more lack it
 PERMUTATIONS = 9999
@@ -163,32 +184,30 @@ def kind(column):
 
 
 def measures(rows):
-    """Return the columns of what is inside the actor: those of INSIDE, and other kinds' columns.
+    """Return the columns of what is inside the actor: those of INSIDE, and those of other kinds.
 
-    Of a kind that is measured on several batches but isn't in INSIDE it is the first batch's.
+    A kind that isn't in INSIDE has the column of one batch alone, the first in BATCHES that has it.
     """
     found = [column for column in tables.INSIDE if column in rows]
     kinds = {kind(column) for column in tables.INSIDE}
-    others = [column for column in rows.select_dtypes("number") if "/" in column]
-    for batch in [*BATCHES, None]:
-        own = [column for column in others if is_of(column, batch)]
-        own = [column for column in own if kind(column) not in kinds]
-        kinds |= {kind(column) for column in own}
-        found += [column for column in own if not column.startswith(NO_MEASURES)]
-    return found
-
-
-def is_of(column, batch):
-    first = column.split("/")[0]
-    return first == batch or (batch is None and first not in BATCHES)
+    others = []
+    for column in rows.select_dtypes("number"):
+        is_measure = "/" in column and not column.startswith(NO_MEASURES)
+        if is_measure and kind(column) not in kinds:
+            others.append(column)
+    for batch in BATCHES:
+        for column in others:
+            if column.startswith(f"{batch}/") and kind(column) not in kinds:
+                found.append(column)
+                kinds.add(kind(column))
+    return found + [column for column in others if column.split("/")[0] not in BATCHES]
 
 
 class Sample(NamedTuple):
     """The N runs of an explanation.
 
     `about` has their dataset, label and block, which is a number. `values` (N, measures + 1) are
-    the measures, and last the score, as deviations from their means over the block. The measures
-    are divided by the standard deviations of these within the dataset.
+    the measures, and last the score, as `deviations` returns them.
     """
 
     about: pd.DataFrame
@@ -200,25 +219,35 @@ class Sample(NamedTuple):
 
 
 def make_sample(rows):
-    rows = tables.with_ratios(rows[~rows.index.duplicated()])
+    rows = tables.with_ratios(rows[~rows.index.duplicated()])  # a run may have several labels
     columns = measures(rows)
     rows = rows.replace({column: [np.inf, -np.inf] for column in columns}, np.nan)
     lacking = rows[columns].isna().mean()
-    missing = list(lacking[lacking > MOST_MISSING].index)
+    missing = [column for column in columns if lacking[column] > MOST_MISSING]
     columns = [column for column in columns if column not in missing]
     complete = rows.dropna(subset=columns)
     dropped = len(rows) - len(complete)
     complete = complete[complete.groupby(BLOCK)["final"].transform("size") > 1]
-    values = complete[[*columns, "final"]]
-    deviations = values - values.groupby([complete[name] for name in BLOCK]).transform("mean")
-    deviations = deviations.where(deviations.abs() > 1e-9 * values.abs(), 0)  # only rounding
-    squares = (deviations[columns] ** 2).groupby(complete["dataset"]).transform("mean")
-    deviations[columns] = (deviations[columns] / np.sqrt(squares)).fillna(0)
-    about = complete[["dataset", "label"]].assign(block=complete.groupby(BLOCK).ngroup())
-    constant = [column for column in columns if not deviations[column].any()]
+    values = deviations(complete, columns)
+    constant = [column for column in columns if not values[column].any()]
     columns = [column for column in columns if column not in constant]
-    values = deviations[[*columns, "final"]].to_numpy()
+    about = complete[["dataset", "label"]].assign(block=complete.groupby(BLOCK).ngroup())
+    values = values[[*columns, "final"]].to_numpy()
     return Sample(about, values, columns, missing, constant, dropped)
+
+
+def deviations(rows, columns):
+    """Return measures and final scores as deviations from their means over the block.
+
+    A measure's are divided by their standard deviation on the dataset.
+    """
+    values = rows[[*columns, "final"]]
+    means = values.groupby([rows[name] for name in BLOCK]).transform("mean")
+    found = values - means
+    found = found.where(found.abs() > 1e-9 * values.abs(), 0)  # without what is only rounding
+    squares = (found[columns] ** 2).groupby(rows["dataset"]).transform("mean")
+    found[columns] = (found[columns] / np.sqrt(squares)).fillna(0)  # 0 / 0
+    return found
 
 
 def block_weights(number, reps):
@@ -250,37 +279,43 @@ def varying(squares):
 def shares_beside(products, columns):
     """Return what each measure adds to the share explained by those of other kinds.
 
-    Other columns of its own kind, such as the same on other states, are left aside. What the others
-    determine adds 0.
+    Other columns of its own kind, such as the same on other states, are left aside. A measure that
+    those of other kinds determine adds 0.
     """
+    squares = np.diagonal(products, axis1=1, axis2=2)
     kinds = np.array([kind(column) for column in columns])
     added = np.zeros((len(products), len(columns)))
     for name in set(kinds):
-        others = np.flatnonzero(kinds != name)
         own = np.flatnonzero(kinds == name)
+        others = np.flatnonzero(kinds != name)
         rest = without(products, others, [*own, len(columns)])
-        squares = np.diagonal(products, axis1=1, axis2=2)
         left = np.diagonal(rest, axis1=1, axis2=2)[:, :-1]
-        is_new = left > 1e-6 * squares[:, own]
-        gain = rest[:, :-1, -1] ** 2 / np.where(is_new, left, 1) / squares[:, -1:]
-        added[:, own] = np.where(is_new, gain, 0)
+        is_determined = left <= 1e-6 * squares[:, own]
+        explained = rest[:, :-1, -1] ** 2 / np.where(is_determined, np.inf, left)
+        added[:, own] = explained / squares[:, -1:]
     return added
 
 
 def without(products, others, kept):
-    """Return the sums of products of the columns `kept`, less what the columns `others` explain."""
+    """Return sums of products of what is left of the columns `kept`.
+
+    What the columns `others` explain of them by least squares is taken out.
+    """
     scale = np.sqrt(np.diagonal(products, axis1=1, axis2=2)).clip(1e-9)
     scaled = products / scale[:, :, None] / scale[:, None, :]
-    inner = scaled[:, others][:, :, others] + 1e-9 * np.eye(len(others))  # which may be collinear
+    of_others = scaled[:, others][:, :, others]
+    of_others = of_others + 1e-9 * np.eye(len(others))  # they may be collinear
     cross = scaled[:, others][:, :, kept]
-    rest = scaled[:, kept][:, :, kept] - cross.transpose(0, 2, 1) @ np.linalg.solve(inner, cross)
+    explained = cross.transpose(0, 2, 1) @ np.linalg.solve(of_others, cross)
+    rest = scaled[:, kept][:, :, kept] - explained
     return rest * scale[:, kept, None] * scale[:, None, kept]
 
 
 class Rectangle(NamedTuple):
-    """A dataset's runs whose labels all of its seeds have: values (columns, seeds, labels).
+    """A dataset's runs, of seeds that all have the same labels.
 
-    `blocks` are the seeds' places among all blocks.
+    `values` (columns, seeds, labels) are a Sample's, as deviations from their means over the
+    labels. `blocks` (seeds,) are the seeds' places among all blocks.
     """
 
     values: np.ndarray
@@ -288,15 +323,20 @@ class Rectangle(NamedTuple):
 
 
 def rectangles(sample):
-    """Return each dataset's Rectangle, if it has two seeds and two labels."""
+    """Return each dataset's Rectangle, if it has two seeds and two labels.
+
+    A seed with fewer than half of the labels is left out, and then each label that a seed lacks.
+    """
     about = sample.about.assign(place=range(len(sample.about)))
     found = []
     for _, own in about.groupby("dataset"):
         places = own.pivot(index="block", columns="label", values="place")
         places = places.dropna(thresh=places.shape[1] / 2).dropna(axis=1)
-        if min(places.shape) > 1:
-            values = sample.values[places.to_numpy(int)].transpose(2, 0, 1)
-            found.append(Rectangle(values - values.mean(2, keepdims=True), places.index.to_numpy()))
+        if min(places.shape) < 2:
+            continue
+        values = sample.values[places.to_numpy(int)].transpose(2, 0, 1)
+        values = values - values.mean(2, keepdims=True)
+        found.append(Rectangle(values, places.index.to_numpy()))
     return found
 
 
@@ -307,38 +347,44 @@ def within_slopes(found, weights):
     """
     products = squares = 0
     for values, blocks in found:
-        own = weights[:, blocks]
-        total = own.sum(1)[:, None]
-        means = np.einsum("rs,csl->rcl", own, values) / total.clip(1)[:, :, None]
-        products += np.einsum("rs,csl->rc", own, values * values[-1])
-        products -= total * np.einsum("rcl,rl->rc", means, means[:, -1])
-        squares += np.einsum("rs,csl->rc", own, values**2) - total * (means**2).sum(2)
+        counts = weights[:, blocks]
+        total = counts.sum(1)[:, None]
+        sums = np.einsum("rs,csl->rcl", counts, values)
+        means = sums / total.clip(1)[:, :, None]  # over the seeds, to be taken out
+        of_means = np.einsum("rcl,rl->rc", means, means[:, -1])
+        products += np.einsum("rs,csl->rc", counts, values * values[-1]) - total * of_means
+        of_means = (means**2).sum(2)
+        squares += np.einsum("rs,csl->rc", counts, values**2) - total * of_means
     number = sum(values[0].size for values, _ in found)
-    return (products / varying(squares) * np.sqrt(squares[0].clip(0) / number))[:, :-1]
+    standard_deviations = np.sqrt(squares[0].clip(0) / number)
+    slopes = products / varying(squares) * standard_deviations
+    return slopes[:, :-1]
 
 
 def permuted_p(tables_of_products):
-    """Return p values (measures,) of sums over the diagonals of tables (measures, units, units).
+    """Return p values (measures,) by permuting the scores of units, such as seeds.
 
-    An entry is a measure of one unit times the score of another. The units' scores are permuted,
-    in each table by itself.
+    An entry of a table (measures, units, units) is a measure of one unit times the score of
+    another. So the sum over the diagonals is how measure and score go together. Each table is
+    permuted by itself.
     """
     rng = np.random.default_rng(0)
     drawn = 0
     observed = 0
     for table in tables_of_products:
-        number = table.shape[1]
-        order = rng.permuted(np.tile(np.arange(number), (PERMUTATIONS, 1)), axis=1)
-        drawn = drawn + table[:, np.arange(number), order].sum(2)
+        units = np.arange(table.shape[1])
+        orders = rng.permuted(np.tile(units, (PERMUTATIONS, 1)), axis=1)
+        drawn = drawn + table[:, units, orders].sum(2)
         observed = observed + np.trace(table, axis1=1, axis2=2)
     is_as_large = np.abs(drawn) >= (1 - 1e-9) * np.abs(observed)[:, None]
     return (1 + is_as_large.sum(1)) / (1 + PERMUTATIONS)
 
 
 def within_p(found):
-    """Return p values by permuting the seeds of each dataset, each with all of its runs.
+    """Return p values (measures,) over runs of the same dataset and label.
 
-    A regulariser's effects on score and measures are the same in all of these.
+    The scores of a dataset's seeds are permuted, each seed with all of its runs. So what
+    regularisers do to scores and measures is taken out first, and explains nothing here.
     """
     products = []
     for values, _ in found:
@@ -356,42 +402,56 @@ def regulariser(label, chosen):
 
 
 def between_p(sample, products, chosen):
-    """Return p values of a measure and the score going together over regularisers.
+    """Return p values of the regularisers that move a measure more also gaining more.
 
-    Each is the larger of two. Which regulariser moves which measure is chance: they are permuted,
-    each with its scores on all datasets. Combinations share regularisers, so that they don't count.
-    And the seeds are chance, by which similar regularisers are good or bad together: hence
-    Student's t over the blocks. Also return the number of regularisers.
+    Each is the larger of two, since two things are chance. Which regulariser moves which measure:
+    so the regularisers are permuted. And the seeds, with which similar regularisers are good or bad
+    together: so Student's t is over the blocks. Also return the number of regularisers.
     """
-    names = [regulariser(label, chosen) for label in sample.about["label"]]
-    values = pd.DataFrame(sample.values).assign(dataset=sample.about["dataset"].to_numpy())
-    means = values.groupby([pd.Series(names), "dataset"]).mean().unstack("dataset").dropna()
-    number = len(means)
+    means = regulariser_means(sample, chosen)
+    number = means.shape[1]
     if number < 3:
         return np.full(len(sample.columns), np.nan), number
-    means = means.to_numpy().reshape(number, len(sample.columns) + 1, -1).transpose(1, 0, 2)
     means = means - means.mean(1, keepdims=True)
     by_regulariser = permuted_p([np.einsum("cud,vd->cuv", means[:-1], means[-1])])
     by_block = tables.p_values(pd.DataFrame(products[:, :-1, -1].T)).to_numpy()
     return np.maximum(by_regulariser, by_block), number
 
 
-def rests_on(rows, chosen, columns):
-    """Return the regularisers without whose runs a measure's p between regularisers isn't low.
+def regulariser_means(sample, chosen):
+    """Return mean values (measures + 1, regularisers, datasets).
 
-    They are lists by the measures' titles. This p is not corrected.
+    They are of runs with one regulariser, if it is on all datasets. Those of combinations would
+    not be independent.
+    """
+    names = [regulariser(label, chosen) for label in sample.about["label"]]
+    datasets = sample.about["dataset"].to_numpy()
+    values = pd.DataFrame(sample.values).assign(name=names, dataset=datasets)
+    means = values.groupby(["name", "dataset"]).mean().unstack("dataset").dropna()
+    number = sample.values.shape[1]
+    shape = (len(means), number, means.shape[1] // number)
+    return means.to_numpy().reshape(shape).transpose(1, 0, 2)
+
+
+def rests_on(rows, chosen, columns):
+    """Return by measures' titles the regularisers without whose runs p isn't below LEVEL.
+
+    It is the p between regularisers, not corrected.
     """
     found = {measure_title(column): [] for column in columns}
+    if not found:
+        return found
     names = [{word.split("(")[0] for word in label.split("+")} for label in rows["label"]]
-    for name in chosen if columns else ():
+    for name in chosen:
         is_without = np.array([name not in own for own in names])
         if is_without.all():
             continue
         sample = make_sample(rows[is_without])
         p, _ = between_p(sample, block_products(sample), chosen)
-        low = {column for column, own in zip(sample.columns, p) if own < tables.LEVEL}
-        for column in set(columns) - low:
-            found[measure_title(column)].append(name)
+        p = dict(zip(sample.columns, p))
+        for column in columns:
+            if not p.get(column, 1) < tables.LEVEL:  # it may be NaN
+                found[measure_title(column)].append(name)
     return found
 
 
@@ -402,7 +462,10 @@ def corrected_p(sample, products, found, chosen):
 
 
 def label_share(found):
-    """Return the share of the score's variance that labels explain, and what they do by chance."""
+    """Return the share of the score's variance that labels explain, each dataset's for itself.
+
+    Also return the share that labels without meaning would explain by chance.
+    """
     scores = [values[-1] for values, _ in found]
     by_label = sum(len(own) * (own.mean(0) ** 2).sum() for own in scores)
     by_chance = np.mean([1 / len(own) for own in scores])
@@ -412,19 +475,18 @@ def label_share(found):
 QUANTITIES = {  # -> titles in the table and the figure
     "slope": "points per standard deviation",
     "alone": "share alone (%)",
-    "beside": "share beside the others (%)",
+    "beside": "share beside other kinds (%)",
     "within": "points, same regulariser",
 }
-
-
 TESTED = {"slope": "between", "within": "within"}  # -> the column of p
 
 
 class Explanation(NamedTuple):
     """What the measures explain.
 
-    `estimates` has rows of quantity, label, point, low, high. `p` has the columns between and
-    within, corrected together. The shares are of the score's variance within blocks.
+    `estimates` has rows of quantity, label, point, low, high, where a label is a measure's title.
+    `p` has the columns between and within, corrected together. The shares are of the score's
+    variance within blocks.
     """
 
     sample: Sample
@@ -444,9 +506,9 @@ def explain(rows, chosen, reps):
     number = sample.about["block"].nunique()
     if not sample.columns or not found or number < 3 or not sample.values[:, -1].any():
         return None
-    weights = block_weights(number, reps)
     products = block_products(sample)
     p, regularisers = corrected_p(sample, products, found, chosen)
+    weights = block_weights(number, reps)
     totals = np.tensordot(weights, products, 1)
     slopes, shares = slopes_and_shares(totals)
     values = {
@@ -456,68 +518,86 @@ def explain(rows, chosen, reps):
         "within": within_slopes(found, weights),
     }
     names = [measure_title(column) for column in sample.columns]
-    told = [column for column, own in zip(sample.columns, p[:, 0]) if own < tables.LEVEL]
     order = np.argsort(-shares[0], kind="stable")
-    size = len(names)
-    left = without(totals[:1], np.arange(size), [size])[0, 0, 0]
+    estimates = [long(quantity, values[quantity], names).iloc[order] for quantity in QUANTITIES]
+    is_told = p[:, 0] < tables.LEVEL
+    told = [column for column, own in zip(sample.columns, is_told) if own]
     return Explanation(
         sample,
-        pd.concat([long(quantity, values[quantity], names, order) for quantity in QUANTITIES]),
+        pd.concat(estimates),
         pd.DataFrame(p, names, ["between", "within"]).iloc[order],
         regularisers,
         rests_on(rows, chosen, told),
-        1 - left / totals[0, -1, -1],
+        share_of_all(totals[:1]),
         *label_share(found),
     )
 
 
-def long(quantity, values, names, order):
+def long(quantity, values, names):
     """Return rows of quantity, label, point, low, high of values (reps + 1, measures)."""
     low, high = pd.DataFrame(values[1:]).quantile([0.025, 0.975]).to_numpy()
     rows = dict(quantity=quantity, label=names, point=values[0], low=low, high=high)
-    return pd.DataFrame(rows).iloc[order]
+    return pd.DataFrame(rows)
+
+
+def share_of_all(products):
+    """Return the share of the score's variance that all measures explain, of products (1, ...)."""
+    score = products.shape[1] - 1
+    left = without(products, np.arange(score), [score])
+    return 1 - left[0, 0, 0] / products[0, -1, -1]
 
 
 def measure_title(column):
-    return tables.INSIDE.get(column, (column,))[0]
+    """Return a measure's title: that of INSIDE, or "actor loss (training data)" and the like."""
+    if column in tables.INSIDE:
+        return tables.INSIDE[column][0]
+    batch, _, rest = column.partition("/")
+    title = BATCHES.get(batch, batch)
+    name = rest.replace("_", " ")
+    return f"{name} ({title})" if batch in BATCHES else f"{title.replace('_', ' ')}, {rest}"
 
 
 def explanation_table(title, found):
     """Return the table of an Explanation."""
     cells = pd.DataFrame(index=found.p.index)
     for quantity, name in QUANTITIES.items():
-        own = found.estimates[found.estimates["quantity"] == quantity].set_index("label")
+        own = found.estimates[found.estimates["quantity"] == quantity]
         sign = "" if name.startswith("share") else "+"
         cells[name] = [interval_text(row, sign) for row in own.itertuples()]
-    for column, name in (("between", "p, between regularisers"), ("within", "p, same regulariser")):
-        cells[name] = [tables.bold(tables.p_text(p) or "too few", p) for p in found.p[column]]
+    cells["p, between regularisers"] = found.p["between"].map(p_text)
+    cells["p, same regulariser"] = found.p["within"].map(p_text)
     return tables.Table(title, cells, explanation_note(found), "measure")
 
 
-def interval_text(row, sign):
-    if np.isnan(row.point):  # the measure is the same in all these runs
-        return ""
-    return f"{row.point:{sign}.1f} ({row.low:{sign}.1f} – {row.high:{sign}.1f})"
+def p_text(p):
+    return tables.bold(tables.p_text(p) or "too few", p)
 
 
 def explanation_note(found):
     sample = found.sample
+    number = len(sample.about)
     blocks = sample.about["block"].nunique()
-    together, label_share, chance_share = (
-        f"{100 * share:.0f} %" for share in (found.together, found.label_share, found.chance_share)
-    )
+    by_chance = min(1, len(sample.columns) / (number - blocks))
     notes = [
-        f"{explained(found)} {len(sample.about)} runs in {blocks} blocks: a block is one seed on "
-        "one dataset. Scores and measures are deviations from their block's mean. The baseline's "
-        "run is not subtracted: its chance would be in all differences, and correlate scores with "
-        "measures. Shares are of the scores' variance within blocks: a measure's alone, and what "
-        f"it adds to those of other kinds. All measures explain {together}. Which regulariser it "
-        f"was explains {label_share}; names without meaning would explain {chance_share}. The same "
-        "regulariser: over runs that differ in their seeds alone. In brackets 95 % intervals by a "
-        "bootstrap of blocks, which are too narrow for few blocks. p is corrected by Holm over "
-        "both columns. Between regularisers it is the larger of two: by permuting the "
-        f"{found.regularisers} single ones, and by Student's t over the blocks. With the same one "
-        "it is by permuting seeds. Bold: p below 0.05."
+        explained(found),
+        f"{number} runs in {blocks} blocks: a block is one seed on one dataset.",
+        "Scores and measures are deviations from their block's mean. The baseline's run is not "
+        "subtracted: its luck would be in all differences, of scores and of measures.",
+        "Points per standard deviation: the slope over all runs.",
+        "Points, same regulariser: the slope over runs that differ in the seed alone, per standard "
+        "deviation among these.",
+        "Shares are of the scores' variance within blocks: a measure's alone, and what it adds to "
+        "those of other kinds.",
+        f"All measures explain {percent(found.together)}; as many random numbers would explain "
+        f"about {percent(by_chance)}.",
+        "Which regulariser it was on which dataset explains "
+        f"{percent(found.label_share)}; labels given at random would explain "
+        f"{percent(found.chance_share)}.",
+        "In brackets 95 % intervals by a bootstrap of blocks, which are too narrow for few blocks. "
+        "They are for these regularisers. p asks whether others would show it, too.",
+        "p is corrected by Holm over both columns.",
+        between_text(found.regularisers),
+        "With the same regulariser it is by permuting seeds. Bold: p below 0.05.",
     ]
     if sample.missing:
         notes.append(f"Left out, since too few runs have it: {titles(sample.missing)}.")
@@ -528,22 +608,41 @@ def explanation_note(found):
     return " ".join(notes)
 
 
+def percent(share):
+    return f"{100 * share:.0f} %"
+
+
 def titles(columns):
     return ", ".join(measure_title(column) for column in columns)
 
 
+def between_text(regularisers):
+    """Return a sentence on p between regularisers, given how many there are."""
+    if regularisers < 3:
+        return "Between regularisers it needs three that are alone in runs on every dataset."
+    return (
+        "Between regularisers it is the larger of two: by permuting the "
+        f"{regularisers} that are alone in runs on every dataset, and by Student's t over the "
+        "blocks."
+    )
+
+
 def explained(found):
-    """Return sentences on what explains the score, between regularisers and with the same one."""
-    sentences = []
-    for column, where in (("between", "regularisers"), ("within", "runs of the same regulariser")):
-        told = list(found.p.index[found.p[column] < tables.LEVEL])
-        if column == "between":
-            told = [name + without_text(found.rests_on[name]) for name in told]
-        names = ", ".join(told) or "no measure beyond chance"
-        sentences.append(f"What explains the score between {where}: {names}.")
-    return " ".join(sentences)
-
-
-def without_text(names):
-    """Return what is said of an explanation that rests on single regularisers."""
-    return f" (but p isn't below 0.05 without {', '.join(names)})" if names else ""
+    """Return a sentence on what explains the score between regularisers, and one within them."""
+    between = []
+    for name in found.p.index[found.p["between"] < tables.LEVEL]:
+        text = name
+        needed = ", ".join(found.rests_on[name])
+        if needed:
+            text += f" (but without {needed} p is 0.05 or more, before correction)"
+        between.append(text)
+    within = found.p.index[found.p["within"] < tables.LEVEL]
+    nothing = "no measure beyond chance"
+    if found.regularisers < 3:
+        first = "What explains the score between regularisers is not tested, since they are few."
+    else:
+        first = f"What explains the score between regularisers: {', '.join(between) or nothing}."
+    return (
+        f"{first} What explains the score between runs of the same regulariser: "
+        f"{', '.join(within) or nothing}."
+    )

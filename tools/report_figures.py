@@ -157,13 +157,15 @@ def interaction_map(found, names):
     values = pd.DataFrame(index=list(names), columns=list(names), dtype=float)
     texts = pd.DataFrame("", index=list(names), columns=list(names))
     for label, effect in found.iterrows():
-        pair = label.split("+")
-        if len(pair) == 2:
-            for one, other in (pair, pair[::-1]):
-                values.loc[one, other] = effect["point"]
-                texts.loc[one, other] = f"{effect['point']:.1f}" + star(effect["p"])
+        if label.count("+") != 1:
+            continue
+        first, second = label.split("+")
+        text = f"{effect['point']:.1f}{star(effect['p'])}"
+        for place in ((first, second), (second, first)):
+            values.loc[place] = effect["point"]
+            texts.loc[place] = text
     paired = [name for name in names if values[name].notna().any()]
-    title = "interactions of pairs (*: p below 0.05, corrected)"
+    title = "interactions of pairs\n*: p below 0.05, corrected; white: can't be told"
     bar = "gain together − sum of the gains"
     return heat_map(title, values.loc[paired, paired], texts.loc[paired, paired], bar)
 
@@ -172,19 +174,20 @@ def star(p):
     return "*" if p < tables.LEVEL else ""
 
 
-def heat_map(title, gains, texts=True, bar="score − score without"):
-    """Draw a DataFrame of gains, NaN where there is none, on colours from red to blue around 0.
+def heat_map(title, values, texts=None, bar="score − baseline's"):
+    """Draw a DataFrame of values, NaN where there is none, on colours from red to blue around 0.
 
-    `texts` are written into the cells, instead of the gains.
+    `texts` are written into the cells, or else the values. `bar` is the colour bar's title.
     """
-    if not gains.notna().any(axis=None):
+    if not values.notna().any(axis=None):
         return None
-    lines, columns = gains.shape
+    if texts is None:
+        texts = values.map("{:.1f}".format)
+    lines, columns = values.shape
     figure, axis = plt.subplots(figsize=(3.2 + 0.62 * columns, max(3.2, 1.2 + 0.27 * lines)))
-    bound = gains.abs().max(axis=None) or 1
-    colours = dict(cmap="RdBu", vmin=-bound, vmax=bound)
-    style = dict(fmt=".1f" if texts is True else "", annot_kws={"fontsize": 7})
-    sns.heatmap(gains, ax=axis, annot=texts, cbar_kws={"label": bar}, **colours, **style)
+    bound = values.abs().max(axis=None) or 1
+    colours = dict(cmap="RdBu", vmin=-bound, vmax=bound, cbar_kws={"label": bar})
+    sns.heatmap(values, annot=texts, fmt="", annot_kws={"fontsize": 7}, ax=axis, **colours)
     axis.grid(False)
     axis.set(title=title, xlabel="", ylabel="")
     axis.tick_params("y", rotation=0)
@@ -194,22 +197,15 @@ def heat_map(title, gains, texts=True, bar="score − score without"):
 
 def inside_figure(rows, datasets):
     """Draw what is inside the actor at the end: the seeds, and a line at each dataset's mean."""
-    keys = [key for key in tables.INSIDE if key in rows]
+    keys = [key for key in tables.INSIDE if key in rows and rows[key].notna().any()]
     if not keys:
         return None
     labels = list(rows["label"].sort_values().unique())
-    rows = rows.assign(place=rows["label"].map(labels.index).astype(int))
-    width = 0.8 / len(datasets)  # of a dataset's column
-    figure, axes = make_axes(len(keys), width=max(3.0, 0.42 * len(labels)), height=3.0, columns=2)
+    rows = rows.assign(place=rows["label"].astype(str).map(labels.index))
+    width = max(3.0, 0.42 * len(labels))
+    figure, axes = make_axes(len(keys), width=width, height=3.0, columns=2)
     for axis, key in zip(axes, keys):
-        for j, dataset in enumerate(datasets):
-            own = rows[rows["dataset"] == dataset]
-            left = (j - len(datasets) / 2) * width
-            middle = own["place"] + left + width / 2
-            (points,) = axis.plot(middle, own[key], linestyle="", markersize=3, label=dataset)
-            means = own.groupby("place")[key].mean()
-            x = means.index + left
-            axis.hlines(means, x, x + width, color=points.get_color(), linewidth=1.2)
+        draw_seeds(axis, rows, key, datasets)
         axis.set_xticks(range(len(labels)), labels)
         axis.set_title(tables.INSIDE[key][0])
         turn_labels(axis, 60)
@@ -217,22 +213,42 @@ def inside_figure(rows, datasets):
     return figure
 
 
+def draw_seeds(axis, rows, key, datasets):
+    """Draw a column's value of each seed, and a line at each dataset's mean, by rows["place"].
+
+    The datasets stand side by side around each place.
+    """
+    width = 0.8 / len(datasets)
+    for j, dataset in enumerate(datasets):
+        own = rows[rows["dataset"] == dataset]
+        left = (j - len(datasets) / 2) * width
+        middle = own["place"] + left + width / 2
+        (points,) = axis.plot(middle, own[key], linestyle="", markersize=3, label=dataset)
+        means = own.groupby("place")[key].mean()
+        x = means.index + left
+        axis.hlines(means, x, x + width, color=points.get_color(), linewidth=1.2)
+
+
 def explanation_figure(found):
-    """Draw what each measure explains of the score: points of `effects.Explanation`, intervals."""
+    """Draw what each measure explains of the score, of an `effects.Explanation`, with intervals."""
     height = 1.2 + 0.24 * len(found.p)
     figure, axes = make_axes(len(effects.QUANTITIES), width=3.1, height=height)
     for axis, (quantity, title) in zip(axes, effects.QUANTITIES.items()):
         estimates = found.estimates[found.estimates["quantity"] == quantity]
         draw_intervals(axis, estimates)
-        p = found.p.get(effects.TESTED.get(quantity))
-        if p is not None:
-            for label, high in zip(estimates["label"], estimates["high"]):
-                axis.text(high, label, star(p[label]), va="center", fontsize=12)
+        if quantity in effects.TESTED:
+            draw_stars(axis, estimates, found.p[effects.TESTED[quantity]])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title)
         axis.tick_params(labelleft=axis is axes[0])
     figure.supxlabel("*: p below 0.05, corrected", fontsize=8)
     return figure
+
+
+def draw_stars(axis, estimates, p):
+    """Draw a star at the end of each interval whose p, by label, is below 0.05."""
+    for label, high in zip(estimates["label"], estimates["high"]):
+        axis.text(high, label, star(p[label]), va="center", fontsize=12)
 
 
 def robustness_figure(rows, datasets):

@@ -108,19 +108,22 @@ def share_table(title, rows, datasets):
     Holm corrects the gains together, and the slopes together.
     """
     gained = gains(rows, datasets)
-    texts, _ = texts_and_p(gained)
-    cells = pd.Series(texts, gained.index).unstack("share", sort=False)
-    cells = cells.rename(columns=lambda share: f"{100 * share:g} %")
+    found = pd.DataFrame(dict(zip(["gain", "p"], texts_and_p(gained))), gained.index)
+    cells = pd.DataFrame(index=gained.index.unique("label"))
+    for share in gained.index.unique("share"):
+        own = found.xs(share, level="share")
+        cells[f"{100 * share:g} %"] = own["gain"]
+        cells[f"p, {100 * share:g} %"] = own["p"].map(tables.p_text)
     texts, p = texts_and_p(per_halving(gained))
     cells["for each halving"] = texts
-    cells["p"] = [tables.p_text(one) for one in p]
+    cells["p, for each halving"] = [tables.p_text(one) for one in p]
     note = (
         "Differences from the baseline that was trained on the same share of the episodes, seed by "
         f"seed; means over {', '.join(datasets)}. `for each halving`: by how much the difference "
         "grows as the data is halved, by least squares. In brackets 95 % intervals of each alone, "
-        "by Student's t, which don't have the chance of which episodes were drawn. p is of the "
-        "column before it, corrected by Holm over that column. The differences are corrected "
-        f"together, apart from it. Bold: p below 0.05.{same_runs(rows, datasets)}"
+        "by Student's t, which don't have the chance of which episodes were drawn. p is corrected "
+        "by Holm: over all differences, and apart from them over `for each halving`. Bold: p below "
+        f"0.05.{same_runs(rows, datasets)}"
     )
     return tables.Table(title, cells, note)
 
