@@ -6,8 +6,9 @@ import imageio
 import numpy as np
 
 from harness.datasets import normalized_score
-from harness.environments import Envs, inner, reset
+from harness.environments import inner, reset
 from harness.errors import UserError
+from harness.lockstep import Envs
 from harness.members import seeds
 
 NUM_VISITED = 10_000  # states of an evaluation, on which the actor is measured

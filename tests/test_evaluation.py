@@ -8,15 +8,17 @@ import sys
 import termios
 from dataclasses import replace
 
+import mujoco_py
 import numpy as np
 import pytest
 from conftest import BUNDLED, ROOT
 
 import rebrac
 from harness.datasets import normalized_score
-from harness.environments import Envs, d4rl, gym, has_usual_wrappers, inner, make_env, reset
+from harness.environments import d4rl, gym, inner, make_env, reset
 from harness.errors import UserError
 from harness.evaluation import NUM_VISITED, evaluate, evaluation_episodes, normal_draws
+from harness.lockstep import Envs, has_usual_wrappers
 
 STATE_DIMS = {"hopper-medium-v2": 11, "antmaze-large-play-v2": 29, "pen-human-v1": 45}
 NOISE = ((0.2, 0.0), (0.0, 0.05), (0.3, 0.1))
@@ -118,15 +120,18 @@ def test_lock_step_returns_are_those_of_one_after_another(name):
 
 @pytest.mark.parametrize("is_wrapped", [False, True])
 @pytest.mark.parametrize("name", ["halfcheetah-medium-v2", *STATE_DIMS])
-def test_steps_without_the_wrappers_are_those_with_them(name, is_wrapped):
+def test_steps_in_lock_step_are_those_of_d4rls_environment(name, is_wrapped):
+    plain = make_env(name)
     envs = Envs(name, 2, processes=1)
     envs.start()
-    for env in envs.own:
+    for env in (plain, *envs.own):
         env._max_episode_steps = 30
     if is_wrapped:
+        plain = Halved(plain)
         envs.own = [Halved(env) for env in envs.own]
     assert has_usual_wrappers(envs.own[0]) != is_wrapped
-    actions = np.random.default_rng(0).uniform(-1.5, 1.5, (30, 2, *envs.own[0].action_space.shape))
+    assert "do_simulation" in vars(inner(envs.own[0]))
+    actions = np.random.default_rng(0).uniform(-1.5, 1.5, (30, 2, *plain.action_space.shape))
     actions = actions.astype(np.float32)
     envs.reset([(0, 0, 0), (0, 0, 1)])
     found = [[], []]  # each episode's steps
@@ -135,10 +140,10 @@ def test_steps_without_the_wrappers_are_those_with_them(name, is_wrapped):
         for i, *step in zip(running, *envs.step(running, pair[running])):
             found[i].append(step)
         running = np.array([i for i in running if not found[i][-1][2]], int)
-    for i, env in enumerate(envs.own):
-        reset(env, 0, 0, i)
+    for i in range(2):
+        reset(plain, 0, 0, i)
         for pair, (observation, reward, done) in zip(actions, found[i]):
-            expected = env.step(pair[i])
+            expected = plain.step(pair[i])
             np.testing.assert_array_equal(observation, expected[0].astype(np.float32))
             assert (reward, done) == expected[1:3]
         assert done
@@ -149,6 +154,62 @@ class Halved(gym.ActionWrapper):
 
     def action(self, action):
         return action / 2
+
+
+class Keeping(gym.Env):
+    """An environment of a user's own, which pays for the change of an action that it keeps."""
+
+    action_space = observation_space = gym.spaces.Box(-1, 1, (1,))
+
+    def seed(self, seed):
+        pass
+
+    def reset(self):
+        self.last = np.zeros(1)
+        return self.last
+
+    def step(self, action):
+        change = np.abs(action - self.last)
+        self.last = action
+        return action, change.item(), False, {}
+
+
+def test_an_environment_may_keep_its_action():
+    gym.register("keeping-v0", entry_point=Keeping)
+    envs = Envs("keeping-v0", 1, processes=1)
+    envs.reset([(0, 0, 0)])
+    paid = []
+    for action in (0, 1, -1):
+        _, reward, _ = envs.step(np.array([0]), np.array([[action]]))
+        paid.append(reward.item())
+    assert paid == [0, 1, 2]
+
+
+class Windy(mujoco_py.MjSim):
+    """A simulation of a user's own, in which wind blows in each frame."""
+
+    def step(self):
+        self.data.qvel[0] += 0.1
+        super().step()
+
+
+class WindyHopper(gym.envs.mujoco.HopperEnv):
+    def __init__(self):
+        super().__init__()
+        self.sim = Windy(self.model)
+        self.data = self.sim.data
+
+
+def test_an_environments_own_simulation_steps_each_frame():
+    gym.register("windy-v0", entry_point=WindyHopper, max_episode_steps=9)
+    envs = Envs("windy-v0", 1, processes=1)
+    plain = make_env("windy-v0")
+    envs.reset([(0, 0, 0)])
+    reset(plain, 0, 0, 0)
+    observations, *_ = envs.step(np.array([0]), np.zeros((1, 3)))
+    expected, *_ = plain.step(np.zeros(3))
+    np.testing.assert_array_equal(observations[0], expected.astype(np.float32))
+    assert observations[0, 5] > 0.3  # the wind of four frames
 
 
 @pytest.mark.parametrize("name", STATE_DIMS)

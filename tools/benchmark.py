@@ -41,10 +41,11 @@ import numpy as np
 
 from harness.config import parse
 from harness.datasets import load_dataset
-from harness.environments import Envs, make_env, reset
+from harness.environments import make_env, reset
 from harness.errors import UserError, one_line_errors
 from harness.evaluation import evaluate, evaluation_episodes, make_envs
 from harness.inside import make_samples
+from harness.lockstep import Envs
 from harness.members import check_device
 from harness.scripts import ROOT, scripts
 from tools.benchmark_gpu import gpu_part

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from harness.config import decode
-from harness.environments import Envs, available_cores
 from harness.errors import one_line_errors
 from harness.evaluation import evaluation_episodes
+from harness.lockstep import Envs, available_cores
 from harness.members import check_device, has_accelerator, split_config, stack_configs
 from harness.memory import (
     first_members,

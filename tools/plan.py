@@ -19,11 +19,12 @@ from dataclasses import replace
 from harness.datasets import DOMAINS, domain, with_checksum
 from harness.directory import status
 from harness.download import known_files
-from harness.environments import available_cores, d4rl, gym, make_env
+from harness.environments import d4rl, gym, make_env
 from harness.errors import UserError
 from harness.evaluation import evaluation_episodes
 from harness.hdf5 import read_columns
 from harness.inside import NUM_COMPARED
+from harness.lockstep import available_cores
 from harness.members import NOT_COMPILED
 from harness.scripts import ROOT
 from tools.jobs import make_groups
