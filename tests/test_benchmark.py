@@ -217,7 +217,7 @@ def test_load_start_and_evaluation_print_their_tables():
     )
     rows = rows_of(output)
     names = ["2,000 transitions", "iql, empty cache", "iql, full cache"]
-    for task in ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1"):
+    for task in benchmark.TASKS:
         for number in (3, 4):
             names += [f"{task}, {number} episodes", f"{task}, {number} episodes, bare"]
             if names[-1] == "halfcheetah-medium-v2, 3 episodes, bare":

@@ -42,7 +42,7 @@ def test_a_small_one_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
         assert file.read() == printed
     for number in (1, 2):
         row = re.search(rf"\| IQL, members: {number} \|(.*)\|", printed)[1].split("|")
-        assert len(row) == 8
+        assert len(row) == 10
         assert float(row[0]) > 0
         assert 0 < float(row[4]) < 1.5
     assert "IQL, 200 updates on the bundled Hopper data, seed 0: score" in printed

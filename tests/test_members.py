@@ -22,6 +22,7 @@ from conftest import (
 from conftest import init_states as init_all
 
 import cql
+import iql
 import rebrac
 from harness.checkpoint import flatten
 from harness.members import (
@@ -373,6 +374,15 @@ def networks(state):
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 
+def check_networks(state, expected_state, bound):
+    """Check that each network is the expected one, to a bound relative to its size."""
+    found = networks(state)
+    for name, expected in networks(expected_state).items():
+        assert found[name].dtype == expected.dtype
+        distance = np.linalg.norm(found[name] - expected)
+        assert distance <= bound * np.linalg.norm(expected), name
+
+
 @pytest.mark.parametrize(
     "bits, bound", [(32, 1e-5), pytest.param(64, 1e-12, marks=pytest.mark.slow)]
 )
@@ -388,14 +398,30 @@ def test_a_member_ends_where_it_would_alone(script, bits, bound):
             return to_numpy(states), infos
 
         states, infos = train(stack_configs(members))
+        assert jax.tree.leaves(states.actor)[0].dtype == f"float{bits}"
         for i, member in enumerate(members):
             alone, infos_alone = train(member)
             np.testing.assert_array_equal(states.key[i], alone.key[0])
-            found = networks(of_seed(states, i))
-            for name, expected in networks(of_seed(alone, 0)).items():
-                assert expected.dtype == f"float{bits}"
-                distance = np.linalg.norm(found[name] - expected)
-                assert distance <= bound * np.linalg.norm(expected), name
+            check_networks(of_seed(states, i), of_seed(alone, 0), bound)
             for key, values in infos.items():
                 # The batches are those of the same random numbers
                 np.testing.assert_allclose(values[i][:2], infos_alone[key][0][:2], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["ln", "fn", "gn", "bn", "sn", "rms"])
+def test_a_member_with_a_norm_ends_where_it_would_alone(norm):
+    """GroupNorm's small groups turn rounding into chaos unless the network is as wide as usual."""
+    hidden_dim = 256 if norm == "gn" else 16
+    flags = {"hidden_dim": hidden_dim, f"actor_{norm}": True}
+    config = small_config(iql, num_updates=200, log_every=200, actor_layers=1, **flags)
+    members = [config, replace(config, seed=config.seed + 3, actor_dropout=0.5)]
+    data = small_data()
+
+    def train(config):
+        states, _ = iql.epoch(config, init_all(iql, config, data), data)
+        return to_numpy(states)
+
+    states = train(stack_configs(members))
+    for i, member in enumerate(members):
+        check_networks(of_seed(states, i), of_seed(train(member), 0), 1e-5)

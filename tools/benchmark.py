@@ -65,7 +65,13 @@ from tools.timing import (
     trainer,
 )
 
-TASKS = ("halfcheetah-medium-v2", "antmaze-umaze-v2", "pen-human-v1")  # of the part `evaluation`
+TASKS = (  # of the part `evaluation`
+    "halfcheetah-medium-v2",
+    "hopper-medium-v2",
+    "walker2d-medium-v2",
+    "antmaze-umaze-v2",
+    "pen-human-v1",
+)
 
 # The rows of a script in the part `updates`, and their flags. A script without has one, at 256.
 ROWS = {

@@ -9,9 +9,12 @@ It prints what it measures and writes it to data/gpu.md, which README's block of
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -35,30 +38,38 @@ from tools.timing import (
     spread,
 )
 
-LIMIT = 440  # seconds after which nothing new is begun
-WHOLE = ("iql", "rebrac")  # scripts whose whole runs are timed
+LIMIT = 460  # seconds, after which nothing is begun and whole runs are stopped
+WHOLE = ("iql", "rebrac")  # scripts whose whole runs are timed, first of all
 FILE = os.path.join(ROOT, "data", "hopper_medium-v2.hdf5")
 
 
 def gpu_part(config, folder):
     """Print the tables, and write them to the config's `gpu_file`."""
-    started = time.monotonic()
+    end = time.monotonic() + LIMIT
     with open(config.gpu_file, "w") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
         print(f"python -m tools.benchmark --parts '[gpu]': {machine()}")
-        steps = []
-        for name in config.scripts:
-            steps.append((f"members of {name}", time_members, (config, name)))
-        for name in config.scripts:
-            if name in WHOLE:
-                steps.append((f"a whole run of {name}", time_run, (config, folder, name)))
-        for name in config.scripts:
-            if name in WHOLE:
-                steps.append((f"the same bits of {name}", compare_bits, (config, folder, name)))
-        for about, function, arguments in steps:
-            if time.monotonic() - started > LIMIT:
+        for about, step in steps(config, folder, end):
+            try:
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(about, LIMIT)
+                step()
+            except subprocess.TimeoutExpired:
                 print(f"\nLeft out for lack of time: {about}.", flush=True)
-            else:
-                function(*arguments)
+
+
+def steps(config, folder, end):
+    """Yield what is measured: pairs of what it is about and a function."""
+    whole = [name for name in WHOLE if name in config.scripts]
+    others = [name for name in config.scripts if name not in WHOLE]
+    for name in whole:
+        yield f"members of {name}", partial(time_members, config, name)
+        yield f"a whole run of {name}", partial(time_run, config, folder, name, end)
+    for name in whole:
+        yield f"the same bits of {name}", partial(compare_bits, config, folder, name, end)
+    for name in others:
+        yield f"members of {name}", partial(time_members, config, name)
+    if "rebrac" in whole:
+        yield "TD3+BC", partial(time_td3_bc, config)
 
 
 class Both:
@@ -82,12 +93,13 @@ class Both:
 class Members:
     """Some members of an algorithm, whose seeds and learning rates differ, and their program."""
 
-    def __init__(self, config, name, number):
+    def __init__(self, config, name, number, **flags):
         script = scripts()[name]
         rates = np.geomspace(1e-4, 1e-3, number)
         configs = []
         for seed, rate in enumerate(rates.tolist()):
-            configs.append(make_config(config, name, seed=seed, actor_learning_rate=rate))
+            own = dict(seed=seed, actor_learning_rate=rate)
+            configs.append(make_config(config, name, **own, **flags))
         settings = stack_configs(configs)
         self.data = jax.device_put(random_data())
         self.states = first_states(script, settings, self.data)
@@ -116,57 +128,95 @@ def time_members(config, name):
     things = {number: Members(config, name, number) for number in config.members}
     seconds = interleaved({"large": multiplier([large], 10), **things}, config.rounds)
     ceiling = 10 * num_operations(*large) / seconds["large"]
-    print_head("updates/s of all members", "against one", "share of a large product's rate", "GB")
+    print_head(
+        "updates/s of all members",
+        "against one",
+        "share of a large product's rate",
+        "GB",
+        "minutes for 1,000,000 updates of each",
+    )
     for number, members in things.items():
         speed = number * config.updates / seconds[number]
+        minutes = minutes_of_a_million(seconds[number], config.updates)
         alone = config.updates / seconds[config.members[0]] * config.members[0]
         memory = np.full(config.rounds, members.gigabytes())
         cells = [spread(speed, ".0f"), spread(speed / alone), spread(work * speed / ceiling, ".4f")]
-        print_row(f"{script.NAME}, members: {number}", *cells, spread(memory))
+        cells += [spread(memory), spread(minutes, ".1f")]
+        print_row(f"{script.NAME}, members: {number}", *cells)
     print(f"\nA product of matrices ({size}, {size}): {np.median(ceiling) / 1e12:.2f} TFLOP/s.")
+
+
+def minutes_of_a_million(seconds, updates):
+    return seconds / updates * 1e6 / 60
+
+
+def time_td3_bc(config):
+    """Time ReBRAC's preset td3-bc, a single run without evaluation."""
+    member = Members(config, "rebrac", 1, preset="td3-bc")
+    seconds = interleaved({"TD3+BC": member}, config.rounds)["TD3+BC"]
+    print_head("minutes for 1,000,000 updates")
+    print_row("TD3+BC", spread(minutes_of_a_million(seconds, config.updates), ".1f"))
 
 
 # --- Whole runs ---
 
 
-def run_script(name, results, **flags):
-    """Run a script on the bundled Hopper data; return its directory and the seconds in all."""
+def run_script(name, results, end, **flags):
+    """Run a script on the bundled Hopper data.
+
+    Returns its directory, and the seconds from its start to each line that it printed. A run that
+    isn't finished at the time `end` is stopped, and raises subprocess.TimeoutExpired.
+    """
     words = [sys.executable, f"{name}.py", f"--dataset_name={DATASET}", f"--dataset_path={FILE}"]
     words += [f"--results={results}", *(f"--{key}={value}" for key, value in flags.items())]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     environment = dict(os.environ, WANDB_MODE="disabled")
     started = time.monotonic()
-    run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    times = {}  # of lines
+    with subprocess.Popen(words, cwd=ROOT, env=environment, **pipes) as run:
+        timer = threading.Timer(end - started, run.kill)
+        timer.start()
+        for line in run.stdout:
+            times[line.strip()] = time.monotonic() - started
+    timer.cancel()
+    if time.monotonic() > end:
+        raise subprocess.TimeoutExpired(words, LIMIT)
     if run.returncode != 0:
-        raise UserError(f"{' '.join(words)} has failed: {run.stderr.strip()[-200:]}")
-    directory = run.stdout.strip().rpartition("; ")[2]
-    return directory, time.monotonic() - started
+        raise UserError(f"{' '.join(words)} has failed: {' '.join(times)[-200:]}")
+    return list(times)[-1].rpartition("; ")[2], times
 
 
-def time_run(config, folder, name):
-    """Time a whole run with ten evaluations; reckon what 1,000,000 updates take."""
+def time_run(config, folder, name, end):
+    """Time a whole run with ten evaluations; reckon what 1,000,000 updates take.
+
+    What comes before the first evaluation's line, such as compilation, is counted once.
+    """
     updates = config.run_updates
     flags = dict(num_updates=updates, eval_every=updates // 10, log_every=updates // 100)
-    directory, in_all = run_script(name, f"{folder}/whole", **flags)
+    directory, times = run_script(name, f"{folder}/whole", end, **flags)
     with open(os.path.join(directory, "finished.json")) as file:
         about = json.load(file)
     seconds = about["seconds"]["train"]
+    evaluated = [second for line, second in times.items() if re.match(r"[\d,]+ updates ", line)]
+    first, last = evaluated[0], evaluated[-1]
+    with_all = first + (1e6 - updates / 10) * (last - first) / (0.9 * updates)
     print(
         f"\n{scripts()[name].NAME}, {updates:,} updates on the bundled Hopper data, seed 0: score "
-        f"{about['score']}. {seconds:.0f} s of training, {in_all:.0f} s in all. At that rate "
-        f"1,000,000 updates take {seconds / updates * 1e6 / 60:.1f} minutes without evaluation "
-        f"and {in_all / updates * 1e6 / 60:.1f} with all that belongs to a run.",
+        f"{about['score']}. {seconds:.0f} s of training, {last:.0f} s in all. At that rate "
+        f"1,000,000 updates take {minutes_of_a_million(seconds, updates):.1f} minutes without "
+        f"evaluation and {with_all / 60:.1f} with all that belongs to a run.",
         flush=True,
     )
 
 
-def compare_bits(config, folder, name):
+def compare_bits(config, folder, name, end):
     """Say whether two runs with --deterministic true end in the same bits."""
     arrays = []
     updates = config.run_updates // 50
     flags = dict(num_updates=updates, eval_every=updates, log_every=updates // 2)
     for results in ("first", "second"):
         deterministic = dict(deterministic="true", actor_dropout=0.1)
-        directory, _ = run_script(name, f"{folder}/{results}", **flags, **deterministic)
+        directory, _ = run_script(name, f"{folder}/{results}", end, **flags, **deterministic)
         arrays.append(read_checkpoint(os.path.join(directory, "checkpoint.npz"))[0])
     first, second = arrays
     same = all(np.array_equal(first[key], second[key]) for key in first)
