@@ -336,14 +336,27 @@ def test_what_the_critics_say_of_the_policy_is_numpys(script):
     np.testing.assert_allclose(info["evaluation/overestimation"][1], expected, rtol=1e-3)
 
 
+def weight_norms_of(params, path=()):
+    """Return the norm of each layer's kernel, by the layer's path."""
+    norms = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            norms.update(weight_norms_of(value, (*path, name)))
+        elif name == "kernel":
+            norms[".".join(path)] = np.sqrt((value**2).sum())
+    return norms
+
+
 @both_scripts
 def test_weights_jacobians_and_distances_are_numpys(script):
     data = split_data()
     config, info, states = analysed(script)
     state = reference.numpy_state(of_seed(states, 0))
-    first = state["actor"]["Hidden_0"]["Dense_0"]["kernel"]
-    norm = np.sqrt((first**2).sum())
-    np.testing.assert_allclose(info["weight_norm/Hidden_0.Dense_0"][0], norm, rtol=1e-5)
+    measured = {key[12:]: value[0] for key, value in info.items() if key.startswith("weight_norm/")}
+    expected = weight_norms_of(state["actor"])
+    assert measured.keys() == expected.keys()
+    for layer, norm in expected.items():
+        np.testing.assert_allclose(measured[layer], norm, rtol=1e-5)
 
     def actions_in(observations):
         return numpy_actions_and_values(script, config, state, observations)[0]
