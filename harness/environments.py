@@ -55,7 +55,8 @@ def import_d4rl():
 
 gym, d4rl = import_silently()
 
-import mujoco_py  # noqa: E402, since MuJoCo must have been imported
+import mujoco  # noqa: E402 F401, which import_mujoco has made sure of; lockstep.py uses it
+import mujoco_py  # noqa: E402
 
 # AntMaze prints its targets. sys.stdout stays as it is, since evaluation may have its own thread.
 d4rl.locomotion.maze_env.print = lambda *words: None

@@ -10,11 +10,9 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 
-import mujoco
-import mujoco_py
 import numpy as np
 
-from harness.environments import d4rl, gym, inner, make_env, reset
+from harness.environments import d4rl, gym, inner, make_env, mujoco, mujoco_py, reset
 from harness.errors import UserError
 
 # --- One process's copies ---
@@ -24,7 +22,7 @@ SCALERS = (d4rl.utils.wrappers.NormalizedBoxEnv, d4rl.locomotion.wrappers.Normal
 
 
 def make_copy(name, drawn=False):
-    """Make an environment that is stepped faster, if it steps MuJoCo as gym's own do."""
+    """Make an environment. If it uses gym's `do_simulation`, a step calls MuJoCo once."""
     env = make_env(name, drawn)
     task = inner(env)
     steps_of_gym = gym.envs.mujoco.MujocoEnv.do_simulation
@@ -45,14 +43,13 @@ def simulate(task, ctrl, n_frames):
 def has_usual_wrappers(env):
     """Return whether an environment's only wrappers are D4RL's usual ones.
 
-    They are gym's TimeLimit and OrderEnforcing and, in Gym-MuJoCo and AntMaze, one that scales
-    the actions.
+    They are TimeLimit, OrderEnforcing and, in Gym-MuJoCo and AntMaze, a scaler of actions.
     """
     if type(env) is not gym.wrappers.TimeLimit:
         return False
     if type(env.env) is not gym.wrappers.OrderEnforcing or env.env.env is not env.unwrapped:
         return False
-    last = env.unwrapped  # for gym a scaler is no wrapper
+    last = env.unwrapped  # the scaler, if there is one, since it isn't a gym.Wrapper
     if type(last) in SCALERS:
         return last._reward_scale == 1 and not last._should_normalize
     return last is inner(env)

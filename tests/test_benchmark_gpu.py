@@ -1,6 +1,7 @@
 """The benchmark's part `gpu`, small and on the CPU."""
 
 import re
+import time
 from dataclasses import replace
 
 import jax
@@ -45,8 +46,29 @@ def test_a_small_one_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
         assert len(row) == 10
         assert float(row[0]) > 0
         assert 0 < float(row[4]) < 1.5
-    assert "IQL, 200 updates on the bundled Hopper data, seed 0: score" in printed
+    about = r"IQL, 200 updates on the bundled Hopper data, seed 0: score [\d.+ -]+, \d+ s in all\. "
+    about += r"With ten times as many evaluations 1,000,000 updates take ([\d.]+) minutes\."
+    assert float(re.search(about, printed)[1]) > 1
     assert "IQL, --deterministic true, 4 updates twice: the same bits." in printed
+
+
+def test_what_comes_before_the_first_evaluation_is_counted_once():
+    evaluated = [30 + 5 * i for i in range(10)]  # seconds; 5 for each 10,000 updates
+    minutes = benchmark_gpu.minutes_with_all(evaluated, 100_000)
+    assert minutes == pytest.approx((30 + 99 * 5) / 60)
+
+
+def test_a_run_that_takes_too_long_is_killed(tmp_path):
+    end = time.monotonic() + 2
+    with pytest.raises(benchmark_gpu.OutOfTime):
+        benchmark_gpu.run_script("iql", str(tmp_path), end, num_updates=1_000_000)
+    assert time.monotonic() < end + 5
+
+
+def test_td3_bc_is_timed(capsys):
+    benchmark_gpu.time_td3_bc(CONFIG)
+    row = re.search(r"\| TD3\+BC \| ([\d.]+) \|", capsys.readouterr().out)
+    assert float(row[1]) > 1
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch, capsys):

@@ -770,14 +770,26 @@ def test_a_combination_alone_has_no_p_between_regularisers(make_run, make_report
     cells = make_report("results")["ReBRAC: what explains the score"]
     assert cells["p, between regularisers"].tolist() == ["too few"]
     text = (tmp_path / "report" / "tables.md").read_text()
-    assert "between regularisers is not tested, since they are few." in text
+    assert "There are too few regularisers to test what explains the score between them." in text
 
 
-def test_the_first_labels_are_drawn_where_there_are_many(make_run, make_report, tmp_path):
+def test_the_first_labels_are_drawn_where_there_are_many(
+    make_run, make_report, tmp_path, monkeypatch
+):
     for i in range(MOST_DRAWN + 1):
         make_run([[1.0, 50 + i]], seed=0, actor_dropout=i / 100)
+    drawn = []
+    draw = report_figures.inside_figure
+
+    def keep(rows, datasets):
+        drawn.extend(rows["label"].unique())
+        return draw(rows, datasets)
+
+    monkeypatch.setattr("tools.report_figures.inside_figure", keep)
     make_report("results")
-    assert (tmp_path / "report" / "1-rebrac-inside-the-actor-the-first-24.png").exists()
+    assert len(drawn) == MOST_DRAWN
+    title = f"1-rebrac-inside-the-actor-the-first-{MOST_DRAWN}-labels.png"
+    assert (tmp_path / "report" / title).exists()
 
 
 def test_a_pair_without_its_parts_is_told_to_be_missing(make_run, make_report, tmp_path):

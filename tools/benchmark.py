@@ -92,7 +92,7 @@ class Config:
     updates: int = 100  # in one timing
     rounds: int = 7  # timings of each
     transitions: List[int] = field(default_factory=lambda: [1_000_000, 2_000_000])  # in a file
-    eval_episodes: List[int] = field(default_factory=lambda: [10, 100])  # and as many with noise
+    eval_episodes: List[int] = field(default_factory=lambda: [10, 100])  # and as many noisy
     members: List[int] = field(default_factory=lambda: [1, 8, 32, 128])  # of the part `gpu`
     run_updates: int = 100_000  # of a whole run in the part `gpu`
     gpu_file: str = os.path.join(ROOT, "data", "gpu.md")  # for what the part `gpu` prints
@@ -371,6 +371,8 @@ def check_config(config):
             raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
     if config.rounds < 1 or config.updates < 2 or config.updates % 2:
         raise UserError("rounds must be 1 or more, and updates 2, 4, ...")
+    if min(config.eval_episodes, default=0) < 1 or config.run_updates < 100:
+        raise UserError("eval_episodes must be 1 or more, and run_updates 100 or more")
     if not config.transitions or min(config.transitions) < 1000:
         raise UserError("transitions must be numbers of 1000 or more")
     for name in config.scripts:

@@ -395,20 +395,41 @@ def antmaze():
     seeds, _ = read_results([path_of("data", "antmaze.csv")])
     table = by_label(pd.DataFrame(seeds))
     table["num_updates"] = table["updates"].map(max)
+    table["name"] = table["algorithm"].map(lambda algorithm: SCRIPTS[algorithm].NAME)
+    is_mse = table["config"].map(lambda config: config.get("critic_loss") == "mse")
+    table.loc[is_mse, "name"] += " (mse)"
     published = pd.read_csv(path_of("data", "paper.csv")).set_index(["algorithm", "dataset_name"])
     rows = []
-    kinds = ["algorithm", "dataset", "label", "num_updates"]
-    for (algorithm, dataset, label, _), own in table.groupby(kinds, observed=True):
-        name = SCRIPTS[algorithm].NAME
+    kinds = ["name", "dataset", "label", "num_updates"]
+    for (name, dataset, label, _), own in table.groupby(kinds, observed=True):
         curve = []
         for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
             curve.append(f"{updates // 1000}: {scores.mean():.0f}")
-        last = ", ".join(f"{scores[-1]:.0f}" for scores in own["scores"])
-        rows.append([name, dataset, label, ", ".join(curve), last])
-        rows[-1].append(f"{published['mean'][name, dataset]:.0f}")
+        last = ", ".join(f"{score:.0f}" for score in own["score"])
+        corl = published["mean"][name.removesuffix(" (mse)"), dataset]
+        cells = [label, ", ".join(curve), last, f"{corl:.0f}" if label == BASELINE else ""]
+        rows.append([name, dataset, *cells])
     header = ["", "dataset", "regularisers", "thousand updates: mean success (%)"]
     header += ["at the end, by seed", "CORL"]
-    return markdown(header, rows)
+    return "\n\n".join([markdown(header, rows), *differences(table)])
+
+
+def differences(table):
+    """Return a sentence for each label that has the baseline's seeds: its difference from it."""
+    sentences = []
+    for (name, dataset, updates), own in table.groupby(["name", "dataset", "num_updates"]):
+        scores = own.pivot(index="label", columns="seed", values="score")
+        if len(scores) == 1:
+            continue
+        changes = (scores - scores.loc[BASELINE]).drop(BASELINE)
+        means, halves = mean_and_interval(changes)
+        for label, p in zip(changes.index, holm(p_values(changes))):
+            sentences.append(
+                f"{name} with {label} on `{dataset}`, {updates:,} updates, differs from the "
+                f"baseline by {interval_text(means[label], halves[label], '+')} points, seed by "
+                f"seed; p {p_text(p)}. Interval and p are Student's."
+            )
+    return sentences
 
 
 def batch():

@@ -238,7 +238,7 @@ def add_runs(report, config, script, rows, datasets):
         report.add_table(inside)
     add_explanation(report, config, script, rows)
     rows = rows[rows["label"].isin(labels[:MOST_DRAWN])]
-    of_which = f", the first {MOST_DRAWN}" if len(labels) > MOST_DRAWN else ""
+    of_which = f", the first {MOST_DRAWN} labels" if len(labels) > MOST_DRAWN else ""
     report.add_figure(f"{title}: inside the actor{of_which}", figures.inside_figure(rows, datasets))
     report.add_figure(f"{title}: robustness{of_which}", figures.robustness_figure(rows, datasets))
 

@@ -590,11 +590,10 @@ def explanation_note(found):
         "those of other kinds.",
         f"All measures explain {percent(found.together)}; as many random numbers would explain "
         f"about {percent(by_chance)}.",
-        "Which regulariser it was on which dataset explains "
-        f"{percent(found.label_share)}; labels given at random would explain "
-        f"{percent(found.chance_share)}.",
+        f"The regularisers, on each dataset for itself, explain {percent(found.label_share)}; "
+        f"labels given at random would explain {percent(found.chance_share)}.",
         "In brackets 95 % intervals by a bootstrap of blocks, which are too narrow for few blocks. "
-        "They are for these regularisers. p asks whether others would show it, too.",
+        "They hold for these regularisers. p asks whether others would show the same.",
         "p is corrected by Holm over both columns.",
         between_text(found.regularisers),
         "With the same regulariser it is by permuting seeds. Bold: p below 0.05.",
@@ -619,7 +618,7 @@ def titles(columns):
 def between_text(regularisers):
     """Return a sentence on p between regularisers, given how many there are."""
     if regularisers < 3:
-        return "Between regularisers it needs three that are alone in runs on every dataset."
+        return "p between regularisers needs three that are alone in runs on every dataset."
     return (
         "Between regularisers it is the larger of two: by permuting the "
         f"{regularisers} that are alone in runs on every dataset, and by Student's t over the "
@@ -639,7 +638,7 @@ def explained(found):
     within = found.p.index[found.p["within"] < tables.LEVEL]
     nothing = "no measure beyond chance"
     if found.regularisers < 3:
-        first = "What explains the score between regularisers is not tested, since they are few."
+        first = "There are too few regularisers to test what explains the score between them."
     else:
         first = f"What explains the score between regularisers: {', '.join(between) or nothing}."
     return (

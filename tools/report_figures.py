@@ -165,7 +165,7 @@ def interaction_map(found, names):
             values.loc[place] = effect["point"]
             texts.loc[place] = text
     paired = [name for name in names if values[name].notna().any()]
-    title = "interactions of pairs\n*: p below 0.05, corrected; white: can't be told"
+    title = "interactions of pairs\n*: p below 0.05, corrected; empty: can't be told"
     bar = "gain together − sum of the gains"
     return heat_map(title, values.loc[paired, paired], texts.loc[paired, paired], bar)
 

@@ -108,7 +108,8 @@ def share_table(title, rows, datasets):
     Holm corrects the gains together, and the slopes together.
     """
     gained = gains(rows, datasets)
-    found = pd.DataFrame(dict(zip(["gain", "p"], texts_and_p(gained))), gained.index)
+    texts, p = texts_and_p(gained)
+    found = pd.DataFrame({"gain": texts, "p": p}, gained.index)
     cells = pd.DataFrame(index=gained.index.unique("label"))
     for share in gained.index.unique("share"):
         own = found.xs(share, level="share")
@@ -121,7 +122,7 @@ def share_table(title, rows, datasets):
         "Differences from the baseline that was trained on the same share of the episodes, seed by "
         f"seed; means over {', '.join(datasets)}. `for each halving`: by how much the difference "
         "grows as the data is halved, by least squares. In brackets 95 % intervals of each alone, "
-        "by Student's t, which don't have the chance of which episodes were drawn. p is corrected "
+        "by Student's t, which leave out the chance in which episodes were drawn. p is corrected "
         "by Holm: over all differences, and apart from them over `for each halving`. Bold: p below "
         f"0.05.{same_runs(rows, datasets)}"
     )
