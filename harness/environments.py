@@ -8,6 +8,8 @@ import warnings
 
 import numpy as np
 
+import harness.errors  # noqa: F401, which opens closed streams before D4RL prints
+
 # Packages that D4RL tries to import for tasks that the paper never uses. pybullet prints, and
 # dm_control takes seconds. None in sys.modules makes an import fail at once.
 UNUSED = ("pybullet", "pybullet_envs", "dm_control", "flow", "carla")
