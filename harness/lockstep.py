@@ -78,7 +78,9 @@ def step_running(envs, rows):
     """
     running = np.flatnonzero(rows["running"]).tolist()
     actions = rows["action"].copy()  # an environment may keep its own
-    observations, rewards, done = rows["observation"], rows["reward"], rows["done"]
+    observations = rows["observation"]
+    rewards = rows["reward"]
+    done = rows["done"]
     if not has_usual_wrappers(envs[0]):
         for i in running:
             observations[i], rewards[i], done[i], _ = envs[i].step(actions[i])

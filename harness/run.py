@@ -320,7 +320,7 @@ class Run:
                 for key, value in {**record.score, **losses, **inside, **self.speed}.items():
                     words.append(f"{key} {value}")
                 self.bar.write("  ".join(words), sys.stdout)
-                sys.stdout.flush()  # for who reads it through a pipe
+                sys.stdout.flush()  # for those who read it through a pipe
         self.saved_at = -np.inf  # so that the next checkpoint is due
 
     def log_epoch(self, update, infos, states):

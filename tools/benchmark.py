@@ -332,21 +332,18 @@ def time_evaluation(config, name, env, number):
     recording = RecordingEnvs(name, len(episodes))
     evaluate(settings, policy, recording, 0)
     num_steps = sum(len(own) for own in recording.actions)
+    title = f"{name}, {len(episodes)} episodes"
     functions = {
-        "": partial(evaluate, settings, policy, make_envs(settings), 0),
-        ", bare": partial(replay, env, episodes, recording.actions),
+        title: partial(evaluate, settings, policy, make_envs(settings), 0),
+        f"{title}, bare": partial(replay, env, episodes, recording.actions),
     }
     if name.startswith("halfcheetah") and number == config.eval_episodes[0]:
         settings, policy = first_policy(config, "bcq", name, env, number)
-        functions[", BCQ"] = partial(evaluate, settings, policy, make_envs(settings), 0)
+        functions[f"{title}, BCQ"] = partial(evaluate, settings, policy, make_envs(settings), 0)
     seconds = interleaved(functions, config.rounds)
-    for kind, times in seconds.items():
-        share = seconds[", bare"] / times
-        print_row(
-            f"{name}, {len(episodes)} episodes{kind}",
-            spread(num_steps / times, ".0f"),
-            spread(share),
-        )
+    bare = seconds[f"{title}, bare"]
+    for own_title, times in seconds.items():
+        print_row(own_title, spread(num_steps / times, ".0f"), spread(bare / times))
 
 
 # --- Main ---

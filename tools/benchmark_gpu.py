@@ -46,7 +46,7 @@ FILE = os.path.join(ROOT, "data", "hopper_medium-v2.hdf5")
 
 
 class OutOfTime(Exception):
-    """A whole run took too long."""
+    """There is no time left to measure something."""
 
 
 def gpu_part(config, folder):
@@ -55,13 +55,17 @@ def gpu_part(config, folder):
     with open(config.gpu_file, "w") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
         print(f"python -m tools.benchmark --parts '[gpu]': {machine()}")
         for about, measure in parts(config, folder, end):
-            if time.monotonic() < end:
-                try:
-                    measure()
-                    continue
-                except OutOfTime:
-                    pass
-            print(f"\nLeft out for lack of time: {about}.", flush=True)
+            try:
+                check_time(end)
+                measure()
+            except OutOfTime:
+                print(f"\nLeft out for lack of time: {about}.", flush=True)
+
+
+def check_time(end):
+    """Raise OutOfTime if it is later than `end`."""
+    if time.monotonic() > end:
+        raise OutOfTime
 
 
 def parts(config, folder, end):

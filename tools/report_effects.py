@@ -112,7 +112,7 @@ def interaction_table(title, found, missing):
     cells = pd.DataFrame(index=found.index)
     cells["sum of the parts"] = (found["gain"] - found["point"]).map("{:+.1f}".format)
     cells["together"] = found["gain"].map("{:+.1f}".format)
-    texts = [interval_text(row, "+") for row in found.itertuples()]
+    texts = [bounds_text(row, "+") for row in found.itertuples()]
     cells["interaction"] = [tables.bold(text, p) for text, p in zip(texts, found["p"])]
     cells["p"] = found["p"].map(tables.p_text)
     cells["blocks"] = found["blocks"].map(str)
@@ -139,7 +139,7 @@ def missing_text(missing):
     )
 
 
-def interval_text(row, sign):
+def bounds_text(row, sign):
     """Return "1.2 (0.3 – 2.1)", or nothing if the point is NaN. The sign "+" shows all signs."""
     if np.isnan(row.point):
         return ""
@@ -159,7 +159,7 @@ def strongest_of(told, word):
         return f"No {word} can be told from chance."
     row = told.loc[told["point"].abs().idxmax()]
     p = tables.p_text(row["p"])
-    return f"The strongest {word} is {row.name}: {interval_text(row, '+')}, p {p}."
+    return f"The strongest {word} is {row.name}: {bounds_text(row, '+')}, p {p}."
 
 
 # --- Explanation ---
@@ -402,11 +402,12 @@ def regulariser(label, chosen):
 
 
 def between_p(sample, products, chosen):
-    """Return p values of the regularisers that move a measure more also gaining more.
+    """Return p values (measures,): do regularisers that move a measure more also gain more?
 
-    Each is the larger of two, since two things are chance. Which regulariser moves which measure:
-    so the regularisers are permuted. And the seeds, with which similar regularisers are good or bad
-    together: so Student's t is over the blocks. Also return the number of regularisers.
+    Two things are chance. The first is which regulariser moves which measure, for which
+    regularisers are permuted. The second is the seeds, which similar regularisers share, for which
+    Student's t is over the blocks. p is the larger of the two. Also return the number of
+    regularisers.
     """
     means = regulariser_means(sample, chosen)
     number = means.shape[1]
@@ -434,9 +435,9 @@ def regulariser_means(sample, chosen):
 
 
 def rests_on(rows, chosen, columns):
-    """Return by measures' titles the regularisers without whose runs p isn't below LEVEL.
+    """Return by a measure's title the regularisers on whose runs its small p rests.
 
-    It is the p between regularisers, not corrected.
+    Without the runs of one of these p between regularisers, not corrected, isn't below LEVEL.
     """
     found = {measure_title(column): [] for column in columns}
     if not found:
@@ -519,7 +520,9 @@ def explain(rows, chosen, reps):
     }
     names = [measure_title(column) for column in sample.columns]
     order = np.argsort(-shares[0], kind="stable")
-    estimates = [long(quantity, values[quantity], names).iloc[order] for quantity in QUANTITIES]
+    estimates = [
+        long_rows(quantity, values[quantity], names).iloc[order] for quantity in QUANTITIES
+    ]
     is_told = p[:, 0] < tables.LEVEL
     told = [column for column, own in zip(sample.columns, is_told) if own]
     return Explanation(
@@ -533,7 +536,7 @@ def explain(rows, chosen, reps):
     )
 
 
-def long(quantity, values, names):
+def long_rows(quantity, values, names):
     """Return rows of quantity, label, point, low, high of values (reps + 1, measures)."""
     low, high = pd.DataFrame(values[1:]).quantile([0.025, 0.975]).to_numpy()
     rows = dict(quantity=quantity, label=names, point=values[0], low=low, high=high)
@@ -551,10 +554,10 @@ def measure_title(column):
     """Return a measure's title: that of INSIDE, or "actor loss (training data)" and the like."""
     if column in tables.INSIDE:
         return tables.INSIDE[column][0]
-    batch, _, rest = column.partition("/")
-    title = BATCHES.get(batch, batch)
-    name = rest.replace("_", " ")
-    return f"{name} ({title})" if batch in BATCHES else f"{title.replace('_', ' ')}, {rest}"
+    first, _, rest = column.partition("/")
+    if first in BATCHES:
+        return f"{rest.replace('_', ' ')} ({BATCHES[first]})"
+    return f"{first.replace('_', ' ')}, {rest}"
 
 
 def explanation_table(title, found):
@@ -563,13 +566,13 @@ def explanation_table(title, found):
     for quantity, name in QUANTITIES.items():
         own = found.estimates[found.estimates["quantity"] == quantity]
         sign = "" if name.startswith("share") else "+"
-        cells[name] = [interval_text(row, sign) for row in own.itertuples()]
-    cells["p, between regularisers"] = found.p["between"].map(p_text)
-    cells["p, same regulariser"] = found.p["within"].map(p_text)
+        cells[name] = [bounds_text(row, sign) for row in own.itertuples()]
+    cells["p, between regularisers"] = found.p["between"].map(bold_p)
+    cells["p, same regulariser"] = found.p["within"].map(bold_p)
     return tables.Table(title, cells, explanation_note(found), "measure")
 
 
-def p_text(p):
+def bold_p(p):
     return tables.bold(tables.p_text(p) or "too few", p)
 
 
