@@ -616,25 +616,28 @@ def test_curves_need_two_evaluations(make_run):
     assert (y.min(), y.max()) == (1.0, 8.0)  # the mean and one standard deviation
 
 
-def test_improvement_is_of_the_mean_over_the_datasets():
-    none = np.array([[20.0, 80], [40, 60]])
-    better = np.array([[30.0, 80], [50, 60]])
-    found = report_tables.improvement(better[:, :, None], none[:, :, None])
-    np.testing.assert_allclose(found, [[10]])
+def test_improvements_are_in_percent_of_the_baselines_mean():
+    none = {"a": {0: 20.0, 1: 40.0}, "b": {0: 80.0, 1: 60.0}}  # 50 and 50
+    l2 = {"a": {0: 30.0, 1: 50.0}, "b": {0: 82.0, 1: 66.0}}  # 6 and 8 more
+    rows = make_rows({"baseline": none, "L2": l2, "DO": none, "LN": {"a": {0: 1.0}}})
+    same = rows["label"].isin(["baseline", "DO"])
+    rows.index = np.where(same, rows.groupby("label").cumcount(), 100 + np.arange(len(rows)))
+    (found,) = report_tables.improvements(rows, ["a", "b"]).itertuples(index=False)
+    half = 12.7062 * 2  # of 12 % and 16 %, t of 1 degree
+    assert found.label == "L2"
+    np.testing.assert_allclose(
+        [found.point, found.low, found.high], [14, 14 - half, 14 + half], 1e-4
+    )
+    cells = report_tables.difference_table("", rows, {"mean": ["a", "b"]}).cells
+    text = f"+14.0 % ({14 - half:+.1f} – {14 + half:+.1f})"
+    assert cells["mean, in percent"].to_dict() == {"baseline": "", "L2": text, "DO": "", "LN": ""}
 
 
-def test_improvements_in_the_table():
-    same = np.full((3, 2), 0.6)  # without spread, the interval is the point
-    arrays = {"baseline": same, "L2": 1.1 * same, "DO": 0.9 * same}
-    cells = report_tables.aggregate_table("", report_tables.estimate(arrays, 50), arrays).cells
-    assert cells["change of the mean"].tolist() == [
-        "",
-        "+10.0 % (+10.0 – +10.0)",
-        "-10.0 % (-10.0 – -10.0)",
-    ]
-    arrays = {"baseline": -same, "L2": same}  # percents of that mean nothing
-    cells = report_tables.aggregate_table("", report_tables.estimate(arrays, 50), arrays).cells
-    assert rows_of(cells)[1][-2:] == ["1.00 (1.00 – 1.00)", "the baseline's is not positive"]
+def test_percents_of_a_baseline_that_is_not_positive_mean_nothing():
+    none = {"a": {0: -1.0, 1: 1.0}}
+    rows = make_rows({"baseline": none, "L2": {"a": {0: 5.0, 1: 6.0}}})
+    assert report_tables.improvements(rows, ["a"]).empty
+    assert list(report_tables.difference_table("", rows, {"a": ["a"]}).cells) == ["a", "p, a"]
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -649,7 +652,7 @@ def test_differences_are_taken_seed_by_seed():
     rows.index = index  # L2's runs on b are none's
     columns = {"a": ["a"], "b": ["b"], "mean": ["a", "b"]}
     cells = report_tables.difference_table("", rows, columns).cells
-    assert list(cells) == ["a", "p, a", "b", "p, b", "mean", "p, mean"]
+    assert list(cells) == ["a", "p, a", "b", "p, b", "mean", "p, mean", "mean, in percent"]
     cells = cells[["a", "b", "mean"]]
     half = t * np.std([2, 4, 5, 9], ddof=1) / 2
     own = t * np.std([28, 29, 31, 30], ddof=1) / 2
@@ -721,7 +724,28 @@ def test_pairs_are_drawn_at_the_papers_strengths():
     assert [text.get_text() for text in axis.texts] == ["2.0", "5.0", "5.0", "-1.0"]
     singles = rows[~rows["label"].isin(["DO+LN", "DO+LN(0.3)"])]
     assert report_figures.pair_map(singles, ["a"], rebrac.CHOSEN) is None
-    assert report_figures.strength_map(singles, ["a"], rebrac.CHOSEN) is not None
+    assert report_figures.single_map(singles, ["a"], rebrac.CHOSEN) is not None
+
+
+def test_the_labels_that_tell_most_are_drawn():
+    gains = {"baseline": 0, "DO": 1, "LN": -9, "GN": 3, "L2": 8, "DO+LN+GrN": 0}
+    scores = {label: {"a": {0: 50.0 + gain}} for label, gain in gains.items()}
+    rows = make_rows(scores)
+    drawn = report.drawn_labels(rows, ["a"], rebrac, 4)
+    assert drawn == ["baseline", "LN", "L2", "DO+LN+GrN"]
+    assert report.drawn_labels(rows, ["a"], rebrac, 9) == list(gains)
+    others = rows[rows["label"] != "baseline"]
+    assert report.drawn_labels(others, ["a"], rebrac, 2) == ["DO", "DO+LN+GrN"]
+
+
+def test_what_the_baseline_lacks_is_not_shown():
+    """As a measure that is newer than the baseline's runs."""
+    rows = make_rows({label: {"a": {0: 1.0, 1: 2.0}} for label in ("baseline", "DO")})
+    is_baseline = rows["label"] == "baseline"
+    rows["train/pca_rank"] = np.arange(4.0)
+    rows["plasticity/loss_left"] = np.where(is_baseline, np.nan, 0.5)
+    assert report_tables.inside_keys(rows) == ["train/pca_rank"]
+    assert len(report_tables.inside_keys(rows[~is_baseline])) == 2
 
 
 def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, tmp_path):
@@ -773,9 +797,7 @@ def test_a_combination_alone_has_no_p_between_regularisers(make_run, make_report
     assert "There are too few regularisers to test what explains the score between them." in text
 
 
-def test_the_first_labels_are_drawn_where_there_are_many(
-    make_run, make_report, tmp_path, monkeypatch
-):
+def test_some_labels_are_drawn_where_there_are_many(make_run, make_report, tmp_path, monkeypatch):
     for i in range(MOST_DRAWN + 1):
         make_run([[1.0, 50 + i]], seed=0, actor_dropout=i / 100)
     drawn = []
@@ -788,8 +810,9 @@ def test_the_first_labels_are_drawn_where_there_are_many(
     monkeypatch.setattr("tools.report_figures.inside_figure", keep)
     make_report("results")
     assert len(drawn) == MOST_DRAWN
-    title = f"1-rebrac-inside-the-actor-the-first-{MOST_DRAWN}-labels.png"
-    assert (tmp_path / "report" / title).exists()
+    text = (tmp_path / "report" / "tables.md").read_text()
+    caption = f"lines their means. Drawn are {MOST_DRAWN} of {MOST_DRAWN + 1}: "
+    assert caption in text
 
 
 def test_a_pair_without_its_parts_is_told_to_be_missing(make_run, make_report, tmp_path):
@@ -921,7 +944,7 @@ def test_tables_in_three_languages(tmp_path):
 
 
 KINDS = "performance-profiles aggregates-with-95-intervals inside-the-actor"
-KINDS += " robustness strength-of-a-regulariser improvement-over-the-baseline"
+KINDS += " robustness gains-of-single-regularisers improvement-over-the-baseline"
 KINDS += " expected-online-performance"
 
 

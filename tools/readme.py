@@ -24,7 +24,15 @@ from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT, load_script
 from tools.report_runs import BASELINE, by_label, read_results
-from tools.report_tables import holm, interval_text, mean_and_interval, p_text, p_values
+from tools.report_tables import (
+    bold,
+    by_seed,
+    holm,
+    interval_text,
+    mean_and_interval,
+    p_text,
+    p_values,
+)
 
 SCRIPTS = {name: load_script(name) for name in ("rebrac", "iql")}  # those of the paper
 STUDIED = {  # datasets of the study: D4RL's name and a short one
@@ -111,7 +119,8 @@ def sweep_files():
         counts = [f"{number:,}" for number in runs.values()]
         updates = f"{sum(runs.values()) / 1000:.2f}"
         rows.append([f"`{name}.yaml`", *about[name], *counts, updates])
-    rows.append(["all", "", "", "", "", "", f"{number_of_runs() / 1000:.2f}"])
+    total = f"{number_of_runs() / 1000:.2f}"
+    rows.append(["all of ReBRAC's", "", "", "", "", "", total])
     return markdown(["file", "what varies", "in the paper", *DOMAINS, "10⁹ updates"], rows)
 
 
@@ -221,7 +230,7 @@ def cost():
         ("one configuration on 36 datasets, 5 seeds", 1),
         ("14: the baseline, 12 regularisers, the combination", 14),
         ("the files with `yes` above: the paper", number_of_runs(of_paper=True) / 180),
-        ("all files here", number_of_runs() / 180),
+        ("all of ReBRAC's files", number_of_runs() / 180),
     ):
         row = [text, f"{0.18 * factor:.2f}"]
         for days, operations in per_script.values():
@@ -309,24 +318,55 @@ def study():
     return {name: by_label(own) for name, own in table.groupby("algorithm", sort=False)}
 
 
-def by_dataset(column, digits):
-    """Return a table of means over the seeds: rows of labels, columns of datasets."""
+def seeds_by_dataset(column):
+    """Return a column of the study's: rows of labels, columns of (algorithm, dataset, seed)."""
     rows = study()
-    labels = [BASELINE, *WHERE, "combination"]
-    cells = []
-    for label in labels:
-        line = [label]
-        for algorithm in SCRIPTS:
-            own = rows[algorithm]
-            name = COMBINATIONS[algorithm] if label == "combination" else label
-            for dataset in STUDIED:
-                values = own[(own["label"] == name) & (own["dataset"] == dataset)][column]
-                line.append(f"{values.mean():.{digits}f}")
-        cells.append(line)
-    header = [""]
-    for name in titles():
-        header += [f"{name}: {short}" for short in STUDIED.values()]
-    return markdown(header, cells)
+    found = {}
+    for algorithm in SCRIPTS:
+        for dataset in STUDIED:
+            values = by_seed(rows[algorithm], column, [dataset])
+            values.index = values.index.astype(str)
+            values = values.rename({COMBINATIONS[algorithm]: "combination"})
+            found[algorithm, dataset] = values.reindex([BASELINE, *WHERE, "combination"])
+    return pd.concat(found, axis="columns")
+
+
+def means_by_dataset(column):
+    """Return means over the seeds: rows of labels, columns of (algorithm, dataset)."""
+    return seeds_by_dataset(column).T.groupby(level=[0, 1], sort=False).mean().T
+
+
+def by_dataset(column, digits):
+    """The means over the seeds, for each algorithm and dataset."""
+    return with_titles(means_by_dataset(column).map(f"{{:.{digits}f}}".format))
+
+
+def with_titles(cells):
+    """Return a Markdown table of texts: rows of labels, columns of (algorithm, dataset)."""
+    header = [f"{SCRIPTS[name].NAME}: {STUDIED[dataset]}" for name, dataset in cells]
+    return markdown(["", *header], cells.reset_index().to_numpy())
+
+
+NOISE = ("score/action_noise=0.2", "score/state_noise=0.05")
+
+
+def under_noise(column):
+    """The mean scores with noise.
+
+    Bold is what differs from the baseline, seed by seed: p by Student's t is below 0.05, corrected
+    by Holm over both kinds of noise.
+    """
+    p = {}
+    for kind in NOISE:
+        for key, values in seeds_by_dataset(kind).T.groupby(level=[0, 1], sort=False):
+            changes = values.T - values.T.loc[BASELINE]
+            p[kind, *key] = p_values(changes).where(changes.any(axis=1))  # without the same runs
+    p = pd.DataFrame(p)
+    p[:] = holm(p)
+    texts = means_by_dataset(column).map("{:.1f}".format)
+    for key in texts:
+        texts[key] = [bold(*pair) for pair in zip(texts[key], p[column, *key])]
+    return with_titles(texts)
 
 
 def report_tables():
@@ -354,36 +394,25 @@ def study_scores(algorithm):
             if dataset in STUDIED:
                 columns[STUDIED[dataset]] = {line[0]: line[i] for line in lines}
     rows = []
-    for label, mean, p in means[2:]:
+    for label, mean, p, _ in means[2:]:
         rows.append([label, *(columns[short][label] for short in STUDIED.values()), mean, p])
     return markdown(["", *STUDIED.values(), "mean of the three", "p of the mean"], rows)
 
 
 def findings():
-    """What the study found: the mean of the three datasets, in a line for each algorithm.
-
-    p is that of the differences in points, corrected by Holm over the algorithm's.
-    """
+    """What the study found: the mean of the three datasets, in a line for each algorithm."""
     tables = report_tables()
     rows = []
     for algorithm, script in SCRIPTS.items():
-        changes = tables[f"{script.NAME}, all domains: aggregates"]
-        column = changes[0].index("change of the mean")
-        cells = {line[0].split(" (")[0]: line[column] for line in changes[2:]}
-        for label, _, p in tables[f"{script.NAME}, all domains: differences"][3:]:
-            cells[label] += f", p {p}"
-        baseline = changes[2][changes[0].index("mean")]
+        differences = tables[f"{script.NAME}, all domains: differences"]
+        (_, baseline, _, _), *others = differences[2:]
+        cells = {label: percent for label, _, _, percent in others}
         single = [name for name in WHERE if name in cells]
         best = max(single, key=lambda name: float(cells[name].split(" %")[0]))
         worst = min(single, key=lambda name: float(cells[name].split(" %")[0]))
         combination = COMBINATIONS[algorithm]
-        rows.append([
-            script.NAME,
-            baseline,
-            f"{best}: {cells[best]}",
-            f"{worst}: {cells[worst]}",
-            f"{combination}: {cells[combination]}",
-        ])  # fmt: skip
+        texts = [f"{name}: {cells[name]}" for name in (best, worst, combination)]
+        rows.append([script.NAME, baseline, *texts])
     header = ["", "baseline", "best of the 12", "worst of the 12", "combination, fixed strengths"]
     return markdown(header, rows)
 
@@ -522,8 +551,8 @@ BLOCKS = {
     "pca-rank": lambda: by_dataset("train/pca_rank", 1),
     "training-error": lambda: by_dataset("train/action_error", 3),
     "held-out-error": lambda: by_dataset("validation/action_error", 3),
-    "action-noise": lambda: by_dataset("score/action_noise=0.2", 1),
-    "state-noise": lambda: by_dataset("score/state_noise=0.05", 1),
+    "action-noise": lambda: under_noise(NOISE[0]),
+    "state-noise": lambda: under_noise(NOISE[1]),
 }
 
 

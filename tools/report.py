@@ -43,7 +43,7 @@ def default_results():
     return ["results" if glob.glob("results/*/*/*") else "data/study.csv"]
 
 
-MOST_DRAWN = 24  # labels in a figure
+MOST_DRAWN = 24  # labels in a figure of points or bars
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Report:
         self.markdown.append(tables.to_markdown(table))
         self.latex.append(tables.to_latex(table))
 
-    def add_figure(self, title, figure):
-        """Add a figure and write its files. None is nothing to show."""
+    def add_figure(self, title, figure, caption):
+        """Add a figure and its caption, and write its files. None is nothing to show."""
         if figure is None:
             return
         name = re.sub(r"[^a-z0-9]+", "-", f"{self.sections}-{title}".lower())
@@ -111,7 +111,7 @@ class Report:
             with self.disk_errors():
                 figure.savefig(self.path(f"{name}.{suffix}"), dpi=130, bbox_inches="tight")
         plt.close(figure)
-        self.markdown.append(f"![{title}]({name}.png)\n")
+        self.markdown.append(f"![{title}]({name}.png)\n\n{title}. {caption}\n")
 
     def write(self):
         """Write tables.md, tables.tex and index.html, which is tables.md as one page."""
@@ -179,9 +179,11 @@ def add_settings(report, config, seeds):
             arrays = tables.score_arrays(rows, datasets)
             if not arrays:
                 continue
-            estimates = add_aggregates(report, config, title, arrays)
+            complete = rows[rows["label"].isin(arrays)]
+            drawn = drawn_labels(complete, datasets, script, config.variants)
+            add_aggregates(report, config, title, arrays, drawn)
             panel = title if len(datasets) > 1 else f"{script.NAME}, {datasets[0]}"
-            gains = estimates[estimates["measure"] == tables.IMPROVEMENT]
+            gains = tables.improvements(rows, datasets)
             if len(gains):
                 improvements[panel] = gains
             if len(arrays) > 1:  # as if each dataset were tuned on its own
@@ -193,10 +195,16 @@ def add_settings(report, config, seeds):
             *_, everything = domains.values()
             add_runs(report, config, script, finished, everything)
     if improvements:
-        title = "improvement over the baseline"
-        report.add_figure(title, figures.improvement_figure(improvements))
+        caption = (
+            "Differences seed by seed, in percent of the baseline's mean. 95 % intervals of each "
+            "alone, by Student's t."
+        )
+        figure = figures.improvement_figure(improvements)
+        report.add_figure("improvement over the baseline", figure, caption)
     if curves:
-        report.add_figure("expected online performance", figures.online_performance(curves))
+        caption = "Of so many configurations, drawn with replacement, the best is taken."
+        figure = figures.online_performance(curves)
+        report.add_figure("expected online performance", figure, caption)
 
 
 def add_scores(report, title, rows, datasets, of_all):
@@ -210,37 +218,67 @@ def add_scores(report, title, rows, datasets, of_all):
         report.add_table(tables.difference_table(f"{title}: differences", rows, columns))
 
 
-def add_aggregates(report, config, title, arrays):
-    """Add rliable's table and figures of scores / 100, and return the estimates."""
+def drawn_labels(rows, datasets, script, number):
+    """Return the labels to draw in a figure of lines, at most `number`, in their order.
+
+    The baseline and the paper's combination come first. Then come those whose mean score differs
+    most from the baseline's.
+    """
+    labels = list(rows["label"].sort_values().unique())
+    gains = figures.gains_over_baseline(rows, datasets).mean(axis=1).abs().fillna(0)
+    always = (BASELINE, "best", script.BEST.get("best"))
+    by_interest = sorted(labels, key=lambda label: (label not in always, -gains[label]))
+    return [label for label in labels if label in by_interest[:number]]
+
+
+def of_which(labels, drawn):
+    """Return a sentence for a caption that says which of the labels are drawn."""
+    if len(labels) == len(drawn):
+        return ""
+    return (
+        f" Drawn are {len(drawn)} of {len(labels)}: the baseline and the paper's combination, and "
+        "those whose mean score differs most from the baseline's."
+    )
+
+
+def add_aggregates(report, config, title, arrays, drawn):
+    """Add rliable's table and figures of scores / 100."""
     estimates = tables.estimate(arrays, config.reps)
     report.add_table(tables.aggregate_table(f"{title}: aggregates", estimates, arrays))
     figure = figures.interval_figure(estimates)
-    report.add_figure(f"{title}: aggregates with 95 % intervals", figure)
-    first = dict(list(arrays.items())[: config.variants])
-    figure = figures.performance_profiles(first, config.reps)
-    report.add_figure(f"{title}: performance profiles", figure)
-    return estimates
+    caption = "The intervals are by rliable's stratified bootstrap."
+    report.add_figure(f"{title}: aggregates with 95 % intervals", figure, caption)
+    figure = figures.performance_profiles({label: arrays[label] for label in drawn}, config.reps)
+    caption = "Bands are of 95 %, by rliable's stratified bootstrap." + of_which(arrays, drawn)
+    report.add_figure(f"{title}: performance profiles", figure, caption)
 
 
 def add_runs(report, config, script, rows, datasets):
     """Add what else is known of an algorithm's finished runs, on all its datasets."""
     title = script.NAME
     labels = list(rows["label"].sort_values().unique())
-    curves = figures.learning_curves(rows, labels[: config.variants], datasets)
-    report.add_figure(f"{title}: learning curves", curves)
-    strengths = figures.strength_map(rows, datasets, script.CHOSEN)
-    report.add_figure(f"{title}: strength of a regulariser", strengths)
+    drawn = drawn_labels(rows, datasets, script, config.variants)
+    curves = figures.learning_curves(rows, drawn, datasets)
+    caption = "Means over the seeds; bands are one standard deviation." + of_which(labels, drawn)
+    report.add_figure(f"{title}: learning curves", curves, caption)
+    caption = "Mean score less the baseline's. In brackets a strength that isn't the paper's."
+    singles = figures.single_map(rows, datasets, script.CHOSEN)
+    report.add_figure(f"{title}: gains of single regularisers", singles, caption)
+    caption = "Mean score over the datasets less the baseline's. The diagonal is one alone."
     pairs = figures.pair_map(rows, datasets, script.CHOSEN)
-    report.add_figure(f"{title}: pairs of regularisers", pairs)
+    report.add_figure(f"{title}: pairs of regularisers", pairs, caption)
     add_interactions(report, config, script, rows)
     inside = tables.inside_table(f"{title}: inside the actor", rows, datasets)
     if inside.cells.size:
         report.add_table(inside)
     add_explanation(report, config, script, rows)
-    rows = rows[rows["label"].isin(labels[:MOST_DRAWN])]
-    of_which = f", the first {MOST_DRAWN} labels" if len(labels) > MOST_DRAWN else ""
-    report.add_figure(f"{title}: inside the actor{of_which}", figures.inside_figure(rows, datasets))
-    report.add_figure(f"{title}: robustness{of_which}", figures.robustness_figure(rows, datasets))
+    drawn = drawn_labels(rows, datasets, script, MOST_DRAWN)
+    rows = rows[rows["label"].isin(drawn)]
+    caption = "Points are seeds, lines their means." + of_which(labels, drawn)
+    report.add_figure(f"{title}: inside the actor", figures.inside_figure(rows, datasets), caption)
+    caption = "Means over the datasets; bars are 95 % intervals, by Student's t."
+    caption += of_which(labels, drawn)
+    report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets), caption)
 
 
 def add_interactions(report, config, script, rows):
@@ -250,7 +288,8 @@ def add_interactions(report, config, script, rows):
     title = f"{script.NAME}: interactions"
     if len(found):
         report.add_table(effects.interaction_table(title, found, missing))
-        report.add_figure(title, figures.interaction_map(found, script.CHOSEN))
+        caption = "A pair's gain less the sum of both single gains."
+        report.add_figure(title, figures.interaction_map(found, script.CHOSEN), caption)
     elif any(label.count("+") == 1 for label in missing):
         report.add_text(f"### {title}\n\n{effects.missing_text(missing)}\n")
 
@@ -261,7 +300,8 @@ def add_explanation(report, config, script, rows):
     if found is not None:
         title = f"{script.NAME}: what explains the score"
         report.add_table(effects.explanation_table(title, found))
-        report.add_figure(title, figures.explanation_figure(found))
+        caption = "95 % intervals by a bootstrap of blocks. *: p below 0.05, corrected."
+        report.add_figure(title, figures.explanation_figure(found), caption)
 
 
 def add_less_data(report, config, seeds):
@@ -273,9 +313,11 @@ def add_less_data(report, config, seeds):
             datasets = list(datasets_by_domain(rows).values())[-1]  # of all domains
             title = f"{script.NAME}: gain by share of the data"
             report.add_table(shares.share_table(title, rows, datasets))
-            drawn = list(rows["label"].sort_values().unique())[: config.variants]
+            drawn = drawn_labels(rows, datasets, script, config.variants)
             figure = shares.share_figure(rows[rows["label"].isin(drawn)], datasets)
-            report.add_figure(title, figure)
+            caption = "Means over the seeds; bands are 95 % intervals, by Student's t."
+            labels = rows["label"].unique()
+            report.add_figure(title, figure, caption + of_which(labels, drawn))
 
 
 def settings_text(settings):

@@ -131,11 +131,11 @@ def gains_over_baseline(rows, datasets):
     return means - (means.loc[BASELINE] if BASELINE in means.index else np.nan)
 
 
-def strength_map(rows, datasets, names):
+def single_map(rows, datasets, names):
     """Draw what single regularisers, of these names, gain at each strength."""
     gains = gains_over_baseline(rows, datasets)
     single = [label for label in gains.index if label.split("(")[0] in names and "+" not in label]
-    return heat_map("strength of a regulariser", gains.loc[single])
+    return heat_map("single regularisers", gains.loc[single])
 
 
 def pair_map(rows, datasets, names):
@@ -197,7 +197,7 @@ def heat_map(title, values, texts=None, bar="score − baseline's"):
 
 def inside_figure(rows, datasets):
     """Draw what is inside the actor at the end: the seeds, and a line at each dataset's mean."""
-    keys = [key for key in tables.INSIDE if key in rows and rows[key].notna().any()]
+    keys = tables.inside_keys(rows)
     if not keys:
         return None
     labels = list(rows["label"].sort_values().unique())
@@ -241,7 +241,6 @@ def explanation_figure(found):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title)
         axis.tick_params(labelleft=axis is axes[0])
-    figure.supxlabel("*: p below 0.05, corrected", fontsize=8)
     return figure
 
 

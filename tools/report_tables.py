@@ -35,7 +35,6 @@ INSIDE = {
 }
 AGGREGATES = ["IQM", "median", "mean", "optimality gap"]
 PROBABILITY = "P(better than the baseline)"
-IMPROVEMENT = "change of the mean"
 
 
 class Table(NamedTuple):
@@ -194,11 +193,6 @@ def probability_of_improvement(x, y):
     return ((x > y) + 0.5 * (x == y)).mean((0, 1, 2))[None]
 
 
-def improvement(x, y):
-    """Return by how many percent x's mean is above y's (1, labels), if that is positive."""
-    return 100 * (x.mean((0, 1)) / y.mean((0, 1)) - 1)[None]
-
-
 def estimate(arrays, reps):
     """Return aggregates and comparisons: rows of measure, label, point, low, high."""
     found = []
@@ -210,12 +204,29 @@ def estimate(arrays, reps):
             baseline = np.repeat(arrays[BASELINE][:, :, None], len(labels), axis=2)
             pair = [scores, baseline]
             found.append(interval(probability_of_improvement, [PROBABILITY], labels, pair, reps))
-            if baseline.mean() > 0:  # otherwise percents of it mean nothing
-                found.append(interval(improvement, [IMPROVEMENT], labels, pair, reps))
     found = pd.concat(found)
     found["label"] = pd.Categorical(found["label"], list(arrays), ordered=True)
     with_itself = (found["label"] == BASELINE) & ~found["measure"].isin(AGGREGATES)
     return found[~with_itself].sort_values("label", kind="stable")
+
+
+def improvements(rows, datasets):
+    """Return by how many percent of the baseline's mean score each label is better than it.
+
+    They are taken seed by seed, over the datasets. Rows of label, point, low, high, where the
+    interval is of 95 %, by Student's t. It leaves out the chance in the baseline's mean. There are
+    no rows if that isn't positive, and none of labels without an interval or with the baseline's
+    own runs.
+    """
+    scores = by_seed(rows, "final", datasets)
+    columns = ["label", "point", "low", "high"]
+    level = scores.loc[BASELINE].mean() if BASELINE in scores.index else np.nan
+    if not level > 0:  # otherwise percents of it mean nothing
+        return pd.DataFrame(columns=columns)
+    others = scores.drop([BASELINE, *same_as_baseline(rows, datasets)])
+    means, halves = mean_and_interval(100 * (others - scores.loc[BASELINE]) / level)
+    values = [means.index.astype(str), means, means - halves, means + halves]
+    return pd.DataFrame(dict(zip(columns, values))).dropna().reset_index(drop=True)
 
 
 def expected_online_performance(scores):
@@ -269,6 +280,7 @@ def score_cell(runs, expected):
     return text
 
 
+IN_PERCENT = "mean, in percent"
 LEVEL = 0.05  # what is bold has a p value below it
 FAMILIES = "over the means, which are the question, and apart from them over the single datasets"
 
@@ -277,7 +289,7 @@ def difference_table(title, rows, columns):
     """Return the differences from the baseline. A column is a mean over columns[name].
 
     Beside each is a column of p values. The column "mean" is a family for Holm, and all others are
-    another one.
+    another one. The last column is the difference of the mean over all datasets, in percent.
     """
     labels = list(rows["label"].cat.categories)
     scores = {}
@@ -299,13 +311,25 @@ def difference_table(title, rows, columns):
         cells.loc[BASELINE, name] = interval_text(means[BASELINE], halves[BASELINE], "")
         cells.loc[same_as_baseline(rows, datasets), name] = "the same runs"
         cells[f"p, {name}"] = p[name].map(p_text)
+    percents = improvements(rows, max(columns.values(), key=len))
+    if len(percents):
+        texts = [percent_text(row) for row in percents.itertuples()]
+        cells[IN_PERCENT] = pd.Series(texts, percents["label"])
+        cells[IN_PERCENT] = cells[IN_PERCENT].fillna("")
     families = FAMILIES if len(columns) > 1 else "over this table's differences"
     note = (
         "The baseline's score, and the others' differences from it, seed by seed. In brackets 95 % "
         "intervals of each alone, by Student's t. p is Student's, corrected by Holm: "
         f"{families}. Bold: p below 0.05."
     )
+    if len(percents):
+        note += f" `{IN_PERCENT}`: of the baseline's mean, which counts as known."
     return Table(title, cells, note)
+
+
+def percent_text(row):
+    """Return "+5.4 % (-8.4 – +19.2)" of a row of `improvements`."""
+    return f"{row.point:+.1f} % ({row.low:+.1f} – {row.high:+.1f})"
 
 
 def bold(text, p):
@@ -338,10 +362,7 @@ def aggregate_table(title, estimates, arrays):
     """Return the table of aggregates and of comparisons with the baseline."""
     formats = dict.fromkeys(AGGREGATES, "{:.1f} ({:.1f} – {:.1f})")
     formats[PROBABILITY] = "{:.2f} ({:.2f} – {:.2f})"
-    formats[IMPROVEMENT] = "{:+.1f} % ({:+.1f} – {:+.1f})"
     cells = pd.DataFrame("", index=list(arrays), columns=list(formats))
-    if BASELINE in arrays:
-        cells.loc[cells.index != BASELINE, IMPROVEMENT] = "the baseline's is not positive"
     for row in estimates.itertuples():
         text = formats[row.measure].format(row.point, row.low, row.high)
         cells.loc[row.label, row.measure] = text
@@ -373,10 +394,21 @@ def with_ratios(rows):
     return rows
 
 
+def inside_keys(rows):
+    """Return the keys of INSIDE that the baseline's runs have, or any run if there is no baseline.
+
+    Without the baseline's there is nothing to compare with.
+    """
+    compared = rows[rows["label"] == BASELINE]
+    if compared.empty:
+        compared = rows
+    return [key for key in INSIDE if key in rows and compared[key].notna().any()]
+
+
 def inside_table(title, rows, datasets):
     """Return the table of what is inside the actor, and of scores under noise."""
     rows = with_ratios(rows)
-    measured = {key: about for key, about in INSIDE.items() if key in rows}
+    measured = {key: INSIDE[key] for key in inside_keys(rows)}
     for key in score_columns(rows):
         measured[key] = (column_title(key), 1)
         if f"ratio/{key}" in rows:
