@@ -280,7 +280,9 @@ def transitions(data, index):
 # --- Regularised layers ---
 
 # In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
-# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+# So ask `is_on(config.x)`, not `if config.x`. Where runs are trained together, a strength may be a
+# traced 0, too, if another's isn't 0: its term must then do nothing. Bools, integers and strings
+# are as they were given, but for those that no program depends on, such as `seed`: None.
 
 
 class ActorHidden(nn.Module):
@@ -466,12 +468,17 @@ def network_config(config, network):
     It has the actor's regularisers only if they act on this network, and the network's widths.
     """
     if config.regularise != network and (config.regularise != "both" or network == "encoder"):
-        off = {name: getattr(Config, name) for flags in CHOSEN.values() for name in flags}
-        config = replace(config, actor_lr_decay="none", **off)
+        off = {name: getattr(Config, name) for name in vars(config) if is_of_regulariser(name)}
+        config = replace(config, **off)
     if network != "perturbation":
         width = config.vae_hidden_dim
         config = replace(config, hidden_dim=width, last_hidden_dim=width, rl_start=0)
     return config
+
+
+def is_of_regulariser(name):
+    """Return whether a field of the config regularises the actor."""
+    return name.startswith("actor_") and name not in ("actor_learning_rate", "actor_layers")
 
 
 def layer_names(config, network):
@@ -670,6 +677,12 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+def q_values(config, state, observations, actions):
+    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
+    nets = networks(config, actions)
+    return forward(nets.critics, state.critic, observations, actions).min(0)
+
+
 def vae_loss(params, config, state, batch, keys):
     """Return ||D(s, z) - a||^2 / |A| + kl_coef KL(N(mu, sigma) || N(0, 1)) / |z|.
 
@@ -762,41 +775,6 @@ def actor_loss(params, config, state, batch, keys):
     return loss, (actor, {"actor_loss": loss})
 
 
-def eval_actor_loss(config, state, batch):
-    """Return the loss of the network that the analysis looks at, without dropout and noise.
-
-    The perturbation network's is at the latent 0, and the decoder's at the encoder's means.
-    """
-    nets = networks(config, batch.actions)
-    if config.regularise == "decoder":
-        means, log_stds = forward(nets.encoder, state.encoder, batch.observations, batch.actions)
-        actions = forward(nets.decoder, state.actor, batch.observations, means)
-        loss, _ = vae_objective(config, actions, batch.actions, means, log_stds)
-        return loss
-    actions = forward(nets.actor, state.actor, batch.observations)
-    return -forward(nets.first_critic, state.critic, batch.observations, actions).mean()
-
-
-def q_values(config, state, observations, actions):
-    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
-    nets = networks(config, actions)
-    return forward(nets.critics, state.critic, observations, actions).min(0)
-
-
-def overestimation(config, data, state, episodes):
-    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
-
-    Here s are the first states of the episodes without noise. Rewards are as the critics know
-    them. What an episode would gain after its time limit counts as 0.
-    """
-    starts = (episodes.starts - data["mean"]) / data["std"]
-    values = q_values(config, state, starts, act(config, state.actor, data, starts))
-    rewards = data["reward_scale"] * episodes.rewards
-    steps = jnp.arange(rewards.shape[-1])
-    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
-    return jnp.mean(values - (discounts * rewards).sum(-1))
-
-
 def actor_optimizer(config):
     """Return the optimiser of a network that has this config, see `network_config`."""
     num_steps = config.num_updates - config.rl_start
@@ -821,11 +799,12 @@ def sam_radius(config, network):
     return config.actor_sam
 
 
-def update_vae(config, state, batch, keys, noise_key):
+def update_vae(config, state, batch):
     """Update the encoder and the decoder once; return the new state and scalars.
 
     With SAM both gradients are taken where the decoder's parameters alone are moved.
     """
+    key, noise_key, *keys = jax.random.split(state.key, 6)
     decoder = own_params(config, state.actor, "decoder")
     params = {"encoder": state.encoder["params"], "decoder": decoder}
     grad_fn = jax.grad(vae_loss, has_aux=True)
@@ -856,11 +835,13 @@ def update_vae(config, state, batch, keys, noise_key):
         decoder_opt=decoder_opt,
         encoder=encoder,
         encoder_opt=encoder_opt,
+        key=key,
     ), info
 
 
-def update_critics(config, state, batch, target_key, dropout_key, noise_key):
+def update_critics(config, state, batch):
     """Update the critics once; return the new state and a dictionary of scalars."""
+    key, target_key, dropout_key, noise_key = jax.random.split(state.key, 4)
     target = critic_target(config, state, batch, target_key)
     grad_fn = jax.grad(critic_loss, has_aux=True)
     grads, (critic, info) = grad_fn(
@@ -874,17 +855,19 @@ def update_critics(config, state, batch, target_key, dropout_key, noise_key):
         config.critic_grad_noise,
         noise_key,
     )
-    return state._replace(critic=critic, critic_opt=critic_opt), info
+    return state._replace(critic=critic, critic_opt=critic_opt, key=key), info
 
 
-def update_actor(config, state, batch, keys, noise_key):
+def update_actor(config, state, batch):
     """Update the perturbation network and both targets once; return the new state and scalars."""
+    key, noise_key, *keys = jax.random.split(state.key, 6)
     params = own_params(config, state.actor, "perturbation")
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
     radius = sam_radius(config, "perturbation")
     if is_on(radius):
-        grads, _ = grad_fn(ascend(params, grads, radius), config, state, batch, keys)
+        moved = ascend(params, grads, radius)
+        grads, _ = grad_fn(moved, config, state, batch, keys)
     config = network_config(config, "perturbation")
     perturbation, actor_opt = optimize(
         actor_optimizer(config),
@@ -899,6 +882,7 @@ def update_actor(config, state, batch, keys, noise_key):
         actor_opt=actor_opt,
         target_actor=optax.incremental_update(perturbation, state.target_actor, config.tau),
         target_critic=optax.incremental_update(state.critic, state.target_critic, config.tau),
+        key=key,
     ), info
 
 
@@ -908,15 +892,10 @@ def update(config, state, batch):
     In the first `rl_start` updates all but the VAE stay as they are. A pure function of a
     TrainState and Transitions. Returns the new state and scalars to log.
     """
-    key, *keys = jax.random.split(state.key, 14)
-    vae_keys, actor_keys = keys[:4], keys[4:8]
-    target_key, dropout_key, vae_noise_key, critic_noise_key, actor_noise_key = keys[8:]
-    state, vae_info = update_vae(config, state._replace(key=key), batch, vae_keys, vae_noise_key)
+    state, vae_info = update_vae(config, state, batch)
     cloned = state
-    state, critic_info = update_critics(
-        config, state, batch, target_key, dropout_key, critic_noise_key
-    )
-    state, actor_info = update_actor(config, state, batch, actor_keys, actor_noise_key)
+    state, critic_info = update_critics(config, state, batch)
+    state, actor_info = update_actor(config, state, batch)
     if config.rl_start > 0:
         has_started = state.decoder_opt[0].count > config.rl_start
         state = jax.tree.map(lambda new, old: jnp.where(has_started, new, old), state, cloned)
@@ -990,11 +969,11 @@ def train(config, run):
     states = init_states(init_state, config, transitions(data, np.arange(1)))
     states, num_updates = run.restore(states, data)
 
-    def evaluation(states, update):
+    def evaluation(states, at_update):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
-            episodes = evaluate(config, act_in_all, envs, update)
+            episodes = evaluate(config, act_in_all, envs, at_update)
         if not config.analysis:
             return episodes.returns, {}
         with run.timed("analysis"):
@@ -1015,6 +994,39 @@ def train(config, run):
             states, infos = jax.block_until_ready(epoch(config, states, data))
         num_updates += config.log_every
         run.log_epoch(num_updates, infos, states)
+
+
+# --- Appendix: the policy in evaluation ---
+
+
+def eval_actor_loss(config, state, batch):
+    """Return the loss of the network that the analysis looks at, without dropout and noise.
+
+    The perturbation network's is at the latent 0, and the decoder's at the encoder's means.
+    """
+    nets = networks(config, batch.actions)
+    if config.regularise == "decoder":
+        means, log_stds = forward(nets.encoder, state.encoder, batch.observations, batch.actions)
+        actions = forward(nets.decoder, state.actor, batch.observations, means)
+        loss, _ = vae_objective(config, actions, batch.actions, means, log_stds)
+        return loss
+    actions = forward(nets.actor, state.actor, batch.observations)
+    return -forward(nets.first_critic, state.critic, batch.observations, actions).mean()
+
+
+def overestimation(config, data, state, episodes):
+    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
+
+    Here s are the first states of the episodes without noise. Rewards are as the critics know
+    them. What an episode would gain after its time limit counts as 0.
+    """
+    starts = (episodes.starts - data["mean"]) / data["std"]
+    actions = best_candidates(config, state.actor, data, episodes.starts)
+    values = q_values(config, state, starts, actions)
+    rewards = data["reward_scale"] * episodes.rewards
+    steps = jnp.arange(rewards.shape[-1])
+    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
+    return jnp.mean(values - (discounts * rewards).sum(-1))
 
 
 # --- Appendix: inside the actor ---
@@ -1137,25 +1149,6 @@ CHOSEN = {
 # Nothing is tuned per dataset
 BEST = {}
 
-# The datasets, and what is tuned for each: nothing, since the original has one value for all tasks
-TUNED = dict.fromkeys(
-    """
-halfcheetah-random-v2 halfcheetah-medium-v2 halfcheetah-expert-v2
-halfcheetah-medium-replay-v2 halfcheetah-medium-expert-v2 halfcheetah-full-replay-v2
-hopper-random-v2 hopper-medium-v2 hopper-expert-v2
-hopper-medium-replay-v2 hopper-medium-expert-v2 hopper-full-replay-v2
-walker2d-random-v2 walker2d-medium-v2 walker2d-expert-v2
-walker2d-medium-replay-v2 walker2d-medium-expert-v2 walker2d-full-replay-v2
-antmaze-umaze-v2 antmaze-umaze-diverse-v2 antmaze-medium-play-v2
-antmaze-medium-diverse-v2 antmaze-large-play-v2 antmaze-large-diverse-v2
-pen-human-v1 pen-cloned-v1 pen-expert-v1
-door-human-v1 door-cloned-v1 door-expert-v1
-hammer-human-v1 hammer-cloned-v1 hammer-expert-v1
-relocate-human-v1 relocate-cloned-v1 relocate-expert-v1
-""".split(),
-    {},
-)
-
 
 def tuned(config):
     """Fill in what the user left open with the original's values."""
@@ -1185,8 +1178,6 @@ def main():
         return evaluate_run(given, policy, constraints, BOUNDS)
     config = tuned(given)
     check(config, constraints, BOUNDS, given_values(Config))
-    if given.dataset_name not in TUNED:
-        print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
     config = with_checksum(config)
     with Run(__file__, config, tuned) as run:
         if not run.finished_before:

@@ -271,7 +271,9 @@ def transitions(data, index):
 # --- Regularised layers ---
 
 # In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
-# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+# So ask `is_on(config.x)`, not `if config.x`. Where runs are trained together, a strength may be a
+# traced 0, too, if another's isn't 0: its term must then do nothing. Bools, integers and strings
+# are as they were given, but for those that no program depends on, such as `seed`: None.
 
 
 class ActorHidden(nn.Module):
@@ -559,6 +561,12 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+def q_values(config, state, observations, actions):
+    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
+    nets = networks(config, actions)
+    return forward(nets.critics, state.critic, observations, actions).min(0)
+
+
 def temperature(params):
     """Return SAC's alpha."""
     return jnp.exp(params["log_alpha"])
@@ -675,45 +683,12 @@ def actor_objective(config, state, batch, distribution, log_probs, judged):
     `distribution` has the policy's means and log standard deviations. In the first bc_steps
     updates log pi of the data's action is in place of Q.
     """
-    nets = networks(config, batch.actions)
-    values = forward(nets.critics, state.critic, batch.observations, judged).min(0)
+    values = q_values(config, state, batch.observations, judged)
     if config.bc_steps > 0:
         adam = state.actor_opt[0]
         log_probs_of_data = log_density_of_data(batch.actions, *distribution)
         values = jnp.where(adam.count < config.bc_steps, log_probs_of_data, values)
     return jnp.mean(temperature(state.temperature["params"]) * log_probs - values)
-
-
-def eval_actor_loss(config, state, batch):
-    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics.
-
-    Its actions are drawn by the same random numbers in each evaluation.
-    """
-    nets = networks(config, batch.actions)
-    distribution = forward(nets.actor, state.actor, batch.observations)
-    drawn, log_probs = draw_actions(jax.random.key(0), *distribution, 1)
-    return actor_objective(config, state, batch, distribution, log_probs[0], drawn[0])
-
-
-def q_values(config, state, observations, actions):
-    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
-    nets = networks(config, actions)
-    return forward(nets.critics, state.critic, observations, actions).min(0)
-
-
-def overestimation(config, data, state, episodes):
-    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
-
-    Here s are the first states of the episodes without noise. Rewards are as the critics know
-    them. What an episode would gain after its time limit counts as 0.
-    """
-    starts = (episodes.starts - data["mean"]) / data["std"]
-    values = q_values(config, state, starts, act(config, state.actor, data, starts))
-    rewards = data["reward_scale"] * episodes.rewards
-    rewards = config.reward_scale * rewards + config.reward_shift
-    steps = jnp.arange(rewards.shape[-1])
-    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
-    return jnp.mean(values - (discounts * rewards).sum(-1))
 
 
 def temperature_loss(params, log_probs, action_dim):
@@ -726,8 +701,8 @@ def temperature_loss(params, log_probs, action_dim):
 
 def actor_optimizer(config):
     """Return the actor's optimiser."""
-    decay = config.actor_lr_decay
-    learning_rate = decayed(config.actor_learning_rate, decay, config.num_updates)
+    num_steps = config.num_updates
+    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -735,8 +710,8 @@ def actor_optimizer(config):
 
 def critic_optimizer(config):
     """Return the critics' optimiser."""
-    decay = config.critic_lr_decay
-    learning_rate = decayed(config.critic_learning_rate, decay, config.num_updates)
+    num_steps = config.num_updates
+    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -747,12 +722,13 @@ def scalar_optimizer(learning_rate):
     return make_optimizer(learning_rate, wd=0.0, l1_ratio=0.0, kernels_only=False)
 
 
-def update_critics(config, state, batch, samples, key, noise_key):
+def update_critics(config, state, batch, samples):
     """Update the critics once; return the new state and a dictionary of scalars."""
+    key, dropout_key, noise_key = jax.random.split(state.key, 3)
     target = critic_target(config, state, batch, samples.actions[2])
     grad_fn = jax.grad(critic_loss, has_aux=True)
     grads, (critic, info) = grad_fn(
-        state.critic["params"], config, state, batch, target, samples, key
+        state.critic["params"], config, state, batch, target, samples, dropout_key
     )
     critic, critic_opt = optimize(
         critic_optimizer(config),
@@ -762,7 +738,7 @@ def update_critics(config, state, batch, samples, key, noise_key):
         config.critic_grad_noise,
         noise_key,
     )
-    return state._replace(critic=critic, critic_opt=critic_opt), info
+    return state._replace(critic=critic, critic_opt=critic_opt, key=key), info
 
 
 def update_multiplier(config, state, gap):
@@ -780,17 +756,19 @@ def update_multiplier(config, state, gap):
     return state._replace(multiplier=variables, multiplier_opt=opt_state), info
 
 
-def update_actor(config, state, batch, keys, noise_key):
+def update_actor(config, state, batch):
     """Update the actor once; return the new state and a dictionary of scalars."""
+    key, noise_key, *keys = jax.random.split(state.key, 6)
     params = state.actor["params"]
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
     if is_on(config.actor_sam):
-        grads, _ = grad_fn(ascend(params, grads, config.actor_sam), config, state, batch, keys)
+        params = ascend(params, grads, config.actor_sam)
+        grads, _ = grad_fn(params, config, state, batch, keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
-    return state._replace(actor=actor, actor_opt=actor_opt), info
+    return state._replace(actor=actor, actor_opt=actor_opt, key=key), info
 
 
 def update_temperature(config, state, samples):
@@ -819,18 +797,16 @@ def update(config, state, batch):
 
     A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
     """
-    key, sample_key, critic_key, critic_noise_key, actor_noise_key, *actor_keys = jax.random.split(
-        state.key, 9
-    )
+    key, sample_key = jax.random.split(state.key)
     samples = draw_samples(config, state, batch, sample_key)
-    state, critic_info = update_critics(config, state, batch, samples, critic_key, critic_noise_key)
+    state, critic_info = update_critics(config, state._replace(key=key), batch, samples)
     multiplier_info = {}
     if is_on(config.lagrange_gap):
         state, multiplier_info = update_multiplier(config, state, critic_info["gap"])
-    state, actor_info = update_actor(config, state, batch, actor_keys, actor_noise_key)
+    state, actor_info = update_actor(config, state, batch)
     state, temperature_info = update_temperature(config, state, samples)
     target_critic = optax.incremental_update(state.critic, state.target_critic, config.tau)
-    state = state._replace(target_critic=target_critic, key=key)
+    state = state._replace(target_critic=target_critic)
     return state, {**critic_info, **multiplier_info, **actor_info, **temperature_info}
 
 
@@ -898,11 +874,11 @@ def train(config, run):
     states = init_states(init_state, config, transitions(data, np.arange(1)))
     states, num_updates = run.restore(states, data)
 
-    def evaluation(states, update):
+    def evaluation(states, at_update):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
-            episodes = evaluate(config, act_in_all, envs, update)
+            episodes = evaluate(config, act_in_all, envs, at_update)
         if not config.analysis:
             return episodes.returns, {}
         with run.timed("analysis"):
@@ -923,6 +899,35 @@ def train(config, run):
             states, infos = jax.block_until_ready(epoch(config, states, data))
         num_updates += config.log_every
         run.log_epoch(num_updates, infos, states)
+
+
+# --- Appendix: the policy in evaluation ---
+
+
+def eval_actor_loss(config, state, batch):
+    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics.
+
+    Its actions are drawn by the same random numbers in each evaluation.
+    """
+    nets = networks(config, batch.actions)
+    distribution = forward(nets.actor, state.actor, batch.observations)
+    drawn, log_probs = draw_actions(jax.random.key(0), *distribution, 1)
+    return actor_objective(config, state, batch, distribution, log_probs[0], drawn[0])
+
+
+def overestimation(config, data, state, episodes):
+    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
+
+    Here s are the first states of the episodes without noise. Rewards are as the critics know
+    them. What an episode would gain after its time limit counts as 0.
+    """
+    starts = (episodes.starts - data["mean"]) / data["std"]
+    values = q_values(config, state, starts, act(config, state.actor, data, starts))
+    rewards = data["reward_scale"] * episodes.rewards
+    rewards = config.reward_scale * rewards + config.reward_shift
+    steps = jnp.arange(rewards.shape[-1])
+    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
+    return jnp.mean(values - (discounts * rewards).sum(-1))
 
 
 # --- Appendix: inside the actor ---
@@ -1121,7 +1126,7 @@ def main():
     config = tuned(given)
     check(config, constraints, BOUNDS, given_values(Config))
     if given.dataset_name not in TUNED:
-        print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
+        print(f"{given.dataset_name} has no tuned values: taking the median of its domain's")
     config = with_checksum(config)
     with Run(__file__, config, tuned) as run:
         if not run.finished_before:

@@ -267,7 +267,9 @@ def transitions(data, index):
 # --- Regularised layers ---
 
 # In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
-# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+# So ask `is_on(config.x)`, not `if config.x`. Where runs are trained together, a strength may be a
+# traced 0, too, if another's isn't 0: its term must then do nothing. Bools, integers and strings
+# are as they were given, but for those that no program depends on, such as `seed`: None.
 
 
 class ActorHidden(nn.Module):
@@ -520,6 +522,12 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+def q_values(config, state, observations, actions):
+    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
+    nets = networks(config, actions)
+    return forward(nets.critics, state.critic, observations, actions).min(0)
+
+
 def target_q_values(config, state, batch):
     """Return min_k Q'_k(s, a), (B,)."""
     nets = networks(config, batch.actions)
@@ -593,39 +601,10 @@ def actor_objective(config, batch, means, log_stds, exponents):
     return loss, {"actor_loss": loss, "bc_loss": -log_probs.mean(), "weight": weights.mean()}
 
 
-def eval_actor_loss(config, state, batch):
-    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    nets = networks(config, batch.actions)
-    exponents = weight_exponents(config, state, batch, target_q_values(config, state, batch))
-    means, log_stds = forward(nets.actor, state.actor, batch.observations)
-    loss, _ = actor_objective(config, batch, means, log_stds, exponents)
-    return loss
-
-
-def q_values(config, state, observations, actions):
-    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
-    nets = networks(config, actions)
-    return forward(nets.critics, state.critic, observations, actions).min(0)
-
-
-def overestimation(config, data, state, episodes):
-    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
-
-    Here s are the first states of the episodes without noise. Rewards are as the critics know
-    them. What an episode would gain after its time limit counts as 0.
-    """
-    starts = (episodes.starts - data["mean"]) / data["std"]
-    values = q_values(config, state, starts, act(config, state.actor, data, starts))
-    rewards = data["reward_scale"] * episodes.rewards + config.reward_shift
-    steps = jnp.arange(rewards.shape[-1])
-    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
-    return jnp.mean(values - (discounts * rewards).sum(-1))
-
-
 def actor_optimizer(config):
     """Return the actor's optimiser."""
-    decay = config.actor_lr_decay
-    learning_rate = decayed(config.actor_learning_rate, decay, config.num_updates)
+    num_steps = config.num_updates
+    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -633,17 +612,20 @@ def actor_optimizer(config):
 
 def critic_optimizer(config):
     """Return the critics' optimiser. V has the same one with a state of its own."""
-    decay = config.critic_lr_decay
-    learning_rate = decayed(config.critic_learning_rate, decay, config.num_updates)
+    num_steps = config.num_updates
+    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
 
 
-def update_value(config, state, batch, target_q, key, noise_key):
+def update_value(config, state, batch, target_q):
     """Update V once; return the new state and a dictionary of scalars."""
+    key, dropout_key, noise_key = jax.random.split(state.key, 3)
     grad_fn = jax.grad(value_loss, has_aux=True)
-    grads, (value, info) = grad_fn(state.value["params"], config, state, batch, target_q, key)
+    grads, (value, info) = grad_fn(
+        state.value["params"], config, state, batch, target_q, dropout_key
+    )
     value, value_opt = optimize(
         critic_optimizer(config),
         value,
@@ -652,11 +634,12 @@ def update_value(config, state, batch, target_q, key, noise_key):
         config.critic_grad_noise,
         noise_key,
     )
-    return state._replace(value=value, value_opt=value_opt), info
+    return state._replace(value=value, value_opt=value_opt, key=key), info
 
 
-def update_actor(config, state, batch, target_q, keys, noise_key):
+def update_actor(config, state, batch, target_q):
     """Update the actor once; return the new state and a dictionary of scalars."""
+    key, noise_key, *keys = jax.random.split(state.key, 5)
     params = state.actor["params"]
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, target_q, keys)
@@ -666,13 +649,14 @@ def update_actor(config, state, batch, target_q, keys, noise_key):
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
-    return state._replace(actor=actor, actor_opt=actor_opt), info
+    return state._replace(actor=actor, actor_opt=actor_opt, key=key), info
 
 
-def update_critics(config, state, batch, key, noise_key):
+def update_critics(config, state, batch):
     """Update the critics and their targets once; return the new state and scalars."""
+    key, dropout_key, noise_key = jax.random.split(state.key, 3)
     grad_fn = jax.grad(critic_loss, has_aux=True)
-    grads, (critic, info) = grad_fn(state.critic["params"], config, state, batch, key)
+    grads, (critic, info) = grad_fn(state.critic["params"], config, state, batch, dropout_key)
     critic, critic_opt = optimize(
         critic_optimizer(config),
         critic,
@@ -681,8 +665,12 @@ def update_critics(config, state, batch, key, noise_key):
         config.critic_grad_noise,
         noise_key,
     )
-    target_critic = optax.incremental_update(critic, state.target_critic, config.tau)
-    return state._replace(critic=critic, critic_opt=critic_opt, target_critic=target_critic), info
+    return state._replace(
+        critic=critic,
+        critic_opt=critic_opt,
+        target_critic=optax.incremental_update(critic, state.target_critic, config.tau),
+        key=key,
+    ), info
 
 
 def update(config, state, batch):
@@ -690,14 +678,11 @@ def update(config, state, batch):
 
     A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
     """
-    key, value_key, critic_key, *keys = jax.random.split(state.key, 9)
-    actor_keys = keys[:3]
-    value_noise_key, actor_noise_key, critic_noise_key = keys[3:]
     target_q = target_q_values(config, state, batch)
-    state, value_info = update_value(config, state, batch, target_q, value_key, value_noise_key)
-    state, actor_info = update_actor(config, state, batch, target_q, actor_keys, actor_noise_key)
-    state, critic_info = update_critics(config, state, batch, critic_key, critic_noise_key)
-    return state._replace(key=key), {**critic_info, **actor_info, **value_info}
+    state, value_info = update_value(config, state, batch, target_q)
+    state, actor_info = update_actor(config, state, batch, target_q)
+    state, critic_info = update_critics(config, state, batch)
+    return state, {**critic_info, **actor_info, **value_info}
 
 
 def init_state(config, batch, seed):
@@ -761,11 +746,11 @@ def train(config, run):
     states = init_states(init_state, config, transitions(data, np.arange(1)))
     states, num_updates = run.restore(states, data)
 
-    def evaluation(states, update):
+    def evaluation(states, at_update):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
-            episodes = evaluate(config, act_in_all, envs, update)
+            episodes = evaluate(config, act_in_all, envs, at_update)
         if not config.analysis:
             return episodes.returns, {}
         with run.timed("analysis"):
@@ -786,6 +771,32 @@ def train(config, run):
             states, infos = jax.block_until_ready(epoch(config, states, data))
         num_updates += config.log_every
         run.log_epoch(num_updates, infos, states)
+
+
+# --- Appendix: the policy in evaluation ---
+
+
+def eval_actor_loss(config, state, batch):
+    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
+    nets = networks(config, batch.actions)
+    exponents = weight_exponents(config, state, batch, target_q_values(config, state, batch))
+    means, log_stds = forward(nets.actor, state.actor, batch.observations)
+    loss, _ = actor_objective(config, batch, means, log_stds, exponents)
+    return loss
+
+
+def overestimation(config, data, state, episodes):
+    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
+
+    Here s are the first states of the episodes without noise. Rewards are as the critics know
+    them. What an episode would gain after its time limit counts as 0.
+    """
+    starts = (episodes.starts - data["mean"]) / data["std"]
+    values = q_values(config, state, starts, act(config, state.actor, data, starts))
+    rewards = data["reward_scale"] * episodes.rewards + config.reward_shift
+    steps = jnp.arange(rewards.shape[-1])
+    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
+    return jnp.mean(values - (discounts * rewards).sum(-1))
 
 
 # --- Appendix: inside the actor ---
@@ -1018,7 +1029,7 @@ def main():
     config = tuned(given)
     check(config, constraints, BOUNDS, given_values(Config))
     if given.dataset_name not in TUNED:
-        print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
+        print(f"{given.dataset_name} has no tuned values: taking the median of its domain's")
     config = with_checksum(config)
     with Run(__file__, config, tuned) as run:
         if not run.finished_before:

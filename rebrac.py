@@ -277,7 +277,9 @@ def transitions(data, index):
 # --- Regularised layers ---
 
 # In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
-# So ask `is_on(config.x)`, not `if config.x`. Bools, integers and strings are as they were given.
+# So ask `is_on(config.x)`, not `if config.x`. Where runs are trained together, a strength may be a
+# traced 0, too, if another's isn't 0: its term must then do nothing. Bools, integers and strings
+# are as they were given, but for those that no program depends on, such as `seed`: None.
 
 
 class ActorHidden(nn.Module):
@@ -562,6 +564,13 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+def q_values(config, state, observations, actions):
+    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
+    nets = networks(config, actions)
+    outputs = forward(nets.critics, state.critic, observations, actions)
+    return critic_values(config, outputs).min(0)
+
+
 def critic_target(config, state, batch, key):
     """Return r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2], (B,).
 
@@ -620,44 +629,13 @@ def actor_loss(params, config, state, batch, keys):
 
 def actor_objective(config, state, batch, actions, bc_targets):
     """Return the actor's loss for its actions (B, A), and its term of behaviour cloning."""
-    nets = networks(config, batch.actions)
     bc = jnp.sum((actions - bc_targets) ** 2, -1).mean()
     loss = config.actor_bc_coef * bc
     if is_on(config.actor_q_coef):
-        outputs = forward(nets.critics, state.critic, batch.observations, actions)
-        values = critic_values(config, outputs).min(0)
+        values = q_values(config, state, batch.observations, actions)
         scale = jax.lax.stop_gradient(jnp.abs(values).mean())
         loss = loss - config.actor_q_coef * values.mean() / scale
     return loss, bc
-
-
-def eval_actor_loss(config, state, batch):
-    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    nets = networks(config, batch.actions)
-    actions = forward(nets.actor, state.actor, batch.observations)
-    loss, _ = actor_objective(config, state, batch, actions, batch.actions)
-    return loss
-
-
-def q_values(config, state, observations, actions):
-    """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
-    nets = networks(config, actions)
-    outputs = forward(nets.critics, state.critic, observations, actions)
-    return critic_values(config, outputs).min(0)
-
-
-def overestimation(config, data, state, episodes):
-    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
-
-    Here s are the first states of the episodes without noise. Rewards are as the critics know
-    them. What an episode would gain after its time limit counts as 0.
-    """
-    starts = (episodes.starts - data["mean"]) / data["std"]
-    values = q_values(config, state, starts, act(config, state.actor, data, starts))
-    rewards = data["reward_scale"] * episodes.rewards
-    steps = jnp.arange(rewards.shape[-1])
-    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
-    return jnp.mean(values - (discounts * rewards).sum(-1))
 
 
 def actor_optimizer(config):
@@ -671,8 +649,8 @@ def actor_optimizer(config):
 
 def critic_optimizer(config):
     """Return the critics' optimiser."""
-    decay = config.critic_lr_decay
-    learning_rate = decayed(config.critic_learning_rate, decay, config.num_updates)
+    num_steps = config.num_updates
+    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -704,7 +682,8 @@ def update_actor(config, state, batch):
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
     if is_on(config.actor_sam):
-        grads, _ = grad_fn(ascend(params, grads, config.actor_sam), config, state, batch, keys)
+        params = ascend(params, grads, config.actor_sam)
+        grads, _ = grad_fn(params, config, state, batch, keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -819,11 +798,11 @@ def train(config, run):
     states = init_states(init_state, config, transitions(data, np.arange(1)))
     states, num_updates = run.restore(states, data)
 
-    def evaluation(states, update):
+    def evaluation(states, at_update):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
-            episodes = evaluate(config, act_in_all, envs, update)
+            episodes = evaluate(config, act_in_all, envs, at_update)
         if not config.analysis:
             return episodes.returns, {}
         with run.timed("analysis"):
@@ -844,6 +823,31 @@ def train(config, run):
             states, infos = jax.block_until_ready(epoch(config, states, data))
         num_updates += config.log_every
         run.log_epoch(num_updates, infos, states)
+
+
+# --- Appendix: the policy in evaluation ---
+
+
+def eval_actor_loss(config, state, batch):
+    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
+    nets = networks(config, batch.actions)
+    actions = forward(nets.actor, state.actor, batch.observations)
+    loss, _ = actor_objective(config, state, batch, actions, batch.actions)
+    return loss
+
+
+def overestimation(config, data, state, episodes):
+    """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
+
+    Here s are the first states of the episodes without noise. Rewards are as the critics know
+    them. What an episode would gain after its time limit counts as 0.
+    """
+    starts = (episodes.starts - data["mean"]) / data["std"]
+    values = q_values(config, state, starts, act(config, state.actor, data, starts))
+    rewards = data["reward_scale"] * episodes.rewards
+    steps = jnp.arange(rewards.shape[-1])
+    discounts = jnp.where(steps < episodes.lengths[:, None], config.gamma**steps, 0)
+    return jnp.mean(values - (discounts * rewards).sum(-1))
 
 
 # --- Appendix: inside the actor ---
@@ -1166,7 +1170,7 @@ def main():
     config = tuned(given)
     check(config, constraints, BOUNDS, given_values(Config))
     if given.dataset_name not in TUNED:
-        print(f"{given.dataset_name} is not in the paper: taking the defaults of its domain")
+        print(f"{given.dataset_name} has no tuned values: taking the median of its domain's")
     config = with_checksum(config)
     with Run(__file__, config, tuned) as run:
         if not run.finished_before:

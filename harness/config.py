@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+from typing import Optional
 
 import jax
 import pyrallis
@@ -196,8 +197,8 @@ HOLDS = {  # a bound in words -> whether a number keeps it
 def check(config, constraints, bounds, given=None):
     """Raise UserError if a field makes no sense, before any work.
 
-    `bounds` maps fields to words of HOLDS. Without one a whole number must be 1 or more and any
-    other 0 or more. `constraints(config)` maps messages to whether they hold. `given` are the
+    `bounds` maps fields to words of HOLDS. Without one an int must be 1 or more and a float 0 or
+    more. `constraints(config)` maps messages to whether they hold. `given` are the
     fields that were asked for on the command line, which the config must have.
     """
     for name, value in (given or {}).items():
@@ -205,12 +206,14 @@ def check(config, constraints, bounds, given=None):
             continue
         names = " and ".join(f"{key} {given[key]}" for key in NAMES if key in given)
         raise UserError(f"{names} has {name} {getattr(config, name)}, but {value} is asked for")
-    for name, value in vars(config).items():
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if type(value) not in (int, float):  # a bool is an int, too
             continue
-        bound = bounds.get(name, "1 or more" if isinstance(value, int) else "0 or more")
+        is_whole = field.type in (int, Optional[int])  # a fork may write `actor_x: float = 0`
+        bound = bounds.get(field.name, "1 or more" if is_whole else "0 or more")
         if not HOLDS[bound](value):
-            raise UserError(f"{name} must be {bound}")
+            raise UserError(f"{field.name} must be {bound}")
     for message, holds in {**run_constraints(config), **constraints(config)}.items():
         if not holds:
             raise UserError(message)

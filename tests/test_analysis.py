@@ -327,6 +327,10 @@ def test_what_the_critics_say_of_the_policy_is_numpys(script):
     episodes = episodes_of_noise(2)
     starts = (episodes.starts[1] - 0.5) / 2
     actions, values = numpy_actions_and_values(script, config, state, starts)
+    if script is bcq:  # its policy plays the best of many candidates, which test_bcq.py checks
+        actor = of_seed(states, 1).actor
+        actions = bcq.best_candidates(config, actor, data, jnp.asarray(episodes.starts[1]))
+        assert not np.allclose(values(actions), values(actions * 0), rtol=0.1)
     achieved = []
     for rewards, length in zip(episodes.rewards[1], episodes.lengths[1]):
         rewards = 3 * rewards[:length] * getattr(config, "reward_scale", 1)

@@ -1,7 +1,7 @@
 """BCQ: updates against a NumPy re-derivation, and what its parts must hold to."""
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from conftest import (
 from runs_helpers import fails
 
 import bcq
+import rebrac
 from harness.config import check
 
 SMALL = small_config(bcq)
@@ -49,12 +50,14 @@ def network_of(config, actor, network):
 
 def draw_noises(config, state, batch):
     """Return the standard noise of an update, as the state's key gives it."""
-    keys = jax.random.split(state.key, 14)[1:]
+    key, *_, vae_key = jax.random.split(state.key, 6)
+    key, target_key, _, _ = jax.random.split(key, 4)
+    *_, actor_key = jax.random.split(key, 6)
     size, action_dim = batch.actions.shape
     shapes = {
-        "vae": (keys[3], (size, 2 * action_dim)),
-        "actor": (keys[7], (size, 2 * action_dim)),
-        "target": (keys[8], (size, config.n_candidates, 2 * action_dim)),
+        "vae": (vae_key, (size, 2 * action_dim)),
+        "actor": (actor_key, (size, 2 * action_dim)),
+        "target": (target_key, (size, config.n_candidates, 2 * action_dim)),
     }
     return {name: np.asarray(jax.random.normal(*given)) for name, given in shapes.items()}
 
@@ -283,10 +286,9 @@ STEPS = ("actor_wd", "actor_grad_noise")
 def updated_networks(config):
     """Return each network's parameters after an update of it alone, by its name."""
     state = small_state(bcq, config)
-    keys = list(jax.random.split(jax.random.key(3), 5))
-    vae, _ = bcq.update_vae(config, state, BATCH, keys[:4], keys[4])
-    actor, _ = bcq.update_actor(config, state, BATCH, keys[:4], keys[4])
-    critics, _ = bcq.update_critics(config, state, BATCH, *keys[:3])
+    vae, _ = bcq.update_vae(config, state, BATCH)
+    actor, _ = bcq.update_actor(config, state, BATCH)
+    critics, _ = bcq.update_critics(config, state, BATCH)
     return {
         "encoder": vae.encoder["params"],
         "decoder": network_of(config, vae.actor, "decoder"),
@@ -414,15 +416,28 @@ def test_a_normalisation_is_in_the_chosen_networks_only(flag, regularise):
             assert not same_bits(*stats)
 
 
-def test_a_forks_regulariser_is_off_in_the_other_network():
-    """By its flags in CHOSEN, without a list of them elsewhere."""
+@dataclass(frozen=True)
+class ForkedConfig(bcq.Config):
+    """A fork's, with a regulariser that CHOSEN doesn't name."""
+
+    actor_ofn: bool = False
+
+
+@each_choice
+def test_a_regulariser_is_off_in_the_other_networks(regularise):
+    fields = vars(SMALL) | dict(regularise=regularise, actor_ofn=True, actor_lr_decay="linear")
+    fields |= dict(actor_wd_kernels_only=True, actor_learning_rate=0.5)
     for flags in bcq.CHOSEN.values():
-        config = bcq.network_config(replace(SMALL, **flags), "decoder")
-        for name in flags:
-            assert getattr(config, name) == getattr(bcq.Config, name)
-        config = bcq.network_config(replace(SMALL, **flags), "perturbation")
-        for name, value in flags.items():
-            assert getattr(config, name) == value
+        fields |= flags
+    config = ForkedConfig(**fields)
+    names = [name for name in fields if name.startswith("actor_")]
+    for network in ("encoder", "decoder", "perturbation"):
+        own = bcq.network_config(config, network)
+        assert own.actor_learning_rate == 0.5
+        assert own.actor_layers == SMALL.actor_layers
+        for name in set(names) - {"actor_learning_rate", "actor_layers"}:
+            source = config if network in chosen(regularise) else ForkedConfig
+            assert getattr(own, name) == getattr(source, name), name
 
 
 @each_choice
@@ -552,7 +567,7 @@ def test_every_dataset_has_the_originals_values():
         normalize_reward=False,
         rl_start=0,
     )
-    for name in bcq.TUNED:
+    for name in rebrac.TUNED:
         config = bcq.tuned(bcq.Config(dataset_name=name))
         for key, value in original.items():
             assert getattr(config, key) == value, (name, key)

@@ -28,7 +28,8 @@ from tools import benchmark
 def test_every_variant_is_a_config_of_its_own(script):
     names = ["none", *benchmark.regularisers(script)]
     configs = [script.tuned(script.Config(regularisers=name)) for name in names]
-    assert len(set(configs)) == len(configs) == (16 if script.BEST else 15)
+    assert len(set(configs)) == len(configs)
+    assert len(configs) >= (16 if script.BEST else 15)  # a fork may have more
     programs = {split_config(config)[0] for config in configs}
     assert len(programs) >= len(configs) - 1  # L1 and EN differ by a number
 

@@ -47,11 +47,12 @@ def policy(state, observations, config=SMALL):
 
 def draw_numbers(state, shape, num):
     """Return the random numbers of an update, as the state's key gives them."""
-    keys = jax.random.split(state.key, 9)
-    sample_key, uniform_key = jax.random.split(keys[1])
+    key, sample_key = jax.random.split(state.key)
+    sample_key, uniform_key = jax.random.split(sample_key)
     sample_key, now_key = jax.random.split(sample_key)
     _, next_key = jax.random.split(sample_key)
-    actor_key = keys[8]
+    key, _, _ = jax.random.split(key, 3)
+    *_, actor_key = jax.random.split(key, 6)
     samples = (num, *shape)
     draws = {
         "uniform": jax.random.uniform(uniform_key, samples, minval=-1, maxval=1),
@@ -393,14 +394,14 @@ def test_normalisations_of_the_actor_reach_the_critics_through_samples_only():
     wide = replace(SMALL, hidden_dim=64)  # for GroupNorm's 32 groups
     plain = small_state(cql, wide)
     samples = cql.draw_samples(wide, plain, BATCH, KEYS[0])
-    updated, _ = cql.update_critics(wide, plain, BATCH, samples, KEYS[1], KEYS[2])
+    updated, _ = cql.update_critics(wide, plain, BATCH, samples)
     for flag in NORMS:
         config = replace(wide, **{flag: True})
         state = small_state(cql, config)
         state = state._replace(critic=plain.critic, target_critic=plain.target_critic)
         own_samples = cql.draw_samples(config, state, BATCH, KEYS[0])
         assert not same_bits(own_samples.actions[1:], samples.actions[1:]), flag
-        own, _ = cql.update_critics(config, state, BATCH, samples, KEYS[1], KEYS[2])
+        own, _ = cql.update_critics(config, state, BATCH, samples)
         assert same_bits(own.critic, updated.critic), flag
 
 

@@ -11,9 +11,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, lowered_epoch, random_columns
-
-from harness.scripts import scripts
+from conftest import OURS, ROOT, lowered_epoch, random_columns
 
 SMALL = {
     "num_updates": 4,
@@ -46,26 +44,24 @@ def with_ofn(source):
 
 
 def behaviour_cloning():
-    """Apply tests/forks/bc.diff to iql.py, line by line.
+    """Apply tests/forks/bc.diff to iql.py, as `patch` does: a hunk may fit some lines away.
 
     To renew it after a change of iql.py: `patch -o bc.py iql.py tests/forks/bc.diff`, mend bc.py,
     and `diff -U1 --label iql.py --label bc.py iql.py bc.py > tests/forks/bc.diff`.
     """
-    source = read("iql.py").splitlines(keepends=True)
-    result = []
-    position = 0
-    for line in read("tests", "forks", "bc.diff").splitlines(keepends=True)[2:]:
-        if line.startswith("@@"):
-            start = int(re.match(r"@@ -(\d+)", line)[1]) - 1
-            result += source[position:start]
-            position = start
-            continue
-        if line[0] in " -":
-            assert source[position] == line[1:], "bc.diff doesn't fit iql.py: renew it"
-            position += 1
-        if line[0] in " +":
-            result.append(line[1:])
-    return "".join(result + source[position:])
+    lines = read("iql.py").splitlines()
+    moved = 0  # lines by which the last hunk was away
+    for hunk in re.split(r"^(?=@@ )", read("tests", "forks", "bc.diff"), flags=re.MULTILINE)[1:]:
+        header, *body = hunk.splitlines()
+        old = [line[1:] for line in body if line[0] in " -"]
+        new = [line[1:] for line in body if line[0] in " +"]
+        expected = int(re.search(r"\+(\d+)", header)[1]) - 1 + moved
+        places = [i for i in range(len(lines)) if lines[i : i + len(old)] == old]
+        assert places, f"bc.diff doesn't fit iql.py: renew it\n{hunk}"
+        place = min(places, key=lambda i: abs(i - expected))
+        lines[place : place + len(old)] = new
+        moved += place - expected
+    return "\n".join(lines) + "\n"
 
 
 def import_from(path):
@@ -106,7 +102,7 @@ def run(checkout, write_dataset):
 # --- Output feature normalisation ---
 
 
-@pytest.mark.parametrize("original", scripts().values(), ids=scripts())
+@pytest.mark.parametrize("original", OURS.values(), ids=OURS)
 def test_ofn_is_exactly_off_or_makes_features_of_unit_length(original, tmp_path):
     path = tmp_path / "forked.py"
     path.write_text(with_ofn(read(os.path.basename(original.__file__))))
