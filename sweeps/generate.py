@@ -109,15 +109,21 @@ SECOND = dict(
     seed=[0, 1, 2, 3, 4],
     dataset_name=STUDY_DATASETS,
 )
-SECOND_OF = {  # the settings that fit the bundled data
-    "rebrac": dict(actor_bc_coef=[0.1]),
-    "iql": {},
+SECOND_OF = {  # the settings that fit the bundled data and two cores
+    "rebrac": dict(batch_size=[128], actor_bc_coef=[0.1]),
+    "iql": dict(batch_size=[128]),
     "cql": dict(batch_size=[64], actor_learning_rate=[3e-4], eval_episodes=[50]),
     "bcq": dict(batch_size=[100], kl_coef=[0.1], eval_episodes=[20]),
 }
 LESS_DATA = [0.1, 0.75, 0.9, 0.95, 0.98]  # shares of the episodes that are held out
 FULL_AND_LESS = dict(validation_frac=[0.1, 0.9])
-LONG = dict(num_updates=[1_000_000], eval_every=[50_000], seed=[0], dataset_name=STUDY_DATASETS[:1])
+LONG = dict(
+    batch_size=[256],
+    num_updates=[1_000_000],
+    eval_every=[50_000],
+    seed=[0],
+    dataset_name=STUDY_DATASETS[:1],
+)
 CURVES = dict(eval_every=[2000], seed=[0, 1, 2], dataset_name=STUDY_DATASETS[:2])
 
 
@@ -227,7 +233,7 @@ def parts_for_both(script):
 
 
 def parts_for_rebrac():
-    coefficients = dict(actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.01, 0.1])
+    coefficients = dict(actor_bc_coef=[0.03, 0.1, 0.3], critic_bc_coef=[0, 0.1])
     batch = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     return {
         "coefficients": dict(coefficients, seed=[10, 11, 12]),
@@ -251,6 +257,7 @@ def parts_for_iql(script):
         ),
         "antmaze": dict(
             regularisers=["none", script.BEST["best"]],
+            batch_size=[256],
             validation_frac=None,
             validation_seed=None,
             num_updates=[100_000],

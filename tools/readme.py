@@ -423,8 +423,8 @@ def antmaze():
     table = by_label(pd.DataFrame(seeds))
     table["num_updates"] = table["updates"].map(max)
     table["name"] = table["algorithm"].map(lambda algorithm: SCRIPTS[algorithm].NAME)
-    is_mse = table["config"].map(lambda config: config.get("critic_loss") == "mse")
-    table.loc[is_mse, "name"] += " (mse)"
+    critics = {"mse": " (mse)", "hl_gauss": " (HL-Gauss)", None: ""}
+    table["name"] += table["config"].map(lambda config: critics[config.get("critic_loss")])
     published = pd.read_csv(path_of("data", "paper.csv")).set_index(["algorithm", "dataset_name"])
     rows = []
     kinds = ["name", "dataset", "label", "num_updates"]
@@ -433,7 +433,7 @@ def antmaze():
         for updates, scores in zip(own["updates"].iloc[0], np.transpose(own["scores"].tolist())):
             curve.append(f"{updates // 1000}: {scores.mean():.0f}")
         last = ", ".join(f"{score:.0f}" for score in own["score"])
-        corl = published["mean"][name.removesuffix(" (mse)"), dataset]
+        corl = published["mean"][name.split(" (")[0], dataset.split(" [")[0]]
         cells = [label, ", ".join(curve), last, f"{corl:.0f}" if label == BASELINE else ""]
         rows.append([name, dataset, *cells])
     header = ["", "dataset", "regularisers", "thousand updates: mean success (%)"]
