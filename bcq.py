@@ -468,8 +468,8 @@ def network_config(config, network):
     It has the actor's regularisers only if they act on this network, and the network's widths.
     """
     if config.regularise != network and (config.regularise != "both" or network == "encoder"):
-        off = {name: getattr(Config, name) for name in vars(config) if is_of_regulariser(name)}
-        config = replace(config, **off)
+        names = [name for name in vars(config) if is_of_regulariser(name)]
+        config = replace(config, **{name: getattr(type(config), name) for name in names})
     if network != "perturbation":
         width = config.vae_hidden_dim
         config = replace(config, hidden_dim=width, last_hidden_dim=width, rl_start=0)

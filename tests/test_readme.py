@@ -59,7 +59,7 @@ def test_links_between_the_readmes_lead_somewhere():
             if link.startswith("http"):
                 continue
             file, _, anchor = link.partition("#")
-            target = os.path.join(os.path.dirname(path), file)
+            target = os.path.join(os.path.dirname(path), file) if file else path
             assert os.path.exists(target), (path, link)
             if anchor:
                 headings = re.findall(r"^#+ (.*)$", read(target), re.MULTILINE)
