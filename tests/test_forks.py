@@ -131,6 +131,20 @@ def test_ofn_trains_by_its_name_and_is_reported_under_it(checkout, run):
     assert (checkout / "report" / "tables.md").read_text().count("| DO+OFN |") >= 2
 
 
+@pytest.mark.slow
+def test_a_fork_keeps_the_tests_of_what_the_scripts_share(checkout):
+    """With a regulariser in all scripts, and an algorithm of its own."""
+    for name in ("tests", "sweeps"):
+        shutil.copytree(os.path.join(ROOT, name), checkout / name)
+    for name in OURS:
+        (checkout / f"{name}.py").write_text(with_ofn(read(f"{name}.py")))
+    (checkout / "bc.py").write_text(behaviour_cloning())
+    strengths = "tests/test_config.py::test_a_regularisers_name_stands_for_the_papers_strength"
+    command = [sys.executable, "-m", "pytest", "-n", "0", "tests/test_scripts.py", strengths]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 # --- Behaviour cloning ---
 
 

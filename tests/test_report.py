@@ -24,6 +24,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from wandb_server import Server
 
+import cql
 import iql
 import rebrac
 from harness.directory import read_fields, run_directory, saved_fields
@@ -729,13 +730,17 @@ def test_pairs_are_drawn_at_the_papers_strengths():
 
 def test_the_labels_that_tell_most_are_drawn():
     gains = {"baseline": 0, "DO": 1, "LN": -9, "GN": 3, "L2": 8, "DO+LN+GrN": 0}
-    scores = {label: {"a": {0: 50.0 + gain}} for label, gain in gains.items()}
-    rows = make_rows(scores)
-    drawn = report.drawn_labels(rows, ["a"], rebrac, 4)
+    rows = make_rows({label: {"a": {0: 50.0 + gain}} for label, gain in gains.items()})
+    drawn, text = report.drawn_labels(rows, ["a"], rebrac, 4)
     assert drawn == ["baseline", "LN", "L2", "DO+LN+GrN"]
-    assert report.drawn_labels(rows, ["a"], rebrac, 9) == list(gains)
+    assert text.startswith(" Drawn are 4 of 6: baseline, DO+LN+GrN, and those whose")
+    assert report.drawn_labels(rows, ["a"], rebrac, 6) == (list(gains), "")
+    drawn, text = report.drawn_labels(rows, ["a"], cql, 3)  # for which the paper has none
+    assert drawn == ["baseline", "LN", "L2"]
+    assert text.startswith(" Drawn are 3 of 6: baseline, and those whose")
     others = rows[rows["label"] != "baseline"]
-    assert report.drawn_labels(others, ["a"], rebrac, 2) == ["DO", "DO+LN+GrN"]
+    expected = (["DO", "LN"], " Drawn are 2 of 5: the first.")
+    assert report.drawn_labels(others, ["a"], rebrac, 2) == expected
 
 
 def test_what_the_baseline_lacks_is_not_shown():

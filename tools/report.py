@@ -180,8 +180,8 @@ def add_settings(report, config, seeds):
             if not arrays:
                 continue
             complete = rows[rows["label"].isin(arrays)]
-            drawn = drawn_labels(complete, datasets, script, config.variants)
-            add_aggregates(report, config, title, arrays, drawn)
+            drawn, which = drawn_labels(complete, datasets, script, config.variants)
+            add_aggregates(report, config, title, arrays, drawn, which)
             panel = title if len(datasets) > 1 else f"{script.NAME}, {datasets[0]}"
             gains = tables.improvements(rows, datasets)
             if len(gains):
@@ -202,7 +202,7 @@ def add_settings(report, config, seeds):
         figure = figures.improvement_figure(improvements)
         report.add_figure("improvement over the baseline", figure, caption)
     if curves:
-        caption = "Of so many configurations, drawn with replacement, the best is taken."
+        caption = "Expected best score of n configurations, drawn with replacement."
         figure = figures.online_performance(curves)
         report.add_figure("expected online performance", figure, caption)
 
@@ -219,49 +219,45 @@ def add_scores(report, title, rows, datasets, of_all):
 
 
 def drawn_labels(rows, datasets, script, number):
-    """Return the labels to draw in a figure of lines, at most `number`, in their order.
+    """Return the labels to draw in a figure, at most `number`, and a sentence for its caption.
 
     The baseline and the paper's combination come first. Then come those whose mean score differs
     most from the baseline's.
     """
     labels = list(rows["label"].sort_values().unique())
+    if len(labels) <= number:
+        return labels, ""
+    share = f" Drawn are {number} of {len(labels)}:"
+    if BASELINE not in labels:
+        return labels[:number], f"{share} the first."
     gains = figures.gains_over_baseline(rows, datasets).mean(axis=1).abs().fillna(0)
-    always = (BASELINE, "best", script.BEST.get("best"))
+    always = [label for label in (BASELINE, "best", script.BEST.get("best")) if label in labels]
     by_interest = sorted(labels, key=lambda label: (label not in always, -gains[label]))
-    return [label for label in labels if label in by_interest[:number]]
+    drawn = [label for label in labels if label in by_interest[:number]]
+    others = "those whose mean score differs most from the baseline's"
+    return drawn, f"{share} {', '.join(always)}, and {others}."
 
 
-def of_which(labels, drawn):
-    """Return a sentence for a caption that says which of the labels are drawn."""
-    if len(labels) == len(drawn):
-        return ""
-    return (
-        f" Drawn are {len(drawn)} of {len(labels)}: the baseline and the paper's combination, and "
-        "those whose mean score differs most from the baseline's."
-    )
-
-
-def add_aggregates(report, config, title, arrays, drawn):
-    """Add rliable's table and figures of scores / 100."""
+def add_aggregates(report, config, title, arrays, drawn, which):
+    """Add rliable's table and figures of scores / 100, with performance profiles of some labels."""
     estimates = tables.estimate(arrays, config.reps)
     report.add_table(tables.aggregate_table(f"{title}: aggregates", estimates, arrays))
     figure = figures.interval_figure(estimates)
     caption = "The intervals are by rliable's stratified bootstrap."
     report.add_figure(f"{title}: aggregates with 95 % intervals", figure, caption)
     figure = figures.performance_profiles({label: arrays[label] for label in drawn}, config.reps)
-    caption = "Bands are of 95 %, by rliable's stratified bootstrap." + of_which(arrays, drawn)
+    caption = "Bands are of 95 %, by rliable's stratified bootstrap." + which
     report.add_figure(f"{title}: performance profiles", figure, caption)
 
 
 def add_runs(report, config, script, rows, datasets):
     """Add what else is known of an algorithm's finished runs, on all its datasets."""
     title = script.NAME
-    labels = list(rows["label"].sort_values().unique())
-    drawn = drawn_labels(rows, datasets, script, config.variants)
+    drawn, which = drawn_labels(rows, datasets, script, config.variants)
     curves = figures.learning_curves(rows, drawn, datasets)
-    caption = "Means over the seeds; bands are one standard deviation." + of_which(labels, drawn)
+    caption = "Means over the seeds; bands are one standard deviation." + which
     report.add_figure(f"{title}: learning curves", curves, caption)
-    caption = "Mean score less the baseline's. In brackets a strength that isn't the paper's."
+    caption = "Mean score less the baseline's. In brackets a strength other than in CHOSEN."
     singles = figures.single_map(rows, datasets, script.CHOSEN)
     report.add_figure(f"{title}: gains of single regularisers", singles, caption)
     caption = "Mean score over the datasets less the baseline's. The diagonal is one alone."
@@ -272,12 +268,11 @@ def add_runs(report, config, script, rows, datasets):
     if inside.cells.size:
         report.add_table(inside)
     add_explanation(report, config, script, rows)
-    drawn = drawn_labels(rows, datasets, script, MOST_DRAWN)
+    drawn, which = drawn_labels(rows, datasets, script, MOST_DRAWN)
     rows = rows[rows["label"].isin(drawn)]
-    caption = "Points are seeds, lines their means." + of_which(labels, drawn)
+    caption = "Points are seeds, lines their means." + which
     report.add_figure(f"{title}: inside the actor", figures.inside_figure(rows, datasets), caption)
-    caption = "Means over the datasets; bars are 95 % intervals, by Student's t."
-    caption += of_which(labels, drawn)
+    caption = "Means over the datasets, with 95 % intervals over the seeds, by Student's t." + which
     report.add_figure(f"{title}: robustness", figures.robustness_figure(rows, datasets), caption)
 
 
@@ -313,11 +308,10 @@ def add_less_data(report, config, seeds):
             datasets = list(datasets_by_domain(rows).values())[-1]  # of all domains
             title = f"{script.NAME}: gain by share of the data"
             report.add_table(shares.share_table(title, rows, datasets))
-            drawn = drawn_labels(rows, datasets, script, config.variants)
+            drawn, which = drawn_labels(rows, datasets, script, config.variants)
             figure = shares.share_figure(rows[rows["label"].isin(drawn)], datasets)
             caption = "Means over the seeds; bands are 95 % intervals, by Student's t."
-            labels = rows["label"].unique()
-            report.add_figure(title, figure, caption + of_which(labels, drawn))
+            report.add_figure(title, figure, caption + which)
 
 
 def settings_text(settings):
