@@ -272,8 +272,8 @@ def parts_for_iql(script):
 def parts_for_others(script):
     """Return the second study's parts of CQL, and of BCQ, which has two networks.
 
-    BCQ learns nothing on HalfCheetah with the original's weight of the KL divergence. With a
-    smaller one it ends below the data on Hopper.
+    BCQ learns nothing on HalfCheetah with the original's weight of the KL divergence. On Hopper
+    it is slower with a smaller one.
     """
     four = dict(CURVES, regularisers=["none", "DO", "LN", "DO+LN"])
     if not hasattr(script.Config, "regularise"):
