@@ -219,18 +219,18 @@ def test_runs_are_named_after_their_regularisers(algorithm, flags, settings, lab
 def test_a_regulariser_that_only_iql_has_labels_its_runs(monkeypatch):
     config_class = dataclasses.make_dataclass(
         "Config",
-        [("actor_ofn", bool, False), ("weight_noise", float, 0.0)],
+        [("actor_of_a_fork", bool, False), ("weight_noise", float, 0.0)],
         bases=(iql.Config,),
         frozen=True,
     )
     script = types.ModuleType("iql")
     vars(script).update(vars(iql), Config=config_class)
-    own = {"OFN": {"actor_ofn": True}, "WN": {"weight_noise": 0.2}}
+    own = {"OFN": {"actor_of_a_fork": True}, "WN": {"weight_noise": 0.2}}
     script.CHOSEN = {**iql.CHOSEN, **own}
     monkeypatch.setitem(report_runs.SCRIPTS, "iql", script)
     for flags, label in (
-        (dict(actor_ofn=True), "OFN"),
-        (dict(actor_ofn=True, actor_ln=True, weight_noise=0.2), "LN+OFN+WN"),
+        (dict(actor_of_a_fork=True), "OFN"),
+        (dict(actor_of_a_fork=True, actor_ln=True, weight_noise=0.2), "LN+OFN+WN"),
         (dict(weight_noise=0.5), "WN(0.5)"),
     ):
         config = script.tuned(config_class(dataset_name=HOPPER, **flags))
@@ -1004,10 +1004,10 @@ def test_a_regulariser_that_only_a_fork_knows_labels_its_runs(make_run, make_rep
         for value, score in ((True, 60), (False, 50)):
             path = make_run([[1.0, score]], seed=seed, folder=f"fork{value}", actor_ln=True)
             with open(os.path.join(path, "config.yaml"), "a") as file:
-                file.write(f"actor_ofn: {str(value).lower()}\n")
+                file.write(f"actor_of_a_fork: {str(value).lower()}\n")
     whole = make_report("results", "forkTrue", csv=str(tmp_path / "all.csv"))
     table = whole["ReBRAC, Gym-MuJoCo: scores"]
-    assert list(table.index) == ["baseline", "LN+actor_ofn=True"]
+    assert list(table.index) == ["baseline", "LN+actor_of_a_fork=True"]
     again = make_report("all.csv")["ReBRAC, Gym-MuJoCo: scores"]
     pd.testing.assert_frame_equal(again, table)
     table = make_report("results", "forkFalse")["ReBRAC, Gym-MuJoCo: scores"]
