@@ -100,7 +100,7 @@ SECOND_PARTS = {
     "pen": "Adroit",
     "networks": "regularisers on each of its networks",
     "hopper_curves": "learning curves on Hopper, with the original's weight of the KL divergence",
-    "hopper_networks": "regularisers on each of its networks, on Hopper, with that weight",
+    "hopper_networks": "its networks on Hopper, with the original's weight of the KL divergence",
     "antmaze": "AntMaze, on a full file of the project's own",
     "long": "one long run",
 }

@@ -7,6 +7,7 @@ A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is a 
 """
 
 import argparse
+import functools
 import os
 import re
 import runpy
@@ -311,8 +312,9 @@ def trials():
 COMBINATIONS = {"rebrac": "DO+LN+GrN", "iql": "DO+LN+EN"}
 
 
+@functools.cache  # since it is read for each of many tables
 def study():
-    """Return the study's seeds, a row for each label."""
+    """Return the study's seeds, a row for each label, by algorithm."""
     seeds, _ = read_results([path_of("data", "study.csv")])
     table = pd.DataFrame(seeds)
     return {name: by_label(own) for name, own in table.groupby("algorithm", sort=False)}
