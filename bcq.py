@@ -14,6 +14,9 @@ actions. The perturbation network then changes an action by at most phi, to rais
 and the other improves. `regularise` says on which of them the actor's regularisers act. The
 analysis looks inside that network, and if they act on both inside the perturbation network.
 
+Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
+features, I inputs. A prime marks what belongs to the next step, or to a target network.
+
 Two CPU cores make about 35 updates a second at batch 100 (Hopper's sizes).
 """
 
@@ -21,7 +24,7 @@ import signal
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional, Tuple
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import flax.linen as nn
@@ -65,7 +68,7 @@ NAME = "BCQ"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None stands for the original's value (see `tuned`)."""
+    """Every field is a flag. None: the default that the comment names, else the original's."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -74,7 +77,7 @@ class Config:
     normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
+    validation_seed: Optional[int] = None  # draws held-out episodes; default: the last, no draw
     # Algorithm
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step size of the targets' Polyak average
@@ -109,11 +112,11 @@ class Config:
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
     actor_rms: bool = False  # RMS: RMSNorm; beyond the paper
-    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
+    actor_input_noise: float = 0.0  # InN: std of noise on the actor's normalised states
     actor_bc_noise: float = 0.0  # BCN: std of noise on the actions cloned, or judged by Q
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
-    actor_lr_decay: str = "none"  # of its learning rate: none, cosine, linear, exponential
+    actor_lr_decay: str = "none"  # of its rate: none, cosine, linear, exponential (`decayed`)
     # Regularisers of the critics
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -128,7 +131,7 @@ class Config:
     critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
     critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
     # Run
-    seed: int = 0  # everything random in a run follows from it
+    seed: int = 0  # of initialisation, batches, noise and evaluation
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = 1_000_000  # updates in all
     log_every: int = 1000  # updates between rows of train.csv; one compiled scan
@@ -163,16 +166,17 @@ HOST_FLOATS = ("validation_frac",)
 
 
 def constraints(config):
-    """Return {error message: whether the config is right about it}."""
-    has_group_norm = config.actor_gn or config.critic_gn
-    widths = (config.hidden_dim, config.last_hidden_dim, config.vae_hidden_dim)
+    """Return {requirement: whether the config meets it}. One that isn't met is the error's text."""
+    in_vae, in_others = group_norms(config)
+    widths = [config.vae_hidden_dim] if in_vae else []
+    widths += [config.hidden_dim, config.last_hidden_dim] if in_others else []
     schedules = ("none", "cosine", "linear", "exponential")
     return {
         "actor_lr_decay and critic_lr_decay must be none, cosine, linear or exponential": (
             config.actor_lr_decay in schedules and config.critic_lr_decay in schedules
         ),
-        "actor_gn and critic_gn need a hidden_dim of 64, 96, ...: 32 groups of two units or more": (
-            not has_group_norm or all(width % 32 == 0 and width > 32 for width in widths)
+        "networks with GroupNorm need widths of 64, 96, ...: 32 groups of two units or more": (
+            all(width % 32 == 0 and width > 32 for width in widths)
         ),
         "log_std_min must be below log_std_max": config.log_std_min < config.log_std_max,
         "regularise must be decoder, perturbation or both": (
@@ -188,10 +192,10 @@ def constraints(config):
 def make_dataset(config, raw):
     """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
 
-    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled by
-    reward_scale; terminals (N,); ends (N,), the last step of each episode; train and validation,
-    the indices of the steps that are transitions; mean and std of the states, (S,) or the scalars
-    0 and 1.
+    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled, and
+    the factor reward_scale; terminals (N,); ends (N,), the last step of each episode; train and
+    validation, the indices of the steps that are transitions; mean and std of the states, (S,) or
+    the scalars 0 and 1.
     """
     ends = episode_ends(config.dataset_name, raw)
     ends[-1] = True
@@ -236,7 +240,8 @@ def hold_out(config, ends):
     num_held_out = round(config.validation_frac * num_episodes)
     if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
         raise UserError(
-            f"validation_frac {config.validation_frac} of {num_episodes} episodes is {num_held_out}"
+            f"validation_frac {config.validation_frac} holds out {num_held_out} of {num_episodes} "
+            "episodes; hold out at least one, and not all"
         )
     order = np.arange(num_episodes)
     if config.validation_seed is not None:
@@ -258,13 +263,13 @@ class Transitions(NamedTuple):
     observations: jax.Array  # s (B, S)
     actions: jax.Array  # a (B, A)
     rewards: jax.Array  # r (B,)
-    next_observations: jax.Array  # s' (B, S), without meaning where d is 1
-    next_actions: jax.Array  # a' (B, A), of the same episode; a itself where d is 1
+    next_observations: jax.Array  # s' (B, S), of the next step; without meaning where d is 1
+    next_actions: jax.Array  # a' (B, A), of the next step; a itself where d is 1
     terminals: jax.Array  # d (B,), 0.0 or 1.0
 
 
 def transitions(data, index):
-    """Return the transitions of the steps `index` (B,). What follows a step is the next row."""
+    """Return the transitions of the steps `index` (B,). The next step is the next row."""
     terminals = data["terminals"][index]
     next_index = jnp.where(terminals, index, index + 1)
     return Transitions(
@@ -279,10 +284,11 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
-# So ask `is_on(config.x)`, not `if config.x`. Where runs are trained together, a strength may be a
-# traced 0, too, if another's isn't 0: its term must then do nothing. Bools, integers and strings
-# are as they were given, but for those that no program depends on, such as `seed`: None.
+# In compiled code a float of the config that is 0 stays 0, and its term isn't compiled. All other
+# floats are traced arrays (harness/members.py). So ask `is_on(config.x)`, not `if config.x`.
+# Runs that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term
+# must do nothing. Bools, integers and strings are as they were given. Those on which no program
+# depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
@@ -366,7 +372,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics: in targets and evaluation."""
+    """Return the output without dropout, with running statistics: when others are trained."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -423,8 +429,8 @@ def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
 def ascend(params, grads, radius):
     """Return the parameters at a distance of `radius` up the gradient (SAM, arXiv 2010.01412).
 
-    To first order the loss is the largest there within this distance. SAM's step is along the
-    gradient there.
+    To first order, no point within this distance has a larger loss. SAM's step uses the gradient
+    at these parameters.
     """
     scale = radius / jnp.maximum(optax.tree.norm(grads), 1e-12)  # the gradient may be 0
     return jax.tree.map(lambda param, grad: param + scale * grad, params, grads)
@@ -434,8 +440,8 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
     """Take one step; return the network's variables and the optimiser's state.
 
     Before Adam the gradient gets Gaussian noise of standard deviation noise / (1 + t)^0.55, where
-    t counts the network's own steps. (So in the paper's code; arXiv 1511.06807 decays the variance
-    so.)
+    t counts the network's own steps, as in the paper's code. arXiv 1511.06807 divides the variance
+    by (1 + t)^0.55, not the standard deviation.
     """
     if is_on(noise):
         adam = opt_state[0]
@@ -451,7 +457,7 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 # --- Networks ---
 
 
-def dense(size, name=None):
+def plain_dense(size, name=None):
     """Return a Dense: weights uniform within +-1 / sqrt(fan_in), as PyTorch's, biases 0."""
     init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return nn.Dense(size, kernel_init=init, name=name)
@@ -459,7 +465,7 @@ def dense(size, name=None):
 
 def hidden_dense(config, is_last):
     """Return a hidden Dense. The last one has a width of its own."""
-    return dense(config.last_hidden_dim if is_last else config.hidden_dim)
+    return plain_dense(config.last_hidden_dim if is_last else config.hidden_dim)
 
 
 def network_config(config, network):
@@ -490,9 +496,9 @@ def layer_names(config, network):
     return ("Hidden_0", "Dense_0") if network == analysed else ("Hidden_1", "Dense_1")
 
 
-def latent_dim(actions):
-    """Return the entries of a latent, for actions of the shape (..., A)."""
-    return 2 * actions.shape[-1]
+def latent_dim(action_dim):
+    """Return the number of entries of a latent."""
+    return 2 * action_dim
 
 
 class Encoder(nn.Module):
@@ -505,8 +511,8 @@ class Encoder(nn.Module):
         config = network_config(self.config, "encoder")
         inputs = jnp.concatenate([observations, actions], -1)
         features = ActorHidden(config, name="Hidden_0")(inputs, train)
-        means = dense(latent_dim(actions))(features)
-        log_stds = dense(latent_dim(actions))(features)
+        means = plain_dense(latent_dim(actions.shape[-1]))(features)
+        log_stds = plain_dense(latent_dim(actions.shape[-1]))(features)
         return means, jnp.clip(log_stds, config.log_std_min, config.log_std_max)
 
 
@@ -522,7 +528,7 @@ class Decoder(nn.Module):
         hidden, last = layer_names(config, "decoder")
         inputs = jnp.concatenate([observations, latents], -1)
         features = ActorHidden(config, name=hidden)(inputs, train)
-        return nn.tanh(dense(self.action_dim, last)(features))
+        return nn.tanh(plain_dense(self.action_dim, last)(features))
 
 
 class Perturbation(nn.Module):
@@ -537,14 +543,15 @@ class Perturbation(nn.Module):
         hidden, last = layer_names(config, "perturbation")
         inputs = jnp.concatenate([observations, actions], -1)
         features = ActorHidden(config, name=hidden)(inputs, train)
-        changes = config.phi * nn.tanh(dense(self.action_dim, last)(features))
+        changes = config.phi * nn.tanh(plain_dense(self.action_dim, last)(features))
         return jnp.clip(actions + changes, -1, 1)
 
 
 class Actor(nn.Module):
     """Both in turn, at the latent 0: states (B, S) to actions (B, A).
 
-    The decoder and the perturbation network take the actor's variables, too, and use their own.
+    It holds the variables of both. Decoder and Perturbation may be applied to these, too: each
+    reads its own part.
     """
 
     config: Config
@@ -557,47 +564,28 @@ class Actor(nn.Module):
         nn.share_scope(self, self.perturbation)
 
     def __call__(self, observations, train):
-        latents = jnp.zeros((*observations.shape[:-1], 2 * self.action_dim))
+        latents = jnp.zeros((*observations.shape[:-1], latent_dim(self.action_dim)))
         actions = self.decoder(observations, latents, train)
         return self.perturbation(observations, actions, train)
 
 
 class Critics(nn.Module):
-    """Two critics, or the first one alone: states (B, S) and actions (B, A) to Q values (2, B)."""
+    """Critics: states (B, S) and actions (B, A) to Q values (num_critics, B).
+
+    There are two. With num_critics=1 the first one alone reads its part of the variables of both.
+    """
 
     config: Config
-    number: int = 2
+    num_critics: int = 2
 
     @nn.compact
     def __call__(self, observations, actions, train):
         inputs = jnp.concatenate([observations, actions], -1)
         outputs = []
-        for k in range(self.number):
+        for k in range(self.num_critics):
             features = CriticHidden(self.config, name=f"Hidden_{k}")(inputs, train)
-            outputs.append(dense(1)(features))
+            outputs.append(plain_dense(1)(features))
         return jnp.stack(outputs)[..., 0]
-
-
-class Networks(NamedTuple):
-    encoder: nn.Module
-    actor: nn.Module
-    decoder: nn.Module  # with the actor's variables, as the next one
-    perturbation: nn.Module
-    critics: nn.Module
-    first_critic: nn.Module  # with the variables of both
-
-
-def networks(config, actions):
-    """Return the modules, for actions of the shape (..., A)."""
-    action_dim = actions.shape[-1]
-    return Networks(
-        encoder=Encoder(config),
-        actor=Actor(config, action_dim),
-        decoder=Decoder(config, action_dim),
-        perturbation=Perturbation(config, action_dim),
-        critics=Critics(config),
-        first_critic=Critics(config, number=1),
-    )
 
 
 def own_params(config, actor, network):
@@ -613,19 +601,21 @@ def with_params(actor, params):
 # --- Candidate actions ---
 
 
-def sample_latents(config, key, *shape):
-    """Return latents of a shape (..., 2 A), from which actions are sampled."""
+def sample_latents(config, key, shape):
+    """Return latents of a shape (..., L), from which actions are sampled."""
     return jnp.clip(jax.random.normal(key, shape), -config.latent_clip, config.latent_clip)
 
 
-def candidates(nets, actor, perturbation, observations, latents):
+def candidates(config, action_dim, actor, perturbation, observations, latents):
     """Return rows (B n, S) of the states (B, S), and an action (B n, A) for each latent (B, n, L).
 
-    The actor's decoder makes the actions. A perturbation network then changes them.
+    The decoder in the variables `actor` makes the actions. The perturbation network in the
+    variables `perturbation` then changes them.
     """
     rows = jnp.repeat(observations, latents.shape[1], 0)
-    actions = forward(nets.decoder, actor, rows, latents.reshape(len(rows), -1))
-    return rows, forward(nets.perturbation, perturbation, rows, actions)
+    latents = latents.reshape(len(rows), -1)
+    actions = forward(Decoder(config, action_dim), actor, rows, latents)
+    return rows, forward(Perturbation(config, action_dim), perturbation, rows, actions)
 
 
 def best_candidates(config, actor, data, observations):
@@ -635,16 +625,16 @@ def best_candidates(config, actor, data, observations):
     its bits. So results repeat, whatever else is evaluated with it, and each state has draws of
     its own, as in the original. A state that differs by rounding has others.
     """
-    nets = networks(config, data["actions"])
+    action_dim = data["actions"].shape[-1]
 
     def draw(observation):
-        size = latent_dim(data["actions"])
-        return sample_latents(config, state_key(observation), config.n_eval_candidates, size)
+        shape = (config.n_eval_candidates, latent_dim(action_dim))
+        return sample_latents(config, state_key(observation), shape)
 
     latents = jax.vmap(draw)(observations)
     states = (observations - data["mean"]) / data["std"]
-    rows, actions = candidates(nets, actor, actor, states, latents)
-    values = forward(nets.first_critic, actor["critic"], rows, actions)[0]
+    rows, actions = candidates(config, action_dim, actor, actor, states, latents)
+    (values,) = forward(Critics(config, num_critics=1), actor["critic"], rows, actions)
     best = values.reshape(latents.shape[:2]).argmax(1)
     actions = actions.reshape(*latents.shape[:2], -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
@@ -679,8 +669,7 @@ class TrainState(NamedTuple):
 
 def q_values(config, state, observations, actions):
     """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
-    nets = networks(config, actions)
-    return forward(nets.critics, state.critic, observations, actions).min(0)
+    return forward(Critics(config), state.critic, observations, actions).min(0)
 
 
 def vae_loss(params, config, state, batch, keys):
@@ -691,21 +680,21 @@ def vae_loss(params, config, state, batch, keys):
     Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key, latent_key = keys
-    nets = networks(config, batch.actions)
-    config = network_config(config, "decoder")
+    own = network_config(config, "decoder")
     encoder = {**state.encoder, "params": params["encoder"]}
-    means, log_stds = forward(nets.encoder, encoder, batch.observations, batch.actions)
+    means, log_stds = forward(Encoder(config), encoder, batch.observations, batch.actions)
     latents = means + jnp.exp(log_stds) * jax.random.normal(latent_key, means.shape)
     observations = batch.observations
-    if is_on(config.actor_input_noise):
+    if is_on(own.actor_input_noise):
         noise = jax.random.normal(input_key, observations.shape)
-        observations = observations + config.actor_input_noise * noise
+        observations = observations + own.actor_input_noise * noise
     bc_targets = batch.actions
-    if is_on(config.actor_bc_noise):
+    if is_on(own.actor_bc_noise):
         noise = jax.random.normal(objective_key, bc_targets.shape)
-        bc_targets = bc_targets - config.actor_bc_noise * noise
+        bc_targets = bc_targets - own.actor_bc_noise * noise
+    decoder = Decoder(config, batch.actions.shape[-1])
     actor = with_params(state.actor, params["decoder"])
-    actions, actor = forward_train(nets.decoder, actor, dropout_key, observations, latents)
+    actions, actor = forward_train(decoder, actor, dropout_key, observations, latents)
     loss, info = vae_objective(config, actions, bc_targets, means, log_stds)
     return loss, (actor, info)
 
@@ -724,15 +713,15 @@ def critic_target(config, state, batch, key):
     (BCQ, equation 13.) The a_i are n_candidates actions of the decoder, which the target of the
     perturbation network changes, and w is min_weight.
     """
-    nets = networks(config, batch.actions)
-    size = latent_dim(batch.actions)
-    latents = sample_latents(config, key, len(batch.actions), config.n_candidates, size)
+    batch_size, action_dim = batch.actions.shape
+    shape = (batch_size, config.n_candidates, latent_dim(action_dim))
+    latents = sample_latents(config, key, shape)
     rows, actions = candidates(
-        nets, state.actor, state.target_actor, batch.next_observations, latents
+        config, action_dim, state.actor, state.target_actor, batch.next_observations, latents
     )
-    values = forward(nets.critics, state.target_critic, rows, actions)
+    values = forward(Critics(config), state.target_critic, rows, actions)
     values = config.min_weight * values.min(0) + (1 - config.min_weight) * values.max(0)
-    next_values = values.reshape(latents.shape[:2]).max(1)
+    next_values = values.reshape(batch_size, config.n_candidates).max(1)
     return batch.rewards + config.gamma * (1 - batch.terminals) * next_values
 
 
@@ -742,9 +731,8 @@ def critic_loss(params, config, state, batch, target, key):
     It is summed over both critics; the logged one is their mean. Also returns the critics'
     variables and scalars to log.
     """
-    nets = networks(config, batch.actions)
     critic = {**state.critic, "params": params}
-    values, critic = forward_train(nets.critics, critic, key, batch.observations, batch.actions)
+    values, critic = forward_train(Critics(config), critic, key, batch.observations, batch.actions)
     losses = (values - target) ** 2
     info = {"critic_loss": losses.mean(), "q": values.mean()}
     return losses.mean(1).sum(), (critic, info)
@@ -758,20 +746,23 @@ def actor_loss(params, config, state, batch, keys):
     clean states. Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key, latent_key = keys
-    nets = networks(config, batch.actions)
-    config = network_config(config, "perturbation")
-    latents = sample_latents(config, latent_key, len(batch.actions), latent_dim(batch.actions))
-    actions = forward(nets.decoder, state.actor, batch.observations, latents)
+    own = network_config(config, "perturbation")
+    batch_size, action_dim = batch.actions.shape
+    latents = sample_latents(config, latent_key, (batch_size, latent_dim(action_dim)))
+    decoder = Decoder(config, action_dim)
+    actions = forward(decoder, state.actor, batch.observations, latents)
     observations = batch.observations
-    if is_on(config.actor_input_noise):
+    if is_on(own.actor_input_noise):
         noise = jax.random.normal(input_key, observations.shape)
-        observations = observations + config.actor_input_noise * noise
+        observations = observations + own.actor_input_noise * noise
+    perturbation = Perturbation(config, action_dim)
     actor = with_params(state.actor, params)
-    actions, actor = forward_train(nets.perturbation, actor, dropout_key, observations, actions)
-    if is_on(config.actor_bc_noise):
+    actions, actor = forward_train(perturbation, actor, dropout_key, observations, actions)
+    if is_on(own.actor_bc_noise):
         noise = jax.random.normal(objective_key, actions.shape)
-        actions = jnp.clip(actions + config.actor_bc_noise * noise, -1, 1)
-    loss = -forward(nets.first_critic, state.critic, batch.observations, actions).mean()
+        actions = jnp.clip(actions + own.actor_bc_noise * noise, -1, 1)
+    first_critic = Critics(config, num_critics=1)
+    loss = -forward(first_critic, state.critic, batch.observations, actions).mean()
     return loss, (actor, {"actor_loss": loss})
 
 
@@ -793,25 +784,19 @@ def critic_optimizer(config):
     )
 
 
-def sam_radius(config, network):
-    """Return the radius of SAM in one of the actor's networks, 0 where it doesn't act."""
-    config = network_config(config, network)
-    return config.actor_sam
-
-
 def update_vae(config, state, batch):
     """Update the encoder and the decoder once; return the new state and scalars.
 
     With SAM both gradients are taken where the decoder's parameters alone are moved.
     """
+    own = network_config(config, "decoder")
     key, noise_key, *keys = jax.random.split(state.key, 6)
     decoder = own_params(config, state.actor, "decoder")
     params = {"encoder": state.encoder["params"], "decoder": decoder}
     grad_fn = jax.grad(vae_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
-    radius = sam_radius(config, "decoder")
-    if is_on(radius):
-        params = {**params, "decoder": ascend(decoder, grads["decoder"], radius)}
+    if is_on(own.actor_sam):
+        params = {**params, "decoder": ascend(decoder, grads["decoder"], own.actor_sam)}
         grads, _ = grad_fn(params, config, state, batch, keys)
     encoder, encoder_opt = optimize(
         actor_optimizer(network_config(config, "encoder")),
@@ -821,13 +806,12 @@ def update_vae(config, state, batch):
         noise=0.0,
         key=None,
     )
-    config = network_config(config, "decoder")
     decoder, decoder_opt = optimize(
-        actor_optimizer(config),
+        actor_optimizer(own),
         {"params": decoder},
         state.decoder_opt,
         grads["decoder"],
-        config.actor_grad_noise,
+        own.actor_grad_noise,
         noise_key,
     )
     return state._replace(
@@ -860,21 +844,20 @@ def update_critics(config, state, batch):
 
 def update_actor(config, state, batch):
     """Update the perturbation network and both targets once; return the new state and scalars."""
+    own = network_config(config, "perturbation")
     key, noise_key, *keys = jax.random.split(state.key, 6)
     params = own_params(config, state.actor, "perturbation")
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
-    radius = sam_radius(config, "perturbation")
-    if is_on(radius):
-        moved = ascend(params, grads, radius)
+    if is_on(own.actor_sam):
+        moved = ascend(params, grads, own.actor_sam)
         grads, _ = grad_fn(moved, config, state, batch, keys)
-    config = network_config(config, "perturbation")
     perturbation, actor_opt = optimize(
-        actor_optimizer(config),
+        actor_optimizer(own),
         {"params": params, "batch_stats": actor["batch_stats"]},
         state.actor_opt,
         grads,
-        config.actor_grad_noise,
+        own.actor_grad_noise,
         noise_key,
     )
     return state._replace(
@@ -905,10 +888,10 @@ def update(config, state, batch):
 def init_state(config, batch, seed):
     """Return the state before the first update. `batch` shows the shapes of Transitions."""
     key, actor_key, critic_key, encoder_key = jax.random.split(jax.random.key(seed), 4)
-    nets = networks(config, batch.actions)
-    actor = init_network(nets.actor, actor_key, batch.observations)
-    critic = init_network(nets.critics, critic_key, batch.observations, batch.actions)
-    encoder = init_network(nets.encoder, encoder_key, batch.observations, batch.actions)
+    network = Actor(config, batch.actions.shape[-1])
+    actor = init_network(network, actor_key, batch.observations)
+    critic = init_network(Critics(config), critic_key, batch.observations, batch.actions)
+    encoder = init_network(Encoder(config), encoder_key, batch.observations, batch.actions)
     decoder = own_params(config, actor, "decoder")
     perturbation = own_params(config, actor, "perturbation")
     optimizers = {}
@@ -933,7 +916,7 @@ def init_state(config, batch, seed):
 
 @over_members("state", donate="state")
 def epoch(config, state, data):
-    """Make `log_every` updates in one scan; return the state and the scalars (steps,)."""
+    """Make `log_every` updates in one scan; return the state and the scalars of each step."""
 
     def step(state, _):
         key, batch_key = jax.random.split(state.key)
@@ -945,8 +928,8 @@ def epoch(config, state, data):
 
 def act(config, actor, data, observations):
     """Return the actions (B, A) at the latent 0, for normalised states (B, S), for the analysis."""
-    nets = networks(config, data["actions"])
-    return forward(nets.actor, actor, observations)
+    network = Actor(config, data["actions"].shape[-1])
+    return forward(network, actor, observations)
 
 
 @over_members("actor", "observations")
@@ -996,7 +979,7 @@ def train(config, run):
         run.log_epoch(num_updates, infos, states)
 
 
-# --- Appendix: the policy in evaluation ---
+# --- Appendix: what the analysis asks of the algorithm ---
 
 
 def eval_actor_loss(config, state, batch):
@@ -1004,14 +987,16 @@ def eval_actor_loss(config, state, batch):
 
     The perturbation network's is at the latent 0, and the decoder's at the encoder's means.
     """
-    nets = networks(config, batch.actions)
+    action_dim = batch.actions.shape[-1]
     if config.regularise == "decoder":
-        means, log_stds = forward(nets.encoder, state.encoder, batch.observations, batch.actions)
-        actions = forward(nets.decoder, state.actor, batch.observations, means)
+        means, log_stds = forward(Encoder(config), state.encoder, batch.observations, batch.actions)
+        decoder = Decoder(config, action_dim)
+        actions = forward(decoder, state.actor, batch.observations, means)
         loss, _ = vae_objective(config, actions, batch.actions, means, log_stds)
         return loss
-    actions = forward(nets.actor, state.actor, batch.observations)
-    return -forward(nets.first_critic, state.critic, batch.observations, actions).mean()
+    actions = forward(Actor(config, action_dim), state.actor, batch.observations)
+    first_critic = Critics(config, num_critics=1)
+    return -forward(first_critic, state.critic, batch.observations, actions).mean()
 
 
 def overestimation(config, data, state, episodes):
@@ -1056,9 +1041,9 @@ def analyse(config, state, data, samples, episodes):
         return act(config, state.actor, data, states)
 
     info = weight_norms(state.actor["params"])
-    nets = networks(config, data["actions"])
+    network = Actor(config, data["actions"].shape[-1])
     for part, states in observations.items():
-        _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
+        _, seen = network.apply(state.actor, states, train=False, mutable="intermediates")
         features = seen["intermediates"]["Hidden_0"]["preactivations"][0]
         for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
@@ -1074,8 +1059,8 @@ def analyse(config, state, data, samples, episodes):
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
         cloned = clone_further(config, data, state, probe)
-        loss_before = cloning_loss(config, data, state.actor, probe)
-        info["plasticity/loss_left"] = cloning_loss(config, data, cloned, probe) / loss_before
+        error_before = action_error(config, data, state.actor, probe)
+        info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
     states = observations["evaluation"][:NUM_COMPARED]
     distance = action_distance(states, actions_in(states), batches["train"])
     info["evaluation/action_distance"] = distance
@@ -1088,12 +1073,6 @@ def action_error(config, data, actor, batch):
     return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
 
 
-def cloning_loss(config, data, actor, batch):
-    """Return the squared error of the policy's actions, summed over an action's dimensions."""
-    errors = (act(config, actor, data, batch.observations) - batch.actions) ** 2
-    return errors.sum(-1).mean()
-
-
 def q_gain(config, data, state, batch):
     """Return how much higher the critics value the policy's actions than the data's, as a mean."""
     actions = act(config, state.actor, data, batch.observations)
@@ -1104,17 +1083,17 @@ def q_gain(config, data, state, batch):
 def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    The actor's optimiser starts anew, without decay of its rate and without noise. So its steps
-    depend neither on the loss's unit nor on what came before.
+    The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
+    So its steps depend neither on the loss's unit nor on what came before.
     """
-    config = replace(config, actor_lr_decay="none")
+    config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)
 
     def step(copy, _):
         actor, opt_state = copy
 
         def loss(params):
-            return cloning_loss(config, data, {**actor, "params": params}, batch)
+            return action_error(config, data, {**actor, "params": params}, batch)
 
         grads = jax.grad(loss)(actor["params"])
         return optimize(optimizer, actor, opt_state, grads, noise=0.0, key=None), None
@@ -1150,12 +1129,22 @@ CHOSEN = {
 BEST = {}
 
 
+def group_norms(config):
+    """Return whether there is a GroupNorm in the VAE, and in the networks of the other widths."""
+    in_vae = config.actor_gn and config.regularise != "perturbation"
+    in_perturbation = config.actor_gn and config.regularise != "decoder"
+    return in_vae, in_perturbation or config.critic_gn
+
+
 def tuned(config):
-    """Fill in what the user left open with the original's values."""
+    """Fill in what the user left open with the original's values.
+
+    Where GroupNorm acts, a width is the nearest that its 32 groups divide.
+    """
     config = with_regularisers(config, CHOSEN)
-    hidden_dim, last_hidden_dim, vae_hidden_dim = 400, 300, 750
-    if config.actor_gn or config.critic_gn:  # the nearest that 32 groups divide
-        hidden_dim, last_hidden_dim, vae_hidden_dim = 384, 288, 736
+    in_vae, in_others = group_norms(config)
+    hidden_dim, last_hidden_dim = (384, 288) if in_others else (400, 300)
+    vae_hidden_dim = 736 if in_vae else 750
     is_antmaze = domain(config.dataset_name) == "antmaze"
     values = dict(
         normalize_reward=False,

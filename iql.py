@@ -7,6 +7,9 @@ The algorithm: "Offline Reinforcement Learning with Implicit Q-Learning" (IQL, a
     python iql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
     python iql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
 
+Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
+features, I inputs. A prime marks what belongs to the next step, or to a target network.
+
 Two CPU cores make about 284 updates a second (Hopper's sizes).
 """
 
@@ -15,7 +18,7 @@ import signal
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional, Tuple
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import flax.linen as nn
@@ -61,7 +64,7 @@ NAME = "IQL"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None stands for the paper's value for the dataset (see `tuned`)."""
+    """Every field is a flag. None: the default that the comment names, else the paper's value."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -70,9 +73,9 @@ class Config:
     normalize_states: bool = True  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
+    validation_seed: Optional[int] = None  # draws held-out episodes; default: the last, no draw
     # Algorithm
-    preset: str = "none"  # a name of PRESETS for other fields: as-run is the paper as it was run
+    preset: str = "none"  # a named configuration (PRESETS); as-run: the paper's published one
     gamma: float = 0.99  # discount factor
     tau: Optional[float] = None  # step size of the target's Polyak average; default: tuned
     batch_size: int = 256  # transitions per update
@@ -90,7 +93,7 @@ class Config:
     actor_layers: int = 2  # hidden layers of the actor
     critic_layers: int = 2  # hidden layers of V and of each Q
     # Regularisers of the actor; 0 or false is exactly off
-    regularisers: str = "none"  # names joined by +, such as DO+LN; best, best-L1: tuned
+    regularisers: str = "none"  # names joined by +, as DO+LN; or tuned ones: best, best-L1
     actor_dropout: Optional[float] = None  # DO: rate in the actor's loss; default: 0 (Adroit 0.1)
     actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
     actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
@@ -101,11 +104,11 @@ class Config:
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
     actor_rms: bool = False  # RMS: RMSNorm; beyond the paper
-    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
+    actor_input_noise: float = 0.0  # InN: std of noise on the actor's normalised states
     actor_bc_noise: float = 0.0  # BCN: std of noise on temperature x advantage
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
-    actor_lr_decay: str = "cosine"  # of its learning rate: none, cosine, linear, exponential
+    actor_lr_decay: str = "cosine"  # of its rate: none, cosine, linear, exponential (`decayed`)
     # Regularisers of Q and V, which the paper leaves alone
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -120,7 +123,7 @@ class Config:
     critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
     critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
     # Run
-    seed: int = 0  # everything random in a run follows from it
+    seed: int = 0  # of initialisation, batches, noise and evaluation
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = 1_000_000  # updates in all
     log_every: int = 1000  # updates between rows of train.csv; one compiled scan
@@ -155,7 +158,7 @@ HOST_FLOATS = ("validation_frac",)
 
 
 def constraints(config):
-    """Return {error message: whether the config is right about it}."""
+    """Return {requirement: whether the config meets it}. One that isn't met is the error's text."""
     has_group_norm = config.actor_gn or config.critic_gn
     schedules = ("none", "cosine", "linear", "exponential")
     return {
@@ -175,10 +178,10 @@ def constraints(config):
 def make_dataset(config, raw):
     """Split a file's steps, by episode, into training and held-out ones; scale rewards and states.
 
-    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled by
-    reward_scale; terminals (N,); ends (N,), the last step of each episode; train and validation,
-    the indices of the steps that are transitions; mean and std of the states, (S,) or the scalars
-    0 and 1.
+    Returns a dictionary: observations (N, S), normalised; actions (N, A); rewards (N,), scaled, and
+    the factor reward_scale; terminals (N,); ends (N,), the last step of each episode; train and
+    validation, the indices of the steps that are transitions; mean and std of the states, (S,) or
+    the scalars 0 and 1.
     """
     ends = episode_ends(config.dataset_name, raw)
     ends[-1] = True
@@ -223,7 +226,8 @@ def hold_out(config, ends):
     num_held_out = round(config.validation_frac * num_episodes)
     if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
         raise UserError(
-            f"validation_frac {config.validation_frac} of {num_episodes} episodes is {num_held_out}"
+            f"validation_frac {config.validation_frac} holds out {num_held_out} of {num_episodes} "
+            "episodes; hold out at least one, and not all"
         )
     order = np.arange(num_episodes)
     if config.validation_seed is not None:
@@ -245,13 +249,13 @@ class Transitions(NamedTuple):
     observations: jax.Array  # s (B, S)
     actions: jax.Array  # a (B, A)
     rewards: jax.Array  # r (B,)
-    next_observations: jax.Array  # s' (B, S), without meaning where d is 1
-    next_actions: jax.Array  # a' (B, A), of the same episode; a itself where d is 1
+    next_observations: jax.Array  # s' (B, S), of the next step; without meaning where d is 1
+    next_actions: jax.Array  # a' (B, A), of the next step; a itself where d is 1
     terminals: jax.Array  # d (B,), 0.0 or 1.0
 
 
 def transitions(data, index):
-    """Return the transitions of the steps `index` (B,). What follows a step is the next row."""
+    """Return the transitions of the steps `index` (B,). The next step is the next row."""
     terminals = data["terminals"][index]
     next_index = jnp.where(terminals, index, index + 1)
     return Transitions(
@@ -266,10 +270,11 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# In compiled code every float of the config is a traced array, but for 0 (harness/members.py).
-# So ask `is_on(config.x)`, not `if config.x`. Where runs are trained together, a strength may be a
-# traced 0, too, if another's isn't 0: its term must then do nothing. Bools, integers and strings
-# are as they were given, but for those that no program depends on, such as `seed`: None.
+# In compiled code a float of the config that is 0 stays 0, and its term isn't compiled. All other
+# floats are traced arrays (harness/members.py). So ask `is_on(config.x)`, not `if config.x`.
+# Runs that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term
+# must do nothing. Bools, integers and strings are as they were given. Those on which no program
+# depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
@@ -353,7 +358,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics: in targets and evaluation."""
+    """Return the output without dropout, with running statistics: when others are trained."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -410,8 +415,8 @@ def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
 def ascend(params, grads, radius):
     """Return the parameters at a distance of `radius` up the gradient (SAM, arXiv 2010.01412).
 
-    To first order the loss is the largest there within this distance. SAM's step is along the
-    gradient there.
+    To first order, no point within this distance has a larger loss. SAM's step uses the gradient
+    at these parameters.
     """
     scale = radius / jnp.maximum(optax.tree.norm(grads), 1e-12)  # the gradient may be 0
     return jax.tree.map(lambda param, grad: param + scale * grad, params, grads)
@@ -421,8 +426,8 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
     """Take one step; return the network's variables and the optimiser's state.
 
     Before Adam the gradient gets Gaussian noise of standard deviation noise / (1 + t)^0.55, where
-    t counts the network's own steps. (So in the paper's code; arXiv 1511.06807 decays the variance
-    so.)
+    t counts the network's own steps, as in the paper's code. arXiv 1511.06807 divides the variance
+    by (1 + t)^0.55, not the standard deviation.
     """
     if is_on(noise):
         adam = opt_state[0]
@@ -439,7 +444,7 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 
 
 def hidden_dense(config):
-    """Return a hidden Dense: orthogonal weights, biases 0, as IQL."""
+    """Return a hidden Dense as IQL's: orthogonal weights, biases 0."""
     return nn.Dense(config.hidden_dim, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
 
 
@@ -493,21 +498,6 @@ class Value(nn.Module):
         return last_dense(1, math.sqrt(2))(features)[..., 0]
 
 
-class Networks(NamedTuple):
-    actor: nn.Module
-    critics: nn.Module
-    value: nn.Module
-
-
-def networks(config, actions):
-    """Return the modules, for actions of the shape (..., A)."""
-    return Networks(
-        actor=Actor(config, actions.shape[-1]),
-        critics=Critics(config),
-        value=Value(config),
-    )
-
-
 # --- Losses and update ---
 
 
@@ -524,14 +514,12 @@ class TrainState(NamedTuple):
 
 def q_values(config, state, observations, actions):
     """Return min_k Q_k(s, a), (B,), for normalised states (B, S) and actions (B, A)."""
-    nets = networks(config, actions)
-    return forward(nets.critics, state.critic, observations, actions).min(0)
+    return forward(Critics(config), state.critic, observations, actions).min(0)
 
 
 def target_q_values(config, state, batch):
     """Return min_k Q'_k(s, a), (B,)."""
-    nets = networks(config, batch.actions)
-    return forward(nets.critics, state.target_critic, batch.observations, batch.actions).min(0)
+    return forward(Critics(config), state.target_critic, batch.observations, batch.actions).min(0)
 
 
 def value_loss(params, config, state, batch, target_q, key):
@@ -539,9 +527,8 @@ def value_loss(params, config, state, batch, target_q, key):
 
     Also returns the value's variables and scalars to log.
     """
-    nets = networks(config, batch.actions)
     value = {**state.value, "params": params}
-    values, value = forward_train(nets.value, value, key, batch.observations)
+    values, value = forward_train(Value(config), value, key, batch.observations)
     u = target_q - values
     weights = jnp.where(u > 0, config.expectile, 1 - config.expectile)
     loss = jnp.mean(weights * u**2)
@@ -554,12 +541,11 @@ def critic_loss(params, config, state, batch, key):
     It is summed over both critics; the logged one is their mean. Also returns the critics'
     variables and scalars to log.
     """
-    nets = networks(config, batch.actions)
-    next_values = forward(nets.value, state.value, batch.next_observations)
+    next_values = forward(Value(config), state.value, batch.next_observations)
     rewards = batch.rewards + config.reward_shift
     target = rewards + config.gamma * (1 - batch.terminals) * next_values
     critic = {**state.critic, "params": params}
-    values, critic = forward_train(nets.critics, critic, key, batch.observations, batch.actions)
+    values, critic = forward_train(Critics(config), critic, key, batch.observations, batch.actions)
     losses = (values - target) ** 2
     info = {"critic_loss": losses.mean(), "q": values.mean()}
     return losses.mean(1).sum(), (critic, info)
@@ -572,7 +558,6 @@ def actor_loss(params, config, state, batch, target_q, keys):
     regularised. Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key = keys
-    nets = networks(config, batch.actions)
     exponents = weight_exponents(config, state, batch, target_q)
     observations = batch.observations
     if is_on(config.actor_input_noise):
@@ -582,15 +567,15 @@ def actor_loss(params, config, state, batch, target_q, keys):
         noise = jax.random.normal(objective_key, exponents.shape)
         exponents = exponents + config.actor_bc_noise * noise
     actor = {**state.actor, "params": params}
-    (means, log_stds), actor = forward_train(nets.actor, actor, dropout_key, observations)
+    network = Actor(config, batch.actions.shape[-1])
+    (means, log_stds), actor = forward_train(network, actor, dropout_key, observations)
     loss, info = actor_objective(config, batch, means, log_stds, exponents)
     return loss, (actor, info)
 
 
 def weight_exponents(config, state, batch, target_q):
     """Return temperature * (min_k Q'_k(s, a) - V(s)), (B,)."""
-    nets = networks(config, batch.actions)
-    return config.temperature * (target_q - forward(nets.value, state.value, batch.observations))
+    return config.temperature * (target_q - forward(Value(config), state.value, batch.observations))
 
 
 def actor_objective(config, batch, means, log_stds, exponents):
@@ -688,10 +673,10 @@ def update(config, state, batch):
 def init_state(config, batch, seed):
     """Return the state before the first update. `batch` shows the shapes of Transitions."""
     key, actor_key, critic_key, value_key = jax.random.split(jax.random.key(seed), 4)
-    nets = networks(config, batch.actions)
-    actor = init_network(nets.actor, actor_key, batch.observations)
-    critic = init_network(nets.critics, critic_key, batch.observations, batch.actions)
-    value = init_network(nets.value, value_key, batch.observations)
+    network = Actor(config, batch.actions.shape[-1])
+    actor = init_network(network, actor_key, batch.observations)
+    critic = init_network(Critics(config), critic_key, batch.observations, batch.actions)
+    value = init_network(Value(config), value_key, batch.observations)
     return TrainState(
         actor=actor,
         actor_opt=actor_optimizer(config).init(actor["params"]),
@@ -709,7 +694,7 @@ def init_state(config, batch, seed):
 
 @over_members("state", donate="state")
 def epoch(config, state, data):
-    """Make `log_every` updates in one scan; return the state and the scalars (steps,)."""
+    """Make `log_every` updates in one scan; return the state and the scalars of each step."""
 
     def step(state, _):
         key, batch_key = jax.random.split(state.key)
@@ -721,8 +706,8 @@ def epoch(config, state, data):
 
 def act(config, actor, data, observations):
     """Return the actions (B, A) in evaluation, the means, for normalised states (B, S)."""
-    nets = networks(config, data["actions"])
-    means, _ = forward(nets.actor, actor, observations)
+    network = Actor(config, data["actions"].shape[-1])
+    means, _ = forward(network, actor, observations)
     return means
 
 
@@ -773,14 +758,14 @@ def train(config, run):
         run.log_epoch(num_updates, infos, states)
 
 
-# --- Appendix: the policy in evaluation ---
+# --- Appendix: what the analysis asks of the algorithm ---
 
 
 def eval_actor_loss(config, state, batch):
     """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
-    nets = networks(config, batch.actions)
     exponents = weight_exponents(config, state, batch, target_q_values(config, state, batch))
-    means, log_stds = forward(nets.actor, state.actor, batch.observations)
+    network = Actor(config, batch.actions.shape[-1])
+    means, log_stds = forward(network, state.actor, batch.observations)
     loss, _ = actor_objective(config, batch, means, log_stds, exponents)
     return loss
 
@@ -826,9 +811,9 @@ def analyse(config, state, data, samples, episodes):
         return act(config, state.actor, data, states)
 
     info = weight_norms(state.actor["params"])
-    nets = networks(config, data["actions"])
+    network = Actor(config, data["actions"].shape[-1])
     for part, states in observations.items():
-        _, seen = nets.actor.apply(state.actor, states, train=False, mutable="intermediates")
+        _, seen = network.apply(state.actor, states, train=False, mutable="intermediates")
         features = seen["intermediates"]["Hidden_0"]["preactivations"][0]
         for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
@@ -844,8 +829,8 @@ def analyse(config, state, data, samples, episodes):
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
         cloned = clone_further(config, data, state, probe)
-        loss_before = cloning_loss(config, data, state.actor, probe)
-        info["plasticity/loss_left"] = cloning_loss(config, data, cloned, probe) / loss_before
+        error_before = action_error(config, data, state.actor, probe)
+        info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
     states = observations["evaluation"][:NUM_COMPARED]
     distance = action_distance(states, actions_in(states), batches["train"])
     info["evaluation/action_distance"] = distance
@@ -858,12 +843,6 @@ def action_error(config, data, actor, batch):
     return jnp.mean((act(config, actor, data, batch.observations) - batch.actions) ** 2)
 
 
-def cloning_loss(config, data, actor, batch):
-    """Return the squared error of the policy's actions, summed over an action's dimensions."""
-    errors = (act(config, actor, data, batch.observations) - batch.actions) ** 2
-    return errors.sum(-1).mean()
-
-
 def q_gain(config, data, state, batch):
     """Return how much higher the critics value the policy's actions than the data's, as a mean."""
     actions = act(config, state.actor, data, batch.observations)
@@ -874,17 +853,17 @@ def q_gain(config, data, state, batch):
 def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    The actor's optimiser starts anew, without decay of its rate and without noise. So its steps
-    depend neither on the loss's unit nor on what came before.
+    The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
+    So its steps depend neither on the loss's unit nor on what came before.
     """
-    config = replace(config, actor_lr_decay="none")
+    config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)
 
     def step(copy, _):
         actor, opt_state = copy
 
         def loss(params):
-            return cloning_loss(config, data, {**actor, "params": params}, batch)
+            return action_error(config, data, {**actor, "params": params}, batch)
 
         grads = jax.grad(loss)(actor["params"])
         return optimize(optimizer, actor, opt_state, grads, noise=0.0, key=None), None

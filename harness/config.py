@@ -91,11 +91,16 @@ def parse(config_class, arguments=None):
 
     Also sets what JAX must know before it uses a device. Raises UserError for a wrong value.
     """
-    path = given_words(config_class, arguments).get("config_path")
-    values = {} if path is None else file_values(config_class, path)
-    config = config_class(**{**values, **given_values(config_class, arguments)})
+    config = read_flags(config_class, arguments)
     configure_jax(getattr(config, "deterministic", False))
     return config
+
+
+def read_flags(config_class, arguments=None):
+    """Do as `parse`, but leave JAX alone, for a process that only reads the configs of others."""
+    path = given_words(config_class, arguments).get("config_path")
+    values = {} if path is None else file_values(config_class, path)
+    return config_class(**{**values, **given_values(config_class, arguments)})
 
 
 def file_values(config_class, path):
@@ -175,7 +180,7 @@ def configure_jax(deterministic):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = os.getenv("XLA_FLAGS", "")
     deterministic_ops = "--xla_gpu_deterministic_ops=true"
-    if deterministic and deterministic_ops not in flags:  # a sweep reads thousands of configs
+    if deterministic and deterministic_ops not in flags:  # a notebook may parse more than once
         os.environ["XLA_FLAGS"] = f"{flags} {deterministic_ops}"
 
 
@@ -189,6 +194,7 @@ HOLDS = {  # a bound in words -> whether a number keeps it
     "1 or more": lambda x: x >= 1,
     "2 or more": lambda x: x >= 2,
     "above 0": lambda x: x > 0,
+    "above -1": lambda x: x > -1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "between 0 and 1": lambda x: 0 <= x <= 1,
 }
@@ -202,7 +208,7 @@ def check(config, constraints, bounds, given=None):
     fields that were asked for on the command line, which the config must have.
     """
     for name, value in (given or {}).items():
-        if name in NAMES or value is None or getattr(config, name) == value:
+        if name in NAMES or getattr(config, name) == value:
             continue
         names = " and ".join(f"{key} {given[key]}" for key in NAMES if key in given)
         raise UserError(f"{names} has {name} {getattr(config, name)}, but {value} is asked for")

@@ -140,14 +140,14 @@ def sample_visited(visited, is_clean, update):
     return np.stack(samples)
 
 
-def normal_draws(numbers, size, num_steps=50):
+def normal_draws(numbers, size):
     """Yield the standard normal draws (E, size) of each step.
 
-    Those of an episode depend on its row of `numbers` alone. They are drawn for so many steps at
-    once, which is quicker and gives the same.
+    Those of an episode depend on its row of `numbers` alone. They are drawn for 50 steps at once,
+    which is quicker and gives the same.
     """
     rngs = [np.random.default_rng(row) for row in numbers]
-    draws = np.empty((len(rngs), num_steps, size), np.float32)
+    draws = np.empty((len(rngs), 50, size), np.float32)
     while True:
         for rng, own in zip(rngs, draws):
             rng.standard_normal(dtype=np.float32, out=own)

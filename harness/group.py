@@ -19,11 +19,12 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 
+from harness.config import configure_jax
 from harness.datasets import load_dataset
 from harness.devices import forget_copies
 from harness.directory import run_directory, status
@@ -189,6 +190,7 @@ def main():
         return run_directory(script.__name__, config, script.tuned)
 
     given = [read_config(script, words) for words in json.load(sys.stdin)]
+    configure_jax(any(config.deterministic for config in given))
     failed_before = [one for one in given if status(directory_of(one)).state == "failed"]
     configs = [one for one in given if status(directory_of(one)).state != "finished"]
     try:

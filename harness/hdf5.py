@@ -98,14 +98,14 @@ def check_layout(path, file, keys):
     raise UserError(f"{path} has no {missing[0]!r} (it has {found}); {layout}")
 
 
-def array_names(group, most=8):
-    """Return the names of the first arrays in a group, and in the groups in it."""
+def array_names(group):
+    """Return the names of the first eight arrays in a group, and in the groups in it."""
     names = []
 
     def add(name, item):
         if isinstance(item, h5py.Dataset):
             names.append(name)
-        return True if len(names) == most else None  # True ends it
+        return True if len(names) == 8 else None  # True ends it
 
     group.visititems(add)
     return names

@@ -1,4 +1,4 @@
-"""Statistics of what is inside an actor, as functions of arrays, for a script's `analyse`."""
+"""Statistics of what is inside an actor, as functions of arrays: for `analyse`, and the report."""
 
 import jax
 import jax.numpy as jnp

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from harness.config import check, given_values, parse
+from harness.config import check, given_values, read_flags
 from harness.datasets import with_checksum
 from harness.errors import UserError
 
@@ -15,11 +15,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # A file that has all of these is a script. Others are never imported.
 PROVIDES = (r"^NAME = ", r"^class Config\b", r"^def tuned\(", r"^def main\(")
-
-
-def script_names():
-    """Return the names of the top level's files that define an algorithm, ReBRAC first."""
-    return names_in(ROOT)
 
 
 @functools.cache  # a sweep asks for each of its runs
@@ -51,7 +46,7 @@ def load_script(name):
 
 def scripts():
     """Return the algorithms' modules by the names of their files, {"rebrac": <module>, ...}."""
-    return {name: load_script(name) for name in script_names()}
+    return {name: load_script(name) for name in names_in(ROOT)}
 
 
 def read_config(script, words, with_checksum=with_checksum):
@@ -59,7 +54,7 @@ def read_config(script, words, with_checksum=with_checksum):
 
     `with_checksum` adds its dataset's checksum. A plan has one that downloads nothing.
     """
-    config = script.tuned(parse(script.Config, words))
+    config = script.tuned(read_flags(script.Config, words))
     if config.evaluate or config.video:
         raise UserError("a sweep only trains; give --evaluate and --video to a script")
     check(config, script.constraints, script.BOUNDS, given_values(script.Config, words))

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import yaml
@@ -37,7 +37,7 @@ EXPERIMENTS = {
     ),
     "lr_decay": ("DO and DO+LN with decay of the actor's learning rate", "ReBRAC's linear alone"),
     "tuning": ("the combination that is tuned for each dataset", "yes, but see below"),
-    "as_run": ("the published configurations to the last value, on all data", "yes"),
+    "as_run": ("the published configurations, on all data", "yes"),
     "data_scaling": ("less data", "ReBRAC's baseline alone"),
     "final": ("the baseline, and best regularisers, with all else equal, on all data", "no"),
     "batch": ("batch size and rates of as_run, with and without its regularisers", "no"),
@@ -333,7 +333,7 @@ def write_sweeps(directory, algorithm, script, seeds_in_a_run):
             seeds = [*range(NUM_SEEDS.get(name, 5))]
             write(f"{key}/{name}", about, {**grid, "seed": seeds, "dataset_name": datasets})
     grid = {**study(algorithm, script), "seed": [0, 1, 2, 3, 4], "dataset_name": STUDY_DATASETS}
-    write("study", ": the study in data/README.md", grid)
+    write("study", " in the settings of the study in data/README.md", grid)
     for name, grid in second_study(algorithm, script).items():
         write(f"second_study/{name}", f", second study: {SECOND_PARTS[name]}", grid)
 

@@ -403,7 +403,7 @@ def test_plasticity_is_100_steps_of_adam_on_the_held_out_batch():
     opt = reference.init_adam(params)
     for _ in range(100):
         difference = reference.policy(params, batch.observations) - batch.actions
-        grad = 2 * difference / len(difference)
+        grad = 2 * difference / difference.size
         grads = reference.policy_back(params, batch.observations, grad)
         opt, params = reference.adam(opt, params, grads, config.actor_learning_rate)
     assert_close(actor["params"], params, rtol=1e-6, atol=1e-9)
@@ -425,7 +425,7 @@ def test_plasticitys_steps_move_the_actor_at_a_runs_end_too(script):
 
 
 @both_scripts
-def test_plasticity_is_the_share_of_the_loss_that_is_left_on_the_probe(script):
+def test_plasticity_is_the_share_of_the_error_that_is_left_on_the_probe(script):
     data = split_data()
     config, info, states = analysed(script)
     with jax.enable_x64(False):
@@ -433,16 +433,16 @@ def test_plasticity_is_the_share_of_the_loss_that_is_left_on_the_probe(script):
         index = make_samples(data)["validation"][: script.NUM_PROBED]
         batch = script.transitions(data, index)
         cloned = script.clone_further(config, data, state, batch)
-    losses = []
+    left = []
     for actor in (cloned, state.actor):
         errors = np.asarray(script.act(config, actor, data, batch.observations)) - batch.actions
-        losses.append((errors**2).sum(1).mean())
-    np.testing.assert_allclose(info["plasticity/loss_left"][0], losses[0] / losses[1], rtol=1e-4)
+        left.append((errors**2).mean())
+    np.testing.assert_allclose(info["plasticity/loss_left"][0], left[0] / left[1], rtol=1e-4)
 
 
 @both_scripts
 def test_plasticity_does_not_depend_on_the_losss_unit_or_the_past(script, monkeypatch):
-    """Adam's first moments, the gradient's noise and the loss's scale change none of its steps."""
+    """None of these changes its steps: Adam's first moments, noise and decay, the loss's scale."""
     config = replace(small_config(script), actor_grad_noise=0.0)
     data = split_data()
     states = init_states(script, config, data)
@@ -457,10 +457,11 @@ def test_plasticity_does_not_depend_on_the_losss_unit_or_the_past(script, monkey
     fresh = script.actor_optimizer(config).init(state.actor["params"])
     assert same_bits(cloned(config, state._replace(actor_opt=fresh)), usual)
     assert same_bits(cloned(replace(config, actor_grad_noise=0.3), state), usual)
-    loss = script.cloning_loss
-    left = loss(config, data, {**state.actor, "params": usual}, batch)
-    monkeypatch.setattr(script, "cloning_loss", lambda *args: 100 * loss(*args))
-    scaled = loss(config, data, {**state.actor, "params": cloned(config, state)}, batch)
+    assert same_bits(cloned(replace(config, actor_wd=0.3), state), usual)
+    error = script.action_error
+    left = error(config, data, {**state.actor, "params": usual}, batch)
+    monkeypatch.setattr(script, "action_error", lambda *args: 100 * error(*args))
+    scaled = error(config, data, {**state.actor, "params": cloned(config, state)}, batch)
     np.testing.assert_allclose(scaled, left, rtol=1e-3)
 
 

@@ -30,7 +30,6 @@ from harness.config import check
 
 SMALL = small_config(bcq)
 BATCH = small_batch()
-NETS = bcq.networks(SMALL, BATCH.actions)
 update = jax.jit(bcq.update, static_argnums=0)
 
 each_choice = pytest.mark.parametrize("regularise", ["decoder", "perturbation", "both"])
@@ -156,7 +155,7 @@ def test_schedules_end_at_the_last_update_though_q_learning_starts_later():
 
 
 def draw_latents(size, number, config=SMALL):
-    return bcq.sample_latents(config, jax.random.key(1), size, number, 2 * ACTION_DIM)
+    return bcq.sample_latents(config, jax.random.key(1), (size, number, 2 * ACTION_DIM))
 
 
 def test_latents_are_gaussian_and_clipped():
@@ -171,7 +170,9 @@ def test_latents_are_gaussian_and_clipped():
 def test_candidates_stay_within_phi_of_the_decoders_actions_and_in_bounds(spread):
     state = small_state(bcq, SMALL, spread=spread)
     latents = draw_latents(32, 5)
-    rows, actions = bcq.candidates(NETS, state.actor, state.actor, BATCH.observations, latents)
+    rows, actions = bcq.candidates(
+        SMALL, ACTION_DIM, state.actor, state.actor, BATCH.observations, latents
+    )
     np.testing.assert_array_equal(rows, np.repeat(BATCH.observations, 5, 0))
     flat = latents.reshape(len(rows), -1)
     decoder = network_of(SMALL, state.actor, "decoder")
@@ -205,9 +206,8 @@ def test_a_decoder_that_has_learnt_gives_the_datas_actions_back():
     actor = of_seed(states, 0).actor
     latents = draw_latents(511, 3)
     plain = replace(config, phi=0.0)
-    nets = bcq.networks(plain, data["actions"])
     rows = data["observations"][:511]
-    _, actions = bcq.candidates(nets, actor, actor, rows, latents)
+    _, actions = bcq.candidates(plain, ACTION_DIM, actor, actor, rows, latents)
     errors = np.asarray(actions).reshape(511, 3, -1) - data["actions"][:511, None]
     assert (errors**2).mean() < 0.01
     assert data["actions"].var() > 0.2
@@ -446,7 +446,7 @@ def test_the_analysis_looks_inside_the_chosen_network(regularise):
     state = small_state(bcq, config)
     params = reference.bcq_state(state, decoder_number(config))
     observations = np.asarray(BATCH.observations)
-    _, seen = NETS.actor.clone(config=config).apply(
+    _, seen = bcq.Actor(config, ACTION_DIM).apply(
         state.actor, observations, train=False, mutable="intermediates"
     )
     zeros = np.zeros((len(observations), 2 * ACTION_DIM))
@@ -524,8 +524,11 @@ def test_parameters_start_uniform_and_targets_as_their_networks():
         (dict(hidden_dim=32), (32, 32, 32)),
         (dict(hidden_dim=32, vae_hidden_dim=8), (32, 32, 8)),
         (dict(last_hidden_dim=8), (400, 8, 750)),
-        (dict(regularisers="GN"), (384, 288, 736)),
-        (dict(critic_gn=True), (384, 288, 736)),
+        (dict(critic_gn=True), (384, 288, 750)),
+        (dict(regularisers="GN"), (384, 288, 750)),
+        (dict(regularisers="GN", regularise="decoder"), (400, 300, 736)),
+        (dict(regularisers="GN", regularise="both"), (384, 288, 736)),
+        (dict(regularisers="GN", regularise="decoder", critic_gn=True), (384, 288, 736)),
     ],
 )
 def test_networks_have_the_originals_widths_unless_asked(flags, widths):
@@ -534,9 +537,10 @@ def test_networks_have_the_originals_widths_unless_asked(flags, widths):
     batch = small_batch(1)
     state = jax.eval_shape(lambda: bcq.init_state(config, batch, 0))
     assert hidden_widths(state.encoder["params"]["Hidden_0"]) == [vae, vae]
-    assert hidden_widths(network_of(config, state.actor, "decoder")["Hidden_1"]) == [vae, vae]
-    perturbation = network_of(config, state.actor, "perturbation")
-    assert hidden_widths(perturbation["Hidden_0"]) == [first, last]
+    for network, widths in (("decoder", [vae, vae]), ("perturbation", [first, last])):
+        params = network_of(config, state.actor, network)
+        hidden, _ = bcq.layer_names(config, network)
+        assert hidden_widths(params[hidden]) == widths
     for k in range(2):
         assert hidden_widths(state.critic["params"][f"Hidden_{k}"]) == [first, last]
     latents = state.encoder["params"]["Dense_0"]["kernel"].shape[1]
@@ -578,7 +582,11 @@ def test_every_dataset_has_the_originals_values():
     [
         (dict(regularise="encoder"), "regularise must be decoder, perturbation or both"),
         (dict(rl_start=1_000_000), "rl_start must be below num_updates"),
-        (dict(actor_gn=True, hidden_dim=64, vae_hidden_dim=48), "need a hidden_dim of 64, 96, ..."),
+        (dict(actor_gn=True, last_hidden_dim=48), "with GroupNorm need widths of 64, 96, ..."),
+        (
+            dict(actor_gn=True, regularise="decoder", vae_hidden_dim=48),
+            "with GroupNorm need widths of 64, 96, ...",
+        ),
         (dict(min_weight=1.5), "min_weight must be between 0 and 1"),
     ],
 )

@@ -95,6 +95,7 @@ BAD_REBRAC = {
     "--policy_freq 0": "policy_freq must be 1 or more",
     "--policy_freq 3": "log_every must be a multiple of policy_freq",
     "--n_classes 1": "n_classes must be 2 or more",
+    "--v_expand=-1": "v_expand must be above -1",
     "--v_min 3 --v_max 2": "v_min must be below v_max",
     "--sigma_frac 0.0": "sigma_frac must be above 0",
 }
@@ -455,7 +456,7 @@ def test_every_dataset_gets_a_valid_config(script):
 
 
 UNBOUNDED = {
-    "rebrac": {"v_min", "v_max", "v_expand"},
+    "rebrac": {"v_min", "v_max"},
     "iql": {"reward_shift", "log_std_min", "log_std_max"},
     "bcq": {"log_std_min", "log_std_max"},
     "cql": {"reward_shift", "log_std_min", "log_std_max"},

@@ -305,12 +305,11 @@ def test_a_run_in_the_c_locale_with_other_letters_in_its_paths(tmp_path, quick):
 SCRIPT = "NAME = 'Own'\nclass Config: pass\ndef tuned(config): pass\ndef main(): pass\n"
 
 
-def test_a_file_that_only_has_a_name_is_not_executed(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness.scripts, "ROOT", str(tmp_path))
+def test_a_file_that_only_has_a_name_is_not_executed(tmp_path):
     (tmp_path / "notes.py").write_text("NAME = 'any'\nraise SystemExit('executed')\n")
     (tmp_path / "latin.py").write_bytes(b"# \xfc\n")
     (tmp_path / "own_script.py").write_text(SCRIPT)
-    assert harness.scripts.script_names() == ["own_script"]
+    assert harness.scripts.names_in(str(tmp_path)) == ["own_script"]
 
 
 def test_a_script_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

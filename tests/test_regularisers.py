@@ -399,9 +399,9 @@ def test_each_noise_of_the_actors_loss_has_its_own_place():
         return rebrac.actor_loss(state.actor["params"], config, state, BATCH, KEYS)[0]
 
     def loss_by_hand(seen, cloned):
-        actor, critics = rebrac.networks(SMALL, BATCH.actions)
+        actor = rebrac.Actor(SMALL, BATCH.actions.shape[-1])
         actions = rebrac.forward(actor, state.actor, seen)
-        outputs = rebrac.forward(critics, state.critic, BATCH.observations, actions)
+        outputs = rebrac.forward(rebrac.Critics(SMALL), state.critic, BATCH.observations, actions)
         values = rebrac.critic_values(SMALL, outputs).min(0)
         bc = ((actions - cloned) ** 2).sum(-1).mean()
         return 0.5 * bc - values.mean() / jnp.abs(values).mean()

@@ -597,6 +597,7 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
     [
         ("FILE --evaluate RUN", "a sweep only trains; give --evaluate and --video to a script"),
         ("FILE --video a.mp4", "a sweep only trains; give --evaluate and --video to a script"),
+        ("--plan FILE --process 2", "there is no flag --process"),
         ("--seed 1 FILE", "name the files first, then --seed and other flags of the scripts"),
         ("--processes 2 --seed 1 FILE", "name the files first, then --seed and other flags"),
         ("FILE --process 2", "there is no flag --process"),
@@ -633,7 +634,7 @@ def test_processes_share_the_cores_and_the_gpus(write_sweep, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    program = sweep.Program(sweep_jobs.read_jobs([write_sweep()], []))
+    program = sweep.Program(sweep_jobs.read_jobs([write_sweep()], []), as_many_as_fit=False)
     for slot in range(3):
         program.start(slot, 3)
     assert gpus == ["3", "5", "3"]

@@ -1,6 +1,6 @@
 """Times this project on the machine it runs on.
 
-    python -m tools.benchmark  # everything; more than an hour on two cores
+    python -m tools.benchmark  # all but `gpu`; more than an hour on two cores
     python -m tools.benchmark --parts '[regularisers]' --scripts '[iql]' --rounds 3
     python -m tools.benchmark --parts '[gpu]' --rounds 3  # 8 minutes on a GPU
 
@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import List, Optional
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import h5py
@@ -368,8 +368,8 @@ def check_config(config):
             raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
     if config.rounds < 1 or config.updates < 2 or config.updates % 2:
         raise UserError("rounds must be 1 or more, and updates 2, 4, ...")
-    if min(config.eval_episodes, default=0) < 1 or config.run_updates < 100:
-        raise UserError("eval_episodes must be 1 or more, and run_updates 100 or more")
+    if min(config.eval_episodes, default=0) < 1 or config.run_updates % 200:
+        raise UserError("eval_episodes must be 1 or more, and run_updates 200, 400, ...")
     if not config.transitions or min(config.transitions) < 1000:
         raise UserError("transitions must be numbers of 1000 or more")
     for name in config.scripts:

@@ -3,7 +3,7 @@
     python -m tools.benchmark --parts '[gpu]' --rounds 3
     python -m tools.benchmark --parts '[gpu]' --members '[1, 2]' --run_updates 1000  # on a CPU
 
-It prints what it measures and writes it to data/gpu.md, which README's block of GPU speeds reads.
+It prints what it measures and writes it to data/gpu.md, which tools/README.md shows.
 """
 
 import contextlib

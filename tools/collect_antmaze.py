@@ -23,7 +23,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import List
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import h5py

@@ -13,13 +13,13 @@ import sys
 import time
 from dataclasses import replace
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import numpy as np
 
-from harness.config import decode
+from harness.config import configure_jax, decode
 from harness.errors import one_line_errors
 from harness.evaluation import evaluation_episodes
 from harness.lockstep import Envs, available_cores
@@ -183,6 +183,7 @@ def steps_per_second(kind):
 
 def main():
     take_share(int(sys.argv[1]))
+    configure_jax(deterministic=False)
     check_device()
     print(json.dumps(measurements(json.load(sys.stdin))))
 

@@ -1,19 +1,17 @@
 """Writes the tables in the READMEs from the data, between markers.
 
-    python -m tools.readme           # write what has changed
-    python -m tools.readme --check   # only say what would change
+    python -m tools.readme
 
 A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is a key of BLOCKS.
 """
 
-import argparse
 import functools
 import os
 import re
 import runpy
 import signal
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import h5py
@@ -96,11 +94,16 @@ def titles():
     return [script.NAME for script in SCRIPTS.values()]
 
 
+@functools.cache
+def about_experiments():
+    """Return what varies in each experiment, and whether the paper has it."""
+    return runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
+
+
 def experiments(algorithm):
     """Return each experiment's runs of an algorithm by domain, as the files' first lines say."""
-    names = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     found = {}
-    for name in names:
+    for name in about_experiments():
         found[name] = dict.fromkeys(DOMAINS, 0)
         for key in DOMAINS:
             path = path_of("sweeps", algorithm, key, f"{name}.yaml")
@@ -113,13 +116,12 @@ def experiments(algorithm):
 
 def sweep_files():
     """The experiments: what varies, whether the paper has it, runs by domain, and updates."""
-    about = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     rows = []
     counted = {**experiments("rebrac"), "networks": experiments("bcq")["networks"]}
     for name, runs in counted.items():
         counts = [f"{number:,}" for number in runs.values()]
         updates = f"{sum(runs.values()) / 1000:.2f}"
-        rows.append([f"`{name}.yaml`", *about[name], *counts, updates])
+        rows.append([f"`{name}.yaml`", *about_experiments()[name], *counts, updates])
     total = f"{number_of_runs() / 1000:.2f}"
     rows.append(["all of ReBRAC's", "", "", "", "", "", total])
     return markdown(["file", "what varies", "in the paper", *DOMAINS, "10⁹ updates"], rows)
@@ -127,10 +129,9 @@ def sweep_files():
 
 def number_of_runs(of_paper=False):
     """Return the runs of ReBRAC's files, or of those whose experiments the paper has."""
-    about = runpy.run_path(path_of("sweeps", "generate.py"))["EXPERIMENTS"]
     number = 0
     for name, runs in experiments("rebrac").items():
-        if about[name][1].startswith("yes") or not of_paper:
+        if about_experiments()[name][1].startswith("yes") or not of_paper:
             number += sum(runs.values())
     return number
 
@@ -579,9 +580,6 @@ def renew(text):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true", help="only say what would change")
-    check = parser.parse_args().check
     changed = []
     for path in readmes():
         with open(path, encoding="utf-8") as file:
@@ -589,12 +587,9 @@ def main():
         new = renew(old)
         if new != old:
             changed.append(os.path.relpath(path, ROOT))
-            if not check:
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(new)
-    if check and changed:
-        raise UserError(f"python -m tools.readme would change {', '.join(changed)}")
-    print(f"{'would change' if check else 'changed'}: {', '.join(changed) or 'nothing'}")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(new)
+    print(f"changed: {', '.join(changed) or 'nothing'}")
 
 
 if __name__ == "__main__":

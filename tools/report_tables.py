@@ -84,7 +84,7 @@ def escape(text):
     text = text.replace("\\", r"\textbackslash ")
     text = re.sub(r"([%&_#${}])", r"\\\1", text)
     text = text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
-    text = text.replace("±", r"$\pm$").replace("–", "--").replace("<", "$<$")
+    text = text.replace("±", r"$\pm$").replace("–", "--").replace("<", "$<$").replace("−", "$-$")
     return re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", text)
 
 

@@ -16,7 +16,7 @@ import os
 import numpy as np
 import pandas as pd
 
-from harness.config import parse
+from harness.config import read_flags
 from harness.directory import default_config, saved_fields
 from harness.errors import UserError, one_line
 from harness.scripts import scripts
@@ -129,7 +129,7 @@ def parse_row(row):
             words += [f"--{name}", text]
         else:
             evaluation[name] = float(text)
-    config = {**saved_fields(vars(script.tuned(parse(script.Config, words)))), **unknown}
+    config = {**saved_fields(vars(script.tuned(read_flags(script.Config, words)))), **unknown}
     evaluation["seed"] = config["seed"]
     evaluation["update"] = config["num_updates"]
     evaluations = []

@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 
-if __name__ == "__main__":  # the imports take seconds, in which Ctrl-C shows no traceback
+if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # So that `python path/to/tools/sweep.py` finds the other tools
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -53,7 +53,7 @@ LOCK_SECONDS = 10  # a process that has taken no more lock for so long leaves th
 class Program:
     """A process that trains a job, or several together."""
 
-    def __init__(self, jobs, as_many_as_fit=False):
+    def __init__(self, jobs, as_many_as_fit):
         self.jobs = jobs
         self.as_many_as_fit = as_many_as_fit
         self.signals_sent = 0
@@ -414,7 +414,7 @@ def main():
     given, flags = parser.parse_known_args()
     words = ["", *sys.argv[1:]]
     before = words[words.index(given.files[0]) - 1]
-    if re.fullmatch(r"--\w+", before):  # then what was taken for a file is this flag's value
+    if re.fullmatch(r"--(?!plan)\w+", before):  # what was taken for a file is this flag's value
         raise UserError(f"name the files first, then {before} and other flags of the scripts")
     for name in ("processes", "together"):
         number = getattr(given, name)
@@ -435,7 +435,7 @@ def main():
         print(f"failed: {job.directory}")
     for job in pool.busy:
         print(f"another process is training: {job.directory}")
-    if pool.busy and not pool.signals:
+    if pool.busy and not pool.signals and not pool.waits:
         print("no waiting for them, which would hold a GPU: SLURM queues a job again that died")
     if pool.signals:
         print("stopped; the same command resumes")
