@@ -80,14 +80,10 @@ class Config:
     gamma: Optional[float] = None  # discount factor; default: 0.99 (AntMaze 0.999)
     tau: float = 0.005  # step size of the targets' Polyak average
     batch_size: Optional[int] = None  # transitions; default: 1024; Adroit, AntMaze (mse) 256
-    actor_learning_rate: Optional[float] = (
-        None  # of Adam; default: 1e-3; Adroit, AntMaze (mse) 3e-4
-    )
+    actor_learning_rate: Optional[float] = None  # default: 1e-3; Adroit, AntMaze (mse) 3e-4
     critic_learning_rate: Optional[float] = None  # default: 1e-3; Adroit 3e-4; AntMaze (mse) 5e-5
     actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss; tuned
-    critic_bc_coef: Optional[float] = (
-        None  # weight of ||a' - a'_data||^2 in targets; hl_gauss: 0.001
-    )
+    critic_bc_coef: Optional[float] = None  # of ||a' - a'_data||^2 in targets; hl_gauss: 0.001
     actor_q_coef: float = 1.0  # weight of Q / mean |Q| in the actor's loss; 0: cloning only
     policy_freq: int = 2  # critic updates for each update of the actor and the targets
     target_noise: float = 0.2  # standard deviation of the noise on the target actor's actions
