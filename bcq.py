@@ -15,7 +15,8 @@ and the other improves. `regularise` says on which of them the actor's regularis
 analysis looks inside that network, and if they act on both inside the perturbation network.
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
-features, I inputs. A prime marks what belongs to the next step, or to a target network.
+features, I inputs, L numbers in a latent, n candidates. A prime marks what belongs to the next
+step, or to a target network.
 
 Two CPU cores make about 35 updates a second at batch 100 (Hopper's sizes).
 """
@@ -77,7 +78,7 @@ class Config:
     normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws held-out episodes; default: the last, no draw
+    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
     # Algorithm
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step size of the targets' Polyak average
@@ -94,7 +95,7 @@ class Config:
     n_eval_candidates: int = 100  # sampled actions for each state in evaluation
     rl_start: int = 0  # first updates, in which the VAE alone is trained
     # Networks
-    hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400, with GroupNorm 384
+    hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400, for GroupNorm 384
     last_hidden_dim: Optional[int] = None  # in the last one; default: 300 (288), or as hidden_dim
     vae_hidden_dim: Optional[int] = None  # in the VAE's; default: 750 (736), or as hidden_dim
     actor_layers: int = 2  # hidden layers of the encoder, the decoder, the perturbation network
@@ -112,11 +113,11 @@ class Config:
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
     actor_rms: bool = False  # RMS: RMSNorm; beyond the paper
-    actor_input_noise: float = 0.0  # InN: std of noise on the actor's normalised states
+    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
     actor_bc_noise: float = 0.0  # BCN: std of noise on the actions cloned, or judged by Q
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
-    actor_lr_decay: str = "none"  # of its rate: none, cosine, linear, exponential (`decayed`)
+    actor_lr_decay: str = "none"  # none, cosine (to 0), linear (to 1/10), exponential (to 0.99)
     # Regularisers of the critics
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -372,7 +373,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics: when others are trained."""
+    """Return the output without dropout, with running statistics: for targets, evaluation, ..."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -1139,7 +1140,7 @@ def group_norms(config):
 def tuned(config):
     """Fill in what the user left open with the original's values.
 
-    Where GroupNorm acts, a width is the nearest that its 32 groups divide.
+    Where GroupNorm acts, a width is the nearest below that its 32 groups divide.
     """
     config = with_regularisers(config, CHOSEN)
     in_vae, in_others = group_norms(config)

@@ -10,7 +10,8 @@ which is CQL(H) on Soft Actor-Critic (SAC, arXiv 1812.05905).
     python cql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
-features, I inputs. A prime marks what belongs to the next step, or to a target network.
+features, I inputs, n samples. A prime marks what belongs to the next step, or to a target network,
+but alpha' is Lagrange's.
 
 Two CPU cores make about 14 updates a second (Hopper's sizes).
 """
@@ -73,7 +74,7 @@ class Config:
     normalize_states: Optional[bool] = None  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws held-out episodes; default: the last, no draw
+    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
     # Algorithm
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step size of the targets' Polyak average
@@ -84,8 +85,8 @@ class Config:
     reward_shift: Optional[float] = None  # then this is added; default: 0 (AntMaze -5)
     cql_weight: Optional[float] = None  # weight of the gap; default: 10 (AntMaze 5, Adroit 1)
     n_actions: int = 10  # actions from each of three sources, by which the gap is estimated
-    lagrange_gap: Optional[float] = None  # the gap's target; 0: cql_weight is fixed; AntMaze 0.8
-    gap_clip: Optional[float] = None  # the gap is at least minus this; 0: no bound; AntMaze 200
+    lagrange_gap: Optional[float] = None  # target of the gap; default: 0, no target (AntMaze 0.8)
+    gap_clip: Optional[float] = None  # gap >= -gap_clip; default: 0, no bound (AntMaze 200)
     max_backup: Optional[bool] = None  # targets take the best of n_actions; default: on AntMaze
     bc_steps: int = 0  # first updates in which the actor clones the data in place of raising Q
     log_std_min: float = -20.0  # lower bound of the log standard deviation
@@ -106,11 +107,11 @@ class Config:
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
     actor_rms: bool = False  # RMS: RMSNorm; beyond the paper
-    actor_input_noise: float = 0.0  # InN: std of noise on the actor's normalised states
+    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
     actor_bc_noise: float = 0.0  # BCN: std of noise on the actions that Q judges
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
-    actor_lr_decay: str = "none"  # of its rate: none, cosine, linear, exponential (`decayed`)
+    actor_lr_decay: str = "none"  # none, cosine (to 0), linear (to 1/10), exponential (to 0.99)
     # Regularisers of the critics
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -360,7 +361,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics: when others are trained."""
+    """Return the output without dropout, with running statistics: for targets, evaluation, ..."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -606,10 +607,10 @@ def conservative_gap(config, values, log_densities, data_values):
 def critic_loss(params, config, state, batch, target, samples, key):
     """Return (Q(s, a) - target)^2 + cql_weight gap, a mean over the batch (CQL, equation 4).
 
-    As in CORL, the squared error lacks equation 4's factor 1/2. In the Lagrange form
-    the weight is also multiplied by alpha' (CQL, appendix F). The loss is summed over both critics;
-    the logged one is their mean. The data's actions and the samples go through the critics as one
-    batch. Also returns the critics' variables and scalars to log.
+    As in CORL, the squared error lacks equation 4's factor 1/2. In the Lagrange form the weight is
+    also multiplied by alpha' (CQL, appendix F). The loss is summed over both critics; the logged
+    one is their mean. The data's actions and the samples go through the critics as one batch. Also
+    returns the critics' variables and scalars to log.
     """
     critic = {**state.critic, "params": params}
     sampled = samples.actions.reshape(-1, *batch.actions.shape)

@@ -73,7 +73,7 @@ class Config:
     normalize_states: bool = True  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws held-out episodes; default: the last, no draw
+    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
     # Algorithm
     preset: str = "none"  # a named configuration (PRESETS); as-run: the paper's published one
     gamma: float = 0.99  # discount factor
@@ -104,11 +104,11 @@ class Config:
     actor_bn: bool = False  # BN: BatchNorm
     actor_sn: bool = False  # SN: SpectralNorm of the last hidden Dense
     actor_rms: bool = False  # RMS: RMSNorm; beyond the paper
-    actor_input_noise: float = 0.0  # InN: std of noise on the actor's normalised states
+    actor_input_noise: float = 0.0  # InN: std of noise on the states in the actor's loss
     actor_bc_noise: float = 0.0  # BCN: std of noise on temperature x advantage
     actor_grad_noise: float = 0.0  # GrN: noise on the gradient; its std decays by (1 + t)^-0.55
     actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
-    actor_lr_decay: str = "cosine"  # of its rate: none, cosine, linear, exponential (`decayed`)
+    actor_lr_decay: str = "cosine"  # none, cosine (to 0), linear (to 1/10), exponential (to 0.99)
     # Regularisers of Q and V, which the paper leaves alone
     critic_dropout: float = 0.0  # dropout rate in the critics' loss
     critic_wd: float = 0.0  # decoupled weight decay of the critics
@@ -358,7 +358,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics: when others are trained."""
+    """Return the output without dropout, with running statistics: for targets, evaluation, ..."""
     return network.apply(variables, *inputs, train=False)
 
 

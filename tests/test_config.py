@@ -524,7 +524,7 @@ def test_another_dataset_takes_its_domains_lower_medians(name, script, file, fie
 @both_scripts
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_line_says_that_the_defaults_are_the_domains(main, capsys, script, name):
-    """BCQ has none of its own for any dataset."""
+    """CQL and BCQ have none of their own for any dataset."""
     configs = []
     main(script, f"--dataset_name {name}", lambda config, run: configs.append(config))
     line = f"{name} has no tuned values: taking the median of its domain's"
@@ -534,4 +534,4 @@ def test_a_line_says_that_the_defaults_are_the_domains(main, capsys, script, nam
 
 def test_a_dataset_of_the_paper_needs_no_such_line(main, capsys):
     main(rebrac, "--dataset_name hopper-medium-v2")
-    assert "not in the paper" not in capsys.readouterr().out
+    assert "has no tuned values" not in capsys.readouterr().out
