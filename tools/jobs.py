@@ -25,7 +25,7 @@ with warnings.catch_warnings():  # of pydantic, which it uses by old names
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # of a sweep that has none
 
 
-def programs():
+def scripts_by_file():
     """Return the scripts by the names of their files."""
     return {f"{name}.py": script for name, script in scripts().items()}
 
@@ -51,8 +51,9 @@ def check_sweep(config):
     if method != "grid":
         raise UserError(f"its method is {method}, which has no end; only grid runs here")
     program = config.get("program")
-    if program not in programs():
-        raise UserError(f"its program, {program}, is no script here: {', '.join(programs())}")
+    known = ", ".join(scripts_by_file())
+    if program not in scripts_by_file():
+        raise UserError(f"its program, {program}, is no script here: {known}")
     words = command_words(config)
     for word in words:
         if "${" in word and word not in COMMAND:
@@ -85,7 +86,7 @@ def command_line(config, parameters):
     """
     values = {key: parameter["value"] for key, parameter in parameters.items()}
     nulls = {key: value for key, value in values.items() if value is None}
-    decode(programs()[config["program"]].Config, nulls)  # an error if a field can't be None
+    decode(scripts_by_file()[config["program"]].Config, nulls)  # an error if a field can't be None
     macros = {
         "${env}": ["/usr/bin/env"],
         "${interpreter}": [sys.executable],
@@ -105,7 +106,7 @@ class Job:
     """A run of a sweep: its command line, its config and its directory."""
 
     def __init__(self, command, with_checksum=with_checksum):
-        known = programs()
+        known = scripts_by_file()
         program = next(word for word in command if word in known)
         self.script = known[program]
         self.flags = command[command.index(program) + 1 :]

@@ -35,6 +35,7 @@ from harness.memory import (
 from harness.policies import host_policy
 from harness.scripts import load_script
 from tools.timing import (
+    RANGE,
     first_states,
     machine,
     matrix_products,
@@ -45,7 +46,6 @@ from tools.timing import (
 )
 
 SECONDS = 4  # of measuring a rate
-VALUES = dict(v_min=-10.0, v_max=10.0)  # in place of what a script takes from the dataset
 
 
 def take_share(processes):
@@ -98,7 +98,7 @@ class Kind:
         self.size, *self.dims = shapes
         runs = [self.script.Config(**decode(self.script.Config, fields)) for fields in configs]
         config = replace(stack_configs(runs), seed=0)
-        for name, value in VALUES.items():
+        for name, value in RANGE.items():
             if getattr(config, name, 0) is None:
                 config = replace(config, **{name: value})
         self.config = config  # of all members

@@ -14,7 +14,7 @@ from harness.members import init_states, split_config
 from harness.scripts import scripts
 
 DATASET = "hopper-medium-v2"  # whose shapes and hyperparameters are taken
-RANGES = {"rebrac": dict(v_min=-10.0, v_max=10.0)}  # flags that a script takes from the dataset
+RANGE = dict(v_min=-10.0, v_max=10.0)  # in place of what a script takes from the dataset
 
 
 # --- Timing and tables ---
@@ -73,7 +73,8 @@ def make_config(config, name, **flags):
     """Return a config of the script `name`, whose epoch is one timing."""
     script = scripts()[name]
     fields = dict(dataset_name=DATASET, batch_size=256, log_every=config.updates)
-    return script.tuned(script.Config(**{**fields, **RANGES.get(name, {}), **flags}))
+    fields |= {name: value for name, value in RANGE.items() if hasattr(script.Config, name)}
+    return script.tuned(script.Config(**{**fields, **flags}))
 
 
 def random_data(size=100_000, state_dim=11, action_dim=3):
