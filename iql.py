@@ -358,7 +358,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics: for targets, evaluation, ..."""
+    """Return the output without dropout, with running statistics, as in targets."""
     return network.apply(variables, *inputs, train=False)
 
 

@@ -50,8 +50,8 @@ def test_all_algorithms_and_parts_are_timed():
         (dict(variants=["DP"]), "unknown regulariser 'DP'; "),
         (dict(rounds=0), "rounds must be 1 or more"),
         (dict(updates=3), "updates 2, 4, ..."),
-        (dict(run_updates=1050), "run_updates 200, 400, ..."),
-        (dict(run_updates=0), "run_updates 200, 400, ..."),
+        (dict(run_updates=1050), "run_updates must be 200, 400, ..."),
+        (dict(run_updates=0), "run_updates must be 200, 400, ..."),
         (dict(transitions=[]), "transitions must be numbers of 1000 or more"),
     ],
 )

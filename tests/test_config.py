@@ -13,7 +13,15 @@ from conftest import ROOT, both_scripts, paper_rows
 import cql
 import iql
 import rebrac
-from harness.config import HOLDS, check, given_values, parse, read_table, with_regularisers
+from harness.config import (
+    HOLDS,
+    check,
+    given_values,
+    parse,
+    read_flags,
+    read_table,
+    with_regularisers,
+)
 from harness.directory import run_directory, saved_fields
 from harness.errors import BusyError, UserError, one_line_errors
 from harness.values import read_value
@@ -153,6 +161,15 @@ def test_an_unknown_flag_is_an_error_with_the_nearest_names():
     message = "there is no flag --actor_droput; the nearest are --actor_dropout, "
     with pytest.raises(UserError, match=message):
         parse(rebrac.Config, ["--actor_droput", "0.1"])
+
+
+def test_reading_flags_sets_nothing_for_programs_that_are_started_later(monkeypatch):
+    """A sweep reads the configs of all its runs. One may ask for deterministic operations."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert read_flags(rebrac.Config, ["--deterministic", "true"]).deterministic
+    assert os.environ["XLA_FLAGS"] == ""
+    assert parse(rebrac.Config, ["--deterministic", "true"]).deterministic
+    assert "deterministic" in os.environ["XLA_FLAGS"]
 
 
 @both_scripts

@@ -368,8 +368,10 @@ def check_config(config):
             raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
     if config.rounds < 1 or config.updates < 2 or config.updates % 2:
         raise UserError("rounds must be 1 or more, and updates 2, 4, ...")
-    if min(config.eval_episodes, default=0) < 1 or config.run_updates not in range(200, 10**9, 200):
-        raise UserError("eval_episodes must be 1 or more, and run_updates 200, 400, ...")
+    if min(config.eval_episodes, default=0) < 1:
+        raise UserError("eval_episodes must be 1 or more")
+    if config.run_updates < 200 or config.run_updates % 200:
+        raise UserError("run_updates must be 200, 400, ...")
     if not config.transitions or min(config.transitions) < 1000:
         raise UserError("transitions must be numbers of 1000 or more")
     for name in config.scripts:

@@ -26,6 +26,7 @@ from tools.report_runs import BASELINE, by_label, read_results
 from tools.report_tables import (
     bold,
     by_seed,
+    difference_table,
     holm,
     interval_text,
     mean_and_interval,
@@ -512,30 +513,18 @@ KL_COEF = {"halfcheetah-medium-replay-v2": 0.1, "hopper-medium-v2": 0.5}  # of B
 
 
 def networks():
-    """What DO+LN changes on each of BCQ's networks, seed by seed.
-
-    In brackets 95 % intervals by Student's t. p is corrected by Holm: over the single datasets,
-    and over their means.
-    """
-    table = curves_of("bcq")
-    config = pd.DataFrame(table["config"].tolist(), table.index)
-    table["network"] = config["regularise"].where(table["label"] == "DO+LN", BASELINE)
-    is_in = table["label"].isin([BASELINE, "DO+LN"])
-    table = table[is_in & (config["kl_coef"] == table["dataset"].map(KL_COEF))]
-    scores = table.pivot(index="network", columns=["dataset", "seed"], values="score")
-    changes = (scores - scores.loc[BASELINE]).loc[["decoder", "perturbation", "both"]]
-    columns = {STUDIED[dataset]: changes[dataset] for dataset in KL_COEF}
-    columns["mean of both"] = sum(columns.values()) / len(columns)
-    p = pd.DataFrame({name: p_values(values) for name, values in columns.items()})
-    p[list(columns)[:-1]] = holm(p[list(columns)[:-1]])
-    p["mean of both"] = holm(p["mean of both"])
-    cells = {}
-    for name, values in columns.items():
-        means, halves = mean_and_interval(values)
-        texts = [interval_text(*pair, "+") for pair in zip(means, halves)]
-        cells[name] = [f"{text}, p {p_text(one)}" for text, one in zip(texts, p[name])]
-    rows = pd.DataFrame(cells, changes.index).reset_index().to_numpy()
-    return markdown(["DO+LN on", *cells], rows)
+    """What DO+LN changes on each of BCQ's networks: the report's table of differences."""
+    rows = curves_of("bcq")
+    rows = rows[rows["label"].isin([BASELINE, "DO+LN"])]
+    configs = pd.DataFrame(rows["config"].tolist(), rows.index)
+    rows = rows[configs["kl_coef"] == rows["dataset"].map(KL_COEF)]
+    network = configs["regularise"].where(rows["label"] == "DO+LN", BASELINE)
+    order = [BASELINE, "decoder", "perturbation", "both"]
+    rows = rows.assign(label=pd.Categorical(network.loc[rows.index], order), final=rows["score"])
+    columns = {STUDIED[dataset]: [dataset] for dataset in KL_COEF}
+    table = difference_table("", rows, {**columns, "mean": list(KL_COEF)})
+    header, *lines = table._replace(first="DO+LN on").lines()
+    return markdown(header, lines)
 
 
 def curves(algorithm):

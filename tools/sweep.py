@@ -414,7 +414,8 @@ def main():
     given, flags = parser.parse_known_args()
     words = ["", *sys.argv[1:]]
     before = words[words.index(given.files[0]) - 1]
-    if re.fullmatch(r"--(?!plan)\w+", before):  # what was taken for a file is this flag's value
+    is_scripts = re.fullmatch(r"--\w+", before) and before != "--plan"
+    if is_scripts:  # then what was taken for a file is this flag's value
         raise UserError(f"name the files first, then {before} and other flags of the scripts")
     for name in ("processes", "together"):
         number = getattr(given, name)
