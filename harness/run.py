@@ -135,13 +135,19 @@ class Run:
             for record in self.records:
                 record.fail(error)
         self.close(self.records, 0 if error is None else 1, preempted=is_stopped)
-        if self.is_evaluating():  # Python's own end would crash in its thread
-            if self.stopping:
-                sys.stdout.flush()
-                os._exit(128 + self.stopping)
+        # Python's own end would crash in an evaluation's thread. It would also wait for wandb's
+        # process, which may wait for that end if its W&B run was just beginning.
+        if self.stopping and (self.is_evaluating() or self.is_wandb_beginning()):
+            sys.stdout.flush()
+            os._exit(128 + self.stopping)
+        if self.is_evaluating():
             self.pending.ended.wait()
         if error is not cause:
             raise error from cause
+
+    def is_wandb_beginning(self):
+        """Return whether the start of a W&B run was cut short."""
+        return any(record.wandb and record.wandb.is_beginning for record in self.records)
 
     def explain(self, error):
         """Return an error as it is, or one that says what to do if JAX or memory has failed."""

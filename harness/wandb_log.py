@@ -86,6 +86,7 @@ class WandB:
         print(f"{line}; {self.later}" if self.mode == "offline" else line)
         self.directory = directory
         self.run = None
+        self.is_beginning = False
         self.ending = None  # once it has begun
         self.first_step = 0  # that W&B doesn't have from before
         self.step = 0
@@ -110,7 +111,9 @@ class WandB:
         if self.mode == "disabled" or self.run is not None:
             return
         with self.never_fatal():
+            self.is_beginning = True  # still so in `__exit__`, if a signal ends the process here
             self.run = self.begin()
+            self.is_beginning = False
             WandB.live.add(self)
             if self.mode == "offline":
                 self.first_step = sent_step(self.directory, self.id) + 1

@@ -615,6 +615,26 @@ def test_a_signal_while_wandb_begins_ends_the_run(
     assert " updates  score " not in output
 
 
+STUCK = """
+import os, signal, time
+from wandb.sdk.interface.interface import InterfaceBase
+from wandb.sdk.lib.service.service_process import ServiceProcess
+InterfaceBase.deliver_run = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+ServiceProcess.join = lambda _: time.sleep(1000)
+"""
+
+
+def test_a_signal_ends_the_run_although_wandbs_own_process_does_not_end(
+    spawn, quick, wandb_server, monkeypatch, tmp_path
+):
+    """It sometimes waits for its parent's end, which waits for it, if it was just beginning."""
+    log_in(monkeypatch, wandb_server)
+    run = spawn("-c", STUCK + IMPATIENT, *command_line({**quick, "results": tmp_path}))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, output
+    assert "stopped; the same command goes on" in output
+
+
 @pytest.mark.parametrize("dies", ["at once", "later"])
 def test_a_process_with_a_dead_server_exits(
     spawn, quick, wandb_server, monkeypatch, tmp_path, dies
