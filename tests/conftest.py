@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -39,6 +40,9 @@ pytest_plugins = ["runs_helpers"]
 
 OURS = {name: load_script(name) for name in ("rebrac", "iql", "cql", "bcq")}  # not a fork's own
 both_scripts = pytest.mark.parametrize("script", OURS.values(), ids=OURS)
+
+# What JAX keeps of each program makes Python's collections of garbage ever longer.
+gc.set_threshold(100_000, 50, 1000)
 
 # --- Environments and files ---
 

@@ -383,33 +383,31 @@ def check_networks(state, expected_state, bound):
         assert distance <= bound * np.linalg.norm(expected), name
 
 
-@pytest.mark.parametrize(
-    "bits, bound", [(32, 1e-5), pytest.param(64, 1e-12, marks=pytest.mark.slow)]
-)
 @both_scripts
-def test_a_member_ends_where_it_would_alone(script, bits, bound):
+def test_a_member_ends_where_it_would_alone(script):
+    """With 64 bits, so that rounding hides nothing."""
     members = mixed_members(script)
-    with jax.enable_x64(bits == 64):
-        data = widen(small_data()) if bits == 64 else small_data()
+    with jax.enable_x64(True):
+        data = widen(small_data())
 
         def train(config):
-            states = init_all(script, config, data)
-            states, infos = script.epoch(config, widen(states) if bits == 64 else states, data)
+            states = widen(init_all(script, config, data))
+            states, infos = script.epoch(config, states, data)
             return to_numpy(states), infos
 
         states, infos = train(stack_configs(members))
-        assert jax.tree.leaves(states.actor)[0].dtype == f"float{bits}"
+        assert jax.tree.leaves(states.actor)[0].dtype == "float64"
         for i, member in enumerate(members):
             alone, infos_alone = train(member)
             np.testing.assert_array_equal(states.key[i], alone.key[0])
-            check_networks(of_seed(states, i), of_seed(alone, 0), bound)
+            check_networks(of_seed(states, i), of_seed(alone, 0), 1e-12)
             for key, values in infos.items():
                 # The batches are those of the same random numbers
                 np.testing.assert_allclose(values[i][:2], infos_alone[key][0][:2], rtol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actors, critics", [("gn", "fn"), ("bn", "ln"), ("sn", "rms")])
+@pytest.mark.parametrize("actors, critics", [("gn", "fn"), ("sn", "bn")])
 def test_a_member_with_norms_ends_where_it_would_alone(actors, critics):
     """GroupNorm's small groups turn rounding into chaos unless the network is as wide as usual."""
     hidden_dim = 256 if actors == "gn" else 16

@@ -321,7 +321,7 @@ SMALL = dict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES[3::15])
+@pytest.mark.parametrize("path", FILES[3::30])
 def test_a_sampled_run_trains(path, tmp_path, monkeypatch, write_dataset):
     commands = sweep_jobs.expand(os.path.join(FOLDER, path))
     command = commands[FILES.index(path) * 7919 % len(commands)]
