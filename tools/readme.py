@@ -1,4 +1,4 @@
-"""Writes the tables in the READMEs from the data, between markers.
+"""Writes the tables in the READMEs from the data, between markers, and draws their curves.
 
     python -m tools.readme
 
@@ -22,6 +22,7 @@ from harness.datasets import DOMAINS
 from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT, load_script
+from tools.report_figures import learning_curves
 from tools.report_runs import BASELINE, by_label, read_results
 from tools.report_tables import (
     bold,
@@ -510,21 +511,40 @@ def curves_of(algorithm):
 
 
 KL_COEF = {"halfcheetah-medium-replay-v2": 0.1, "hopper-medium-v2": 0.5}  # of BCQ's second study
+ON_NETWORKS = [f"DO+LN on {network}" for network in ("decoder", "perturbation", "both")]
+
+
+def second_study_of_bcq():
+    """Return BCQ's rows with its second study's weights. A label names the network, too."""
+    rows = curves_of("bcq")
+    configs = pd.DataFrame(rows["config"].tolist(), rows.index)
+    rows = rows[configs["kl_coef"] == rows["dataset"].map(KL_COEF)]
+    network = configs["regularise"].loc[rows.index]
+    label = rows["label"].astype(str)
+    label = label.where(label != "DO+LN", label + " on " + network)
+    return rows.assign(label=pd.Categorical(label, [BASELINE, "DO", "LN", *ON_NETWORKS]))
 
 
 def networks():
     """What DO+LN changes on each of BCQ's networks: the report's table of differences."""
-    rows = curves_of("bcq")
-    rows = rows[rows["label"].isin([BASELINE, "DO+LN"])]
-    configs = pd.DataFrame(rows["config"].tolist(), rows.index)
-    rows = rows[configs["kl_coef"] == rows["dataset"].map(KL_COEF)]
-    network = configs["regularise"].where(rows["label"] == "DO+LN", BASELINE)
-    order = [BASELINE, "decoder", "perturbation", "both"]
-    rows = rows.assign(label=pd.Categorical(network.loc[rows.index], order), final=rows["score"])
+    rows = second_study_of_bcq()
+    rows = rows[rows["label"].isin([BASELINE, *ON_NETWORKS])]
+    label = rows["label"].cat.remove_unused_categories()
+    rows = rows.assign(label=label, final=rows["score"])
     columns = {STUDIED[dataset]: [dataset] for dataset in KL_COEF}
     table = difference_table("", rows, {**columns, "mean": list(KL_COEF)})
-    header, *lines = table._replace(first="DO+LN on").lines()
+    header, *lines = table._replace(first="regularisers").lines()
     return markdown(header, lines)
+
+
+def draw_curves():
+    """Draw the scores of CQL and BCQ over the updates."""
+    for algorithm, rows in dict(cql=curves_of("cql"), bcq=second_study_of_bcq()).items():
+        datasets = [dataset for dataset in STUDIED if dataset in set(rows["dataset"])]
+        labels = rows["label"].cat.remove_unused_categories().cat.categories
+        figure = learning_curves(rows, labels, datasets)
+        path = path_of("data", f"curves-{algorithm}.png")
+        figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def curves(algorithm):
@@ -614,6 +634,7 @@ def main():
             changed.append(os.path.relpath(path, ROOT))
             with open(path, "w", encoding="utf-8") as file:
                 file.write(new)
+    draw_curves()
     print(f"changed: {', '.join(changed) or 'nothing'}")
 
 
