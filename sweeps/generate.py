@@ -88,6 +88,7 @@ STUDY_OF = {
 # The README's second study: where do regularisers help?
 SECOND_PARTS = {
     "coefficients": "how its coefficients were chosen, on seeds of their own",
+    "coefficients_mse": "how they were chosen with the squared error",
     "batch": "the published batch and rates of Adroit, and the published regularisers",
     "less_data": "2 to 90 % of the episodes",
     "dropout": "strengths of dropout on 10 % of the episodes",
@@ -237,8 +238,11 @@ def parts_for_both(script):
 def parts_for_rebrac():
     coefficients = dict(actor_bc_coef=[0.03, 0.1, 0.3, 1.0], critic_bc_coef=[0, 0.1])
     batch = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
+    coefficients |= dict(seed=[10, 11, 12])
+    squared_error = dict(critic_loss=["mse"], dataset_name=STUDY_DATASETS[:1])
     return {
-        "coefficients": dict(coefficients, seed=[10, 11, 12]),
+        "coefficients": coefficients,
+        "coefficients_mse": {**coefficients, **squared_error},
         # With the preset's batch, and the paper's coefficients
         "batch": dict(batch, batch_size=None, actor_bc_coef=None, dataset_name=["pen-expert-v1"]),
         "long": dict(LONG, critic_loss=["mse"]),
