@@ -111,15 +111,15 @@ class WandB:
         if self.mode == "disabled" or self.run is not None:
             return
         with self.never_fatal():
-            self.is_beginning = True  # still so in `__exit__`, if a signal ends the process here
+            self.is_beginning = True
             self.run = self.begin()
-            self.is_beginning = False
             WandB.live.add(self)
             if self.mode == "offline":
                 self.first_step = sent_step(self.directory, self.id) + 1
             else:
                 self.first_step = self.run.step
             self.sent = self.first_step - 1
+        self.is_beginning = False  # unless a signal has ended the process before
         for rows in updates:
             self.send(rows)
 

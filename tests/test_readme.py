@@ -89,7 +89,15 @@ def test_the_bundled_datasets_are_as_described():
 
 @pytest.mark.parametrize(
     "table, number",
-    [("study", 430), ("trials", 8), ("demo", 6), ("antmaze", 18), ("batch", 20), ("curves", 73)],
+    [
+        ("study", 430),
+        ("trials", 8),
+        ("demo", 6),
+        ("antmaze", 18),
+        ("batch", 20),
+        ("curves", 73),
+        ("coefficients", 96),
+    ],
 )
 def test_the_runs_in_a_table_have_the_names_of_their_configs(table, number):
     """So the names of runs are still what they were when these were trained."""

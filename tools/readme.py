@@ -503,6 +503,29 @@ def settings_of_bcq(settings):
     return ", ".join(own)
 
 
+def coefficients():
+    """ReBRAC's scores by its two coefficients: means, and in brackets each seed's."""
+    seeds, _ = read_results([path_of("data", "coefficients.csv")])
+    scores = {}
+    for seed in sorted(seeds, key=lambda seed: seed["seed"]):
+        config = seed["config"]
+        critic = "HL-Gauss" if config["critic_loss"] == "hl_gauss" else "squared error"
+        row = (critic, config["actor_bc_coef"], config["critic_bc_coef"])
+        scores.setdefault(row, {}).setdefault(config["dataset_name"], []).append(seed["score"])
+    rows = []
+    for (critic, actor, own), cells in sorted(scores.items()):
+        row = [critic, f"{actor:g}", f"{own:g}"]
+        for dataset in STUDIED:
+            of_seeds = cells.get(dataset)
+            if of_seeds is None:
+                row.append("")
+            else:
+                texts = ", ".join(f"{score:.0f}" for score in of_seeds)
+                row.append(f"{np.mean(of_seeds):.1f} ({texts})")
+        rows.append(row)
+    return markdown(["critic", "`actor_bc_coef`", "`critic_bc_coef`", *STUDIED.values()], rows)
+
+
 def curves_of(algorithm):
     """Return an algorithm's finished runs in data/curves.csv, a row for each label."""
     seeds, _ = read_results([path_of("data", "curves.csv")])
@@ -579,6 +602,7 @@ def gpu():
 
 BLOCKS = {
     "antmaze": antmaze,
+    "coefficients": coefficients,
     "batch": batch,
     "curves-cql": lambda: curves("cql"),
     "curves-bcq": lambda: curves("bcq"),
