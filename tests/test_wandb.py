@@ -486,6 +486,18 @@ def test_an_error_in_wandb_never_ends_training(start, monkeypatch, capsys, metho
     assert f"W&B: off after all (a fault in {method})" in capsys.readouterr().out
 
 
+def test_a_signal_after_wandb_has_failed_leaves_the_process_to_its_end(start, monkeypatch, capsys):
+    """Other than one while W&B begins: os._exit would end these tests."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", fail)
+    stopped(start, monkeypatch)
+    assert "W&B: off after all (a fault)" in capsys.readouterr().out
+
+
 def test_the_death_of_wandbs_process_never_ends_training(start, wandb_server, monkeypatch, capsys):
     plain = contents(start(results="plain"))
     log_in(monkeypatch, wandb_server)

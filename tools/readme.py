@@ -507,14 +507,15 @@ def coefficients():
     """ReBRAC's scores by its two coefficients: means, and in brackets each seed's."""
     seeds, _ = read_results([path_of("data", "coefficients.csv")])
     scores = {}
-    for seed in sorted(seeds, key=lambda seed: seed["seed"]):
+    finished = [seed for seed in seeds if seed["state"] == "finished"]
+    for seed in sorted(finished, key=lambda seed: seed["seed"]):
         config = seed["config"]
         critic = "HL-Gauss" if config["critic_loss"] == "hl_gauss" else "squared error"
         row = (critic, config["actor_bc_coef"], config["critic_bc_coef"])
         scores.setdefault(row, {}).setdefault(config["dataset_name"], []).append(seed["score"])
     rows = []
-    for (critic, actor, own), cells in sorted(scores.items()):
-        row = [critic, f"{actor:g}", f"{own:g}"]
+    for (critic, actor_coef, critic_coef), cells in sorted(scores.items()):
+        row = [critic, f"{actor_coef:g}", f"{critic_coef:g}"]
         for dataset in STUDIED:
             of_seeds = cells.get(dataset)
             if of_seeds is None:
@@ -567,7 +568,7 @@ def draw_curves():
         labels = rows["label"].cat.remove_unused_categories().cat.categories
         figure = learning_curves(rows, labels, datasets)
         path = path_of("data", f"curves-{algorithm}.png")
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
 
 
 def curves(algorithm):
