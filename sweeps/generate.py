@@ -252,7 +252,7 @@ def parts_for_rebrac(for_both):
     """
     cheetah = dict(dataset_name=STUDY_DATASETS[:1], critic_loss=["mse"])
     own = dict(cheetah, actor_bc_coef=[0.1], critic_bc_coef=[0.1])
-    parts = {f"halfcheetah_{name}": {**grid, **own} for name, grid in for_both.items()}
+    on_cheetah = {f"halfcheetah_{name}": {**grid, **own} for name, grid in for_both.items()}
     coefficients = dict(
         actor_bc_coef=[0.03, 0.1, 0.3, 1.0],
         critic_bc_coef=[0, 0.1],
@@ -262,7 +262,7 @@ def parts_for_rebrac(for_both):
     batch = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     papers = dict.fromkeys(["batch_size", "actor_bc_coef", "critic_bc_coef"])
     return {
-        **parts,
+        **on_cheetah,
         **for_both,
         "coefficients": coefficients,
         "halfcheetah_coefficients": {**coefficients, **cheetah},

@@ -607,7 +607,7 @@ def kill_eight_times(process, directory):
     seed = 0
     kills = 0
     saved = []
-    while kills < 8 or saved[-1:] in ([], [0]):  # the last one has made some progress
+    while kills < 8 or not saved or saved[-1] == 0:  # the last one has made some progress
         running = process("killed", seed)
         started = time.monotonic()
         if kills % 2 == 0:  # each fourth makes some progress

@@ -288,6 +288,9 @@ def demo():
     return markdown(["", "seed 0", "seed 1", "seed 2", "mean"], rows)
 
 
+CRITICS = dict(hl_gauss="HL-Gauss", mse="squared error")
+
+
 def trials():
     """The scores of seed 0 by which the study's `actor_bc_coef` was chosen."""
     paths = [path_of("data", "trials.csv"), path_of("data", "study.csv")]
@@ -298,7 +301,7 @@ def trials():
         config = seed["config"]
         if BASELINE not in seed["labels"]:
             continue
-        critic = "HL-Gauss" if config["critic_loss"] == "hl_gauss" else "squared error"
+        critic = CRITICS[config["critic_loss"]]
         coefficient = f"{config['actor_bc_coef']:g}"
         if coefficient not in ("0.4", "0.1"):
             coefficient = "the paper's"
@@ -510,7 +513,7 @@ def coefficients():
     finished = [seed for seed in seeds if seed["state"] == "finished"]
     for seed in sorted(finished, key=lambda seed: seed["seed"]):
         config = seed["config"]
-        critic = "HL-Gauss" if config["critic_loss"] == "hl_gauss" else "squared error"
+        critic = CRITICS[config["critic_loss"]]
         row = (critic, config["actor_bc_coef"], config["critic_bc_coef"])
         scores.setdefault(row, {}).setdefault(config["dataset_name"], []).append(seed["score"])
     rows = []
