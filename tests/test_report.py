@@ -197,7 +197,15 @@ def make_rows(scores):
         ("iql", dict(dataset_name=PEN, actor_ln=True), (), ("LN", "DO+LN")),
         ("iql", dict(dataset_name=PEN, actor_ln=True, actor_dropout=0.0), (), ("LN (no DO)",)),
         ("rebrac", dict(preset="td3-bc"), (("critic_loss", "mse"),), ("td3-bc",)),
+        ("rebrac", dict(dataset_name="mine-v2"), (), ("baseline",)),
         ("bcq", dict(regularisers="GN"), (), ("GN",)),
+        (
+            "bcq",
+            dict(regularisers="GN", regularise="both"),
+            (("regularise", "both"),),
+            ("GN",),
+        ),
+        ("bcq", dict(critic_gn=True), (), ("critic_gn=True",)),
         ("bcq", dict(vae_hidden_dim=8), (("vae_hidden_dim", "8"),), ("baseline",)),
         (
             "bcq",

@@ -361,11 +361,12 @@ def write_sweep(tmp_path, write_dataset, monkeypatch):
         analysis=False,
     )
 
-    def write(program="iql.py", **values):
+    def write(program="iql.py", command=None, **values):
         parameters = {key: {"value": value} for key, value in fixed.items()}
         for key, value in values.items():
             parameters[key] = {"values": value} if isinstance(value, list) else {"value": value}
         config = load(FILES[0]) | dict(name="small", program=program, parameters=parameters)
+        config["command"] = command or config["command"]
         path = tmp_path / "small.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return str(path)
@@ -422,7 +423,7 @@ def test_what_is_no_sweep_gets_one_clear_line(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         sweep_jobs.expand(str(path))
     words = str(error.value)
-    assert words.startswith(f"{path} is not a sweep: ")
+    assert words.startswith(f"can't run {path}: ")
     assert message in words
     assert "\n" not in words
 
@@ -578,7 +579,8 @@ def test_a_run_whose_directory_can_not_be_made_fails_alone(
     monkeypatch.setattr(sys, "argv", ["sweep", path, f"--results={tmp_path}/file"])
     with pytest.raises(UserError, match="^2 runs failed"):
         sweep.main()
-    assert capsys.readouterr().out.count("(Not a directory)") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("can't start ") == printed.count("Not a directory") == 2
 
 
 def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_sweep, monkeypatch):
@@ -666,7 +668,7 @@ def test_without_a_number_all_that_can_be_trained_together_are_one_group(
         program.start(0, 1)
     line = "240 runs, of which 0 are finished; 2 programs train the others\n"
     assert capsys.readouterr().out.startswith(line)
-    group = [sys.executable, "-u", "-m", "harness.group", "iql", "fit"]
+    group = ["/usr/bin/env", sys.executable, "-u", "-m", "harness.group", "iql", "fit"]
     assert commands[:2] == [group, group]
     assert [os.path.basename(command[2]) for command in commands[2:]] == ["iql.py", "iql.py"]
 
@@ -676,6 +678,7 @@ class ShellJob(sweep_jobs.Job):
 
     def __init__(self, directory, line, seed=0):
         self.command = ["sh", "-c", line]
+        self.prefix = ["sh"]
         self.script = SimpleNamespace(__name__="shell", HOST_FLOATS=())
         results = os.path.dirname(directory)
         self.config = SimpleNamespace(seed=seed, num_updates=10, results=results)
@@ -996,6 +999,54 @@ def test_each_run_of_a_program_has_its_own_end(tmp_path, code):
         "1 done, 0 failed, 2 to go: job0\n    final score 1",
         "1 done, 1 failed, 1 to go: job1\n    no output; is the disk full?",
     ]
+
+
+def test_runs_that_ended_before_their_device_failed_are_told(tmp_path):
+    jobs = [ShellJob(tmp_path / f"job{i}", "") for i in range(3)]
+    pool = sweep.Pool(jobs, 2, 3)
+    lines = []
+    pool.bar = SimpleNamespace(write=lambda line, stream: lines.append(line))
+    (program,) = pool.waiting
+    pool.waiting = []
+    for job, name in zip(jobs, ("finished.json", "failed.txt")):
+        os.makedirs(job.directory)
+        with open(os.path.join(job.directory, name), "w") as file:
+            file.write("error: why\n")
+    program.process = SimpleNamespace(poll=lambda: os.EX_UNAVAILABLE)
+    pool.running[0] = program
+    pool.look_after(0, program)
+    assert (pool.done, pool.failed, pool.busy) == (jobs[:1], jobs[1:2], [])
+    assert [own.jobs for own in pool.waiting] == [jobs[2:]]
+    assert not any("in another process" in line for line in lines)
+    assert lines[-1].startswith("a device has failed: ")
+
+
+def test_words_before_a_sweeps_interpreter_are_also_a_groups(write_sweep, monkeypatch):
+    """Runs of sweeps whose commands differ in these are in different groups."""
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        return SimpleNamespace(stdin=io.StringIO())
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    words = ["nice", *sweep_jobs.COMMAND[1:]]
+    jobs = []
+    for command in (words, sweep_jobs.COMMAND):
+        jobs += sweep_jobs.read_jobs([write_sweep(seed=[0, 1], command=command)], [])
+    groups = sweep_jobs.make_groups(jobs, None)
+    assert [len(group) for group in groups] == [2, 2]
+    sweep.Program(groups[0], as_many_as_fit=False).start(0, 1)
+    assert commands == [["nice", sys.executable, "-u", "-m", "harness.group", "iql"]]
+
+
+def test_a_pool_goes_on_under_nohup(run_jobs, tmp_path):
+    """nohup ignores SIGHUP, which a closed terminal sends."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    lines, end = run_jobs(1, f"sleep 2; {ending(tmp_path / 'job0', 1)}")
+    assert end is None
+    assert (tmp_path / "job0" / "finished.json").exists()
 
 
 def test_the_first_signal_stops_and_the_second_kills(run_jobs, tmp_path):

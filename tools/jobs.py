@@ -39,7 +39,7 @@ def expand(path):
         runs = sweeps.next_runs(config, [], n=sys.maxsize)
         return [command_line(config, run.config) for run in runs if run is not None]
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a sweep: {one_line(error)}") from error
+        raise UserError(f"can't run {path}: {one_line(error)}") from error
 
 
 def check_sweep(config):
@@ -109,7 +109,9 @@ class Job:
         known = scripts_by_file()
         program = next(word for word in command if word in known)
         self.script = known[program]
-        self.flags = command[command.index(program) + 1 :]
+        place = command.index(program)
+        self.prefix = command[:place]  # such as /usr/bin/env and the interpreter
+        self.flags = command[place + 1 :]
         config = read_config(self.script, self.flags, with_checksum)
         # By its path, so that a sweep runs from any folder
         self.command = [self.script.__file__ if word == program else word for word in command]
@@ -145,14 +147,20 @@ def read_jobs(paths, flags, with_checksum=with_checksum):
 def make_groups(jobs, together):
     """Return groups of up to `together` jobs that can be trained together, by their seeds.
 
-    With None a group has all that can be trained together.
+    They have one command. With None a group has all that can be trained together.
     """
     groups = {}
     for job in sorted(jobs, key=lambda job: job.config.seed):
         in_all = in_common(job.config, job.script.HOST_FLOATS)
-        groups.setdefault((job.script.__name__, *in_all.items()), []).append(job)
+        key = (job.script.__name__, *job.prefix, *in_all.items())
+        groups.setdefault(key, []).append(job)
     chunks = []
     for own in groups.values():
         size = together or len(own)
         chunks += [own[i : i + size] for i in range(0, len(own), size)]
     return sorted(chunks, key=lambda own: own[0].config.seed)
+
+
+def share_of(items, slot, slots):
+    """Return a slot's share of a list of cores or GPUs, at least one."""
+    return items[slot::slots] or [items[slot % len(items)]]

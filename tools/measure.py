@@ -34,6 +34,7 @@ from harness.memory import (
 )
 from harness.policies import host_policy
 from harness.scripts import load_script
+from tools.jobs import share_of
 from tools.timing import (
     RANGE,
     first_states,
@@ -50,10 +51,10 @@ SECONDS = 4  # of measuring a rate
 
 def take_share(processes):
     """Take the cores and GPUs that the first of so many programs has."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[::processes])
+    os.sched_setaffinity(0, share_of(sorted(os.sched_getaffinity(0)), 0, processes))
     gpus = os.getenv("CUDA_VISIBLE_DEVICES")
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[::processes])
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share_of(gpus.split(","), 0, processes))
 
 
 def measurements(questions):

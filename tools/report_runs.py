@@ -14,6 +14,7 @@ and the columns of its last evaluation.
 """
 
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -24,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from harness.datasets import domain
-from harness.directory import read_fields, saved_fields, status
+from harness.directory import default_config, read_fields, saved_fields, status
 from harness.errors import UserError, one_line
 from harness.inside import linear_cka
 from harness.scripts import scripts
@@ -145,17 +146,15 @@ def changed_fields(config, default):
     return [key for key in config if key in default and config[key] != default[key]]
 
 
-def run_settings(script, config, default, loss):
+def run_settings(script, config):
     """Return what else differs from the defaults: (("batch_size", "256"), ...).
 
     What `tuned` makes of the regularisers is left out, such as BCQ's widths with GroupNorm.
     """
-    named = named_fields(script)
-    skipped = named | unnamed_fields(script) | set(NO_SETTING)
-    flags = {key: config[key] for key in named if key in config}
-    usual = script.tuned(script.Config(dataset_name=config["dataset_name"], **loss, **flags))
+    own = {key: config[key] for key in config if key in vars(script.Config())}
+    default = saved_fields(vars(default_config(script.Config(**own), script.tuned)))
+    skipped = named_fields(script) | unnamed_fields(script) | set(NO_SETTING)
     changed = [key for key in changed_fields(config, default) if key not in skipped]
-    changed = [key for key in changed if key in loss or config[key] != getattr(usual, key)]
     return tuple((key, str(config[key])) for key in sorted(changed))
 
 
@@ -163,8 +162,8 @@ def run_settings(script, config, default, loss):
 def paper(script, dataset, **loss):
     """Return the defaults for a dataset, and what the paper tuned and published.
 
-    That is {"best": {"DO": 0.2, ...}, ...} and {"as-run": all fields, ...}. Each loss has tuned
-    values of its own, but the defaults are those of the default loss.
+    That is {"best": {"DO": 0.2, ...}, ...} and {"as-run": all fields, ...}. The defaults are those
+    under the run's own loss. A preset is left out if the dataset can't have it.
     """
     plain = script.Config(dataset_name=dataset, **loss)
     tuned = {}
@@ -173,10 +172,9 @@ def paper(script, dataset, **loss):
         tuned[name] = strengths(script, vars(variant))
     presets = {}
     for name in getattr(script, "PRESETS", {}):
-        presets[name] = saved_fields(vars(script.tuned(replace(plain, preset=name))))
-    default = saved_fields(vars(script.tuned(plain)))
-    default |= {key: getattr(script.Config, key) for key in loss}
-    return default, tuned, presets
+        with contextlib.suppress(UserError):
+            presets[name] = saved_fields(vars(script.tuned(replace(plain, preset=name))))
+    return saved_fields(vars(script.tuned(plain))), tuned, presets
 
 
 def describe(algorithm, config):
@@ -185,7 +183,7 @@ def describe(algorithm, config):
     dataset = config["dataset_name"]
     loss = {key: config[key] for key in ("critic_loss",) if key in config}
     default, tuned, presets = paper(script, dataset, **loss)
-    settings = run_settings(script, config, default, loss)
+    settings = run_settings(script, config)
     labels = run_labels(script, config, default, tuned)
     name, own_settings = published_name(script, config, default, presets)
     if own_settings:  # then the combination alone is not all that it differs in

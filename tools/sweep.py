@@ -41,8 +41,8 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which ta
 from tqdm import tqdm
 
 from harness.directory import status
-from harness.errors import DeviceError, UserError, one_line_errors
-from tools.jobs import make_groups, read_jobs
+from harness.errors import DeviceError, UserError, one_line, one_line_errors
+from tools.jobs import make_groups, read_jobs, share_of
 from tools.plan import print_plan, with_known_checksum
 
 LOOK_EVERY = 30  # seconds between looks at what other processes train
@@ -88,7 +88,7 @@ class Program:
         self.claims = []
 
     def note_locks(self, number):
-        """Note how many of its runs are locked, and release them once its process has its own."""
+        """Note how many runs are locked, and release the claims once its process has its own."""
         if number > self.num_locks:
             self.num_locks = number
             self.locked_at = time.monotonic()
@@ -101,14 +101,13 @@ class Program:
         environment = dict(os.environ)
         gpus = os.getenv("CUDA_VISIBLE_DEVICES")
         if gpus:
-            gpus = gpus.split(",")
-            own = gpus[slot::slots] or [gpus[slot % len(gpus)]]
+            own = share_of(gpus.split(","), slot, slots)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         first = self.jobs[0]
         command = first.command
         flags = ""
         if len(self.jobs) > 1:
-            command = [sys.executable, "-u", "-m", "harness.group", first.script.__name__]
+            command = [*first.prefix, "-u", "-m", "harness.group", first.script.__name__]
             if self.as_many_as_fit:
                 command.append("fit")
             flags = json.dumps([job.flags for job in self.jobs])
@@ -131,10 +130,7 @@ class Program:
 def on_cores(slot, slots):
     """Keep to a slot's share of the cores, which a process that is started inherits."""
     cores = os.sched_getaffinity(0)
-    share = sorted(cores)[slot::slots]
-    if not share:  # more slots than cores
-        share = [sorted(cores)[slot % len(cores)]]
-    os.sched_setaffinity(0, share)
+    os.sched_setaffinity(0, share_of(sorted(cores), slot, slots))
     try:
         yield
     finally:
@@ -175,7 +171,8 @@ class Pool:
     def run(self):
         """Run all programs. After a signal start none, and wait for those that run."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.receive)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, self.receive)
         self.bar = tqdm(
             total=sum(job.config.num_updates for job in self.updates),
             initial=sum(self.updates.values()),
@@ -235,13 +232,17 @@ class Pool:
         self.updates[job] = now.update
         if now.busy:
             self.busy.append(job)
-        elif now.state == "finished":
-            self.note(job, self.done, "in another process")
-        elif now.state == "failed" and failed_at(job) != self.failed_before[job]:
-            self.note(job, self.failed, "in another process")
+        elif self.has_ended(job, now):
+            ended = self.done if now.state == "finished" else self.failed
+            self.note(job, ended, "in another process")
         else:
             return True
         return False
+
+    def has_ended(self, job, now):
+        """Return whether a job has finished, or failed since this command began."""
+        is_failed_anew = now.state == "failed" and failed_at(job) != self.failed_before[job]
+        return now.state == "finished" or is_failed_anew
 
     def fill(self, slot):
         """Start a program in a slot if that is free, without jobs that other processes train."""
@@ -262,14 +263,15 @@ class Pool:
             except OSError as error:  # the others go on
                 program.release()
                 self.failed += program.jobs
-                self.say(f"can't write to {program.jobs[0].directory} ({error.strerror})")
+                self.say(f"can't start {program.jobs[0].directory} ({one_line(error)})")
 
     def look_after(self, slot, program):
         """Pass signals on to a program, see how far it is, and note its end.
 
         The first signal ends the runs with checkpoints. The second kills them.
         """
-        for number in (signal.SIGTERM, signal.SIGKILL)[program.signals_sent : len(self.signals)]:
+        if program.signals_sent < len(self.signals):
+            number = signal.SIGTERM if program.signals_sent == 0 else signal.SIGKILL
             program.process.send_signal(number)
             program.signals_sent += 1
         code = program.process.poll()
@@ -284,16 +286,20 @@ class Pool:
             return
         del self.running[slot]
         program.release()
-        if code == DeviceError.exit_code:
-            self.lose(slot, program.jobs)
-            return
+        has_lost_device = code == DeviceError.exit_code
+        left = []
         for job, now in found.items():
-            self.note_end(job, now, code, len(program.jobs) > 1)
+            if has_lost_device and not self.has_ended(job, now):
+                left.append(job)
+            else:
+                self.note_end(job, now, code, len(program.jobs) > 1)
+        if has_lost_device:
+            self.say(f"a device has failed: {program.jobs[0].last_words()}")
+            self.lose(slot, left)
 
     def lose(self, slot, jobs):
         """Start nothing more on a slot whose device has failed. Others may take up its jobs."""
         self.lost.add(slot)
-        self.say(f"a device has failed: {jobs[0].last_words()}")
         self.waiting += self.programs([job for job in jobs if self.is_free(job)])
 
     def note_end(self, job, now, code, in_group):
