@@ -49,13 +49,13 @@ def scripts():
     return {name: load_script(name) for name in names_in(ROOT)}
 
 
-def read_config(script, words, with_checksum=with_checksum):
+def read_config(script, words, add_checksum=with_checksum):
     """Return the config of a sweep's run, given its flags as a list of words.
 
-    `with_checksum` adds its dataset's checksum. A plan has one that downloads nothing.
+    `add_checksum` adds its dataset's checksum. A plan has one that downloads nothing.
     """
     config = script.tuned(read_flags(script.Config, words))
     if config.evaluate or config.video:
         raise UserError("a sweep only trains; give --evaluate and --video to a script")
     check(config, script.constraints, script.BOUNDS, given_values(script.Config, words))
-    return with_checksum(config)
+    return add_checksum(config)

@@ -1,7 +1,7 @@
-"""Writes the experiments and the README's two studies as W&B sweeps.
+"""Writes the experiments and the two studies of data/README.md as W&B sweeps.
 
     python sweeps/generate.py  # as they are in the repository: each seed is a run of its own
-    python sweeps/generate.py --num_seeds 5  # five in a run, for a GPU with room
+    python sweeps/generate.py --num_seeds 5 --directory five  # five in a run, for a GPU with room
 
 They go to sweeps/<algorithm>/<domain>/<experiment>.yaml, and the studies beside the domains. With
 seeds together the results differ by rounding alone.
@@ -68,7 +68,7 @@ DO+LN+GrN+L2 DO+LN+GrN+L1 DO+LN+GrN+EN DO+LN+BCN+L2
 """.split()
 DECAYS = ["cosine", "linear", "exponential"]
 
-# The README's study
+# The study of data/README.md
 STUDY_DATASETS = ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "pen-expert-v1"]
 STUDY = dict(
     batch_size=[256],
@@ -85,7 +85,7 @@ STUDY_OF = {
     "cql": dict(actor_learning_rate=[3e-4]),
 }
 
-# The README's second study: where do regularisers help?
+# Its second study: where do regularisers help?
 SECOND_PARTS = {
     "coefficients": "how its coefficients were chosen, on seeds of their own",
     "batch": "the published batch and rates of Adroit, and the published regularisers",
@@ -134,10 +134,10 @@ LONG = dict(
 CURVES = dict(eval_every=[2000], seed=[0, 1, 2], dataset_name=STUDY_DATASETS[:2])
 
 
-def grids(script, domain):
+def grids(script, domain_name):
     """Return the grid of each experiment in a domain: flags by lists of their values.
 
-    An algorithm that the paper doesn't have lacks those of what it tuned and published.
+    Without the paper's tuned values an algorithm has no `tuning`, `as_run` or `final`.
     """
     chosen = papers_regularisers(script)
     best = ["none", *reversed(script.BEST)]  # a single regulariser, then the combination
@@ -168,7 +168,7 @@ def grids(script, domain):
     if script.BEST:
         found["final"] = dict(regularisers=best)
         held_out["tuning"] = script.TUNING_GRID
-    if domain == "adroit" and "batch-1024" in presets:
+    if domain_name == "adroit" and "batch-1024" in presets:
         found["batch"] = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     if "td3-bc" in presets:
         found["td3_bc"] = dict(preset=["td3-bc"])
@@ -201,14 +201,14 @@ def triples(chosen):
 
 
 def study(algorithm, script):
-    """Return the grid of the README's study, which two cores can train."""
+    """Return the grid of the study of data/README.md, which two cores can train."""
     others = [name for name in papers_regularisers(script) if name not in NORMALISATIONS]
     regularisers = ["none", *NORMALISATIONS, *others, script.BEST.get("best", "DO+LN")]
     return {**STUDY_OF.get(algorithm, {}), "regularisers": regularisers, **STUDY}
 
 
 def second_study(algorithm, script):
-    """Return the grids of the README's second study, none for an algorithm of one's own."""
+    """Return the grids of the second study, none for an algorithm of one's own."""
     if algorithm not in SECOND_OF:
         return {}
     if algorithm == "rebrac":
@@ -369,7 +369,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--num_seeds", type=int, default=1, choices=(1, 5), help="seeds in a run")
     here = os.path.dirname(os.path.abspath(__file__))
-    parser.add_argument("--directory", default=here)
+    parser.add_argument("--directory", default=here, help="where they go; default: here")
     given = parser.parse_args()
     for algorithm, script in scripts().items():
         write_sweeps(given.directory, algorithm, script, given.num_seeds)

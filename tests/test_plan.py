@@ -176,7 +176,7 @@ def test_a_dataset_that_is_not_here_is_not_downloaded(tmp_path, capsys, monkeypa
     path = tmp_path / "sweep.yaml"
     parameters = dict(dataset_name=dict(value="hopper-medium-v2"))
     path.write_text(yaml.safe_dump(dict(program="iql.py", method="grid", parameters=parameters)))
-    (job,) = read_jobs([str(path)], [], with_checksum=plan.with_known_checksum)
+    (job,) = read_jobs([str(path)], [], add_checksum=plan.with_known_checksum)
     with open(os.path.join(ROOT, "harness", "d4rl_files.csv")) as file:
         (line,) = [line for line in file if line.startswith("hopper_medium-v2.hdf5,")]
     assert job.config.dataset_sha256 == line.strip().split(",")[2]

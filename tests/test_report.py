@@ -494,10 +494,22 @@ def test_other_peoples_scores_stand_in_a_section_of_their_own(make_run, make_rep
     text = (tmp_path / "report" / "tables.md").read_text()
     assert text.index("## Other people's scores") < text.index("67.5 ± 3.8")
     assert "Not trained here." in text
-    for wrong, message in (("nowhere.csv", "can't read"), ("a.csv", "needs the columns")):
-        (tmp_path / "a.csv").write_text("source,mean\nCORL,1\n")
+
+
+def test_a_wrong_table_of_other_peoples_scores_is_an_error_before_any_work(make_report, tmp_path):
+    header = "source,algorithm,dataset_name,mean,std\n"
+    row = f"CORL,IQL,{HOPPER},67.5,3.8\n"
+    path = tmp_path / "a.csv"
+    for text, message in (
+        (None, "can't read"),
+        ("source,mean\nCORL,1\n", "needs the columns"),
+        (header + row.replace("67.5", "many"), "a mean or a std is no number"),
+        (header + row + row, "two scores of one algorithm on one dataset"),
+    ):
+        if text is not None:
+            path.write_text(text)
         with pytest.raises(UserError, match=message):
-            make_report("results", beside=str(tmp_path / wrong))
+            make_report("results", beside=str(path))
 
 
 def test_the_published_scores_are_corls_and_of_known_datasets():
@@ -731,6 +743,10 @@ def test_pairs_are_drawn_at_the_papers_strengths():
     axis = figure.axes[0]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["DO", "LN"]
     assert [text.get_text() for text in axis.texts] == ["2.0", "5.0", "5.0", "-1.0"]
+    incomplete = make_rows({"baseline": {"b": {0: 10.0}}})
+    incomplete = pd.concat([rows, incomplete])
+    incomplete["label"] = pd.Categorical(incomplete["label"], list(scores), ordered=True)
+    assert report_figures.pair_map(incomplete, ["a", "b"], rebrac.CHOSEN) is None
     singles = rows[~rows["label"].isin(["DO+LN", "DO+LN(0.3)"])]
     assert report_figures.pair_map(singles, ["a"], rebrac.CHOSEN) is None
     assert report_figures.single_map(singles, ["a"], rebrac.CHOSEN) is not None
@@ -743,6 +759,11 @@ def test_the_labels_that_tell_most_are_drawn():
     assert drawn == ["baseline", "LN", "L2", "DO+LN+GrN"]
     assert text.startswith(" Drawn are 4 of 6: baseline, DO+LN+GrN, and those whose")
     assert report.drawn_labels(rows, ["a"], rebrac, 6) == (list(gains), "")
+    drawn, text = report.drawn_labels(rows, ["a"], rebrac, 2)
+    assert drawn == ["baseline", "DO+LN+GrN"]
+    assert text == " Drawn are 2 of 6: baseline, DO+LN+GrN."
+    drawn, text = report.drawn_labels(rows, ["a"], rebrac, 1)
+    assert (drawn, text) == (["baseline"], " Drawn are 1 of 6: baseline.")
     drawn, text = report.drawn_labels(rows, ["a"], cql, 3)  # for which the paper has none
     assert drawn == ["baseline", "LN", "L2"]
     assert text.startswith(" Drawn are 3 of 6: baseline, and those whose")
@@ -930,18 +951,81 @@ def test_the_gap_is_drawn_below_the_gain():
     np.testing.assert_allclose(upper.lines[0].get_xdata(), [25, 50])
 
 
+def test_a_figure_of_shares_names_each_label_once_and_the_baselines_style_is_its_own():
+    """A label may be the baseline itself on the first dataset. There may be more than styles."""
+    labels = ["baseline", *(f"DO({i})" for i in range(1, 11))]
+    rows = []
+    for dataset, label, share in itertools.product((HOPPER, WALKER), labels, (0.5, 0.25)):
+        for seed in (0, 1):
+            row = dict(share=share, label=label, seed=seed, dataset=dataset, final=50.0 + seed)
+            rows.append({**row, "gap/action_error": 0.1 + seed})
+    rows = pd.DataFrame(rows)
+    rows["label"] = pd.Categorical(rows["label"], labels, ordered=True)
+    is_baseline = (rows["dataset"] == HOPPER) & (rows["label"] == "DO(3)")
+    original = rows[(rows["dataset"] == HOPPER) & (rows["label"] == "baseline")]
+    rows = pd.concat([rows[~is_baseline], original.assign(label="DO(3)")])
+    rows["label"] = pd.Categorical(rows["label"], labels, ordered=True)
+    figure = report_shares.share_figure(rows, [HOPPER, WALKER])
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(labels)
+    drawn = {line.get_label(): line for line in figure.axes[-1].lines}
+    black = [label for label, line in drawn.items() if line.get_marker() == "x"]
+    assert black == ["baseline"]
+
+
+def test_one_seed_has_neither_intervals_nor_spreads(make_run, make_report):
+    make_run([[1, 50]])
+    make_run([[1, 60]], actor_ln=True)
+    found = make_report("results")
+    assert "ReBRAC, Gym-MuJoCo: differences" not in found
+    cells = found["ReBRAC: inside the actor"]
+    assert cells.loc["LN", "plasticity (share of the loss that is left)"] == "0.200"
+
+
+def test_a_run_that_is_older_than_a_field_has_its_default(make_run, tmp_path):
+    path = make_run([[1, 50]])
+    make_run([[1, 60]], seed=1)
+    with open(os.path.join(path, "config.yaml")) as file:
+        config = yaml.safe_load(file)
+    del config["n_classes"], config["eval_noise"]
+    with open(os.path.join(path, "config.yaml"), "w") as file:
+        yaml.safe_dump(config, file)
+    seeds, left_out = report_runs.read_results([str(tmp_path / "results")])
+    assert left_out == []
+    assert len({seed["settings"] for seed in seeds}) == 1
+
+
+def test_damaged_features_leave_out_what_they_are_compared_for(make_run, tmp_path):
+    baseline = make_run([[1, 50]])
+    others = [make_run([[1, 60]], actor_ln=True), make_run([[1, 60]], actor_gn=True)]
+    features = np.random.default_rng(0).normal(size=(1, 20, 4))
+    for path in (baseline, *others):
+        np.save(os.path.join(path, "features.npy"), features)
+    with open(os.path.join(others[0], "features.npy"), "w"):
+        pass
+    seeds, _ = report_runs.read_results([str(tmp_path / "results")])
+    found = {seed["labels"]: seed.get("cka_to_baseline") for seed in seeds}
+    assert found[("GN",)] == pytest.approx(1)
+    assert found[("LN",)] is None
+    np.save(os.path.join(others[0], "features.npy"), features[:, :10])  # of fewer states
+    seeds, _ = report_runs.read_results([str(tmp_path / "results")])
+    assert {seed["labels"]: seed.get("cka_to_baseline") for seed in seeds} == found
+
+
 def test_tables_in_three_languages(tmp_path):
     cells = pd.DataFrame({"y & z": ["**1 ± 2**", "50 %", ""]}, index=["baseline", "L2", "L1"])
-    table = Table("A_b", cells, "note")
+    table = Table("A_b", cells, "note of `y_z` and **a** and **b**")
     markdown = report_tables.to_markdown(table)
     assert markdown == (
         "### A_b\n\n| regularisers | y & z |\n| --- | --- |\n"
-        "| baseline | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\nnote\n"
+        "| baseline | **1 ± 2** |\n| L2 | 50 % |\n| L1 | |\n\n"
+        "note of `y_z` and **a** and **b**\n"
     )
     latex = report_tables.to_latex(table)
     assert r"baseline & \textbf{1 $\pm$ 2} \\" in latex
     assert r"L2 & 50 \% \\" in latex
-    assert r"\caption{A\_b. note}" in latex
+    note = r"note of \texttt{y\_z} and \textbf{a} and \textbf{b}"
+    assert rf"\caption{{A\_b. {note}}}" in latex
     assert r"regularisers & y \& z \\" in latex
     assert latex.count("{") == latex.count("}")
     made = Report(str(tmp_path))

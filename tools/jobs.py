@@ -101,18 +101,20 @@ def command_line(config, parameters):
 
 # --- Runs ---
 
+AS_MANY_AS_FIT = None  # of --together without a number
+
 
 class Job:
     """A run of a sweep: its command line, its config and its directory."""
 
-    def __init__(self, command, with_checksum=with_checksum):
+    def __init__(self, command, add_checksum=with_checksum):
         known = scripts_by_file()
         program = next(word for word in command if word in known)
         self.script = known[program]
         place = command.index(program)
         self.prefix = command[:place]  # such as /usr/bin/env and the interpreter
         self.flags = command[place + 1 :]
-        config = read_config(self.script, self.flags, with_checksum)
+        config = read_config(self.script, self.flags, add_checksum)
         # By its path, so that a sweep runs from any folder
         self.command = [self.script.__file__ if word == program else word for word in command]
         self.config = config
@@ -132,14 +134,14 @@ class Job:
         return lines[-1].removesuffix(f"; {self.directory}")
 
 
-def read_jobs(paths, flags, with_checksum=with_checksum):
+def read_jobs(paths, flags, add_checksum=with_checksum):
     """Return the sweeps' runs, with `flags` added to each. A run in several sweeps comes once."""
     commands = []
     for path in paths:
         commands += [command + flags for command in expand(path)]
     jobs = {}
     for command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False):
-        job = Job(command, with_checksum)
+        job = Job(command, add_checksum)
         jobs[job.directory] = job
     return list(jobs.values())
 
@@ -147,7 +149,7 @@ def read_jobs(paths, flags, with_checksum=with_checksum):
 def make_groups(jobs, together):
     """Return groups of up to `together` jobs that can be trained together, by their seeds.
 
-    They have one command. With None a group has all that can be trained together.
+    They have one command. With AS_MANY_AS_FIT a group has all that can be trained together.
     """
     groups = {}
     for job in sorted(jobs, key=lambda job: job.config.seed):
@@ -156,7 +158,7 @@ def make_groups(jobs, together):
         groups.setdefault(key, []).append(job)
     chunks = []
     for own in groups.values():
-        size = together or len(own)
+        size = len(own) if together == AS_MANY_AS_FIT else together
         chunks += [own[i : i + size] for i in range(0, len(own), size)]
     return sorted(chunks, key=lambda own: own[0].config.seed)
 

@@ -1,9 +1,9 @@
 """A plan of a sweep on this machine: `python -m tools.sweep FILES --plan` prints it.
 
-Nothing is started or written. measure.py measures, of each script, the updates a second of the
-kind of program that has the most to do, and in each domain the steps a second of an evaluation.
-The rest is reckoned: other kinds make as many floating-point operations a second in their matrix
-products, whose number follows from the shapes.
+No run is started, and no run's directory made. measure.py measures, of each script, the updates a
+second of the kind of program that has the most to do, and in each domain the steps a second of an
+evaluation. The rest is reckoned: other kinds make as many floating-point operations a second in
+their matrix products, whose number follows from the shapes.
 """
 
 import functools
@@ -27,18 +27,18 @@ from harness.inside import NUM_COMPARED
 from harness.lockstep import available_cores
 from harness.members import NOT_COMPILED
 from harness.scripts import ROOT
-from tools.jobs import make_groups
+from tools.jobs import AS_MANY_AS_FIT, make_groups
 
 TRANSITIONS = 1_000_000  # of a dataset whose file isn't here
 
 # Fields that don't set the cost of an update
 NO_SIZES = (*NOT_COMPILED, "dataset_name", "num_seeds", "num_updates", "log_every", "preset")
 
-# Bytes in a run's files, as finished runs have them
-NUMBER = 10  # in train.csv
-INSIDE = 450  # a row of evaluations.csv with the analysis
-EPISODE = 35  # a row of episodes.csv
-ARRAY = 350  # what a checkpoint has about each array
+# In a run's files, as finished runs have them
+BYTES_OF_NUMBER = 10  # in train.csv
+BYTES_OF_ANALYSIS = 450  # a row of evaluations.csv with the analysis
+BYTES_OF_EPISODE = 35  # a row of episodes.csv
+BYTES_OF_ARRAY = 350  # what a checkpoint has about each array
 
 # --- What is to be done ---
 
@@ -91,8 +91,8 @@ def num_evaluations(config, update=0):
     return math.ceil(config.num_updates / config.eval_every) - before
 
 
-class Program:
-    """Jobs that one program trains, and what they still have to do."""
+class Estimate:
+    """Jobs that one program trains, what they still have to do, and what that takes."""
 
     def __init__(self, jobs):
         self.jobs = jobs
@@ -155,14 +155,14 @@ class Program:
 
 def run_bytes(config, costs):
     """Return the bytes of a run's checkpoint, and of its other files once it is finished."""
-    checkpoint = config.num_seeds * costs["bytes"] + costs["arrays"] * ARRAY
-    evaluation = len(evaluation_episodes(config)) * EPISODE
+    checkpoint = config.num_seeds * costs["bytes"] + costs["arrays"] * BYTES_OF_ARRAY
+    evaluation = len(evaluation_episodes(config)) * BYTES_OF_EPISODE
     features = 0
     if config.analysis:
-        evaluation += INSIDE
+        evaluation += BYTES_OF_ANALYSIS
         features = 4 * NUM_COMPARED * config.hidden_dim
     rows = config.num_updates // config.log_every
-    tables = rows * costs["columns"] * NUMBER + num_evaluations(config) * evaluation
+    tables = rows * costs["columns"] * BYTES_OF_NUMBER + num_evaluations(config) * evaluation
     return checkpoint, config.num_seeds * (tables + features)
 
 
@@ -190,12 +190,12 @@ def print_plan(jobs, processes, together, measure=ask):
     if not unfinished:
         print(f"all {len(jobs)} runs are finished")
         return
-    programs = [Program(own) for own in make_groups(unfinished, together)]
-    by_kind = grouped(programs, Program.kind)
+    programs = [Estimate(own) for own in make_groups(unfinished, together)]
+    by_kind = grouped(programs, Estimate.kind)
     kinds = sorted(by_kind, key=lambda kind: -sum(own.updates for own in by_kind[kind]))
     print("measuring, about a minute for each algorithm; no run is started", flush=True)
-    fit = together is None
-    examples = [max(by_kind[kind], key=Program.size) for kind in kinds]
+    fit = together == AS_MANY_AS_FIT
+    examples = [max(by_kind[kind], key=Estimate.size) for kind in kinds]
     found = measure([program.question(fit) for program in examples], processes)
     for program in programs:
         program.reckon(found, found["kinds"][kinds.index(program.kind())], fit)

@@ -130,9 +130,9 @@ class Report:
                     file.write(text)
         print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
 
-    def embed(self, source):
+    def embed(self, match):
         """Return an image's `src="name.png"` with the image itself."""
-        with open(self.path(source[1]), "rb") as file:
+        with open(self.path(match[1]), "rb") as file:
             data = base64.b64encode(file.read()).decode()
         return f'src="data:image/png;base64,{data}"'
 
@@ -151,8 +151,13 @@ def final_score(seed, final):
     return seed.get("mean_score", mean_of_last(seed["scores"], seed["domain"]))
 
 
+def all_datasets(rows):
+    """Return the datasets, in the order of their domains."""
+    return list(datasets_by_domain(rows).values())[-1]
+
+
 def datasets_by_domain(rows):
-    """Return the datasets of each domain by its title, and of all domains if they are several."""
+    """Return the datasets of each domain by its title, and last of all domains if several."""
     found = {}
     for domain, title in DOMAINS.items():
         names = rows.loc[rows["domain"] == domain, "dataset"].unique()
@@ -192,8 +197,7 @@ def add_settings(report, config, seeds):
                 curves[panel] = np.mean(expected, axis=0)
         finished = rows[rows["final"].notna()].dropna(axis="columns", how="all")
         if len(finished):
-            *_, everything = domains.values()
-            add_runs(report, config, script, finished, everything)
+            add_runs(report, config, script, finished, all_datasets(rows))
     if improvements:
         caption = (
             "Differences seed by seed, in percent of the baseline's mean. 95 % intervals of each "
@@ -202,7 +206,10 @@ def add_settings(report, config, seeds):
         figure = figures.improvement_figure(improvements)
         report.add_figure("improvement over the baseline", figure, caption)
     if curves:
-        caption = "Expected best score of n configurations, drawn with replacement."
+        caption = (
+            "Expected best score of n configurations, drawn with replacement. A run with two names "
+            "counts under each."
+        )
         figure = figures.online_performance(curves)
         report.add_figure("expected online performance", figure, caption)
 
@@ -214,7 +221,8 @@ def add_scores(report, title, rows, datasets, of_all):
         report.add_table(tables.score_table(f"{title}: scores", rows, datasets))
         columns = {dataset: [dataset] for dataset in datasets} | columns
     labels = set(rows["label"])
-    if BASELINE in labels and len(labels) > 1:
+    num_seeds = rows.loc[rows["final"].notna(), "seed"].nunique()  # one has no intervals
+    if BASELINE in labels and len(labels) > 1 and num_seeds > 1:
         report.add_table(tables.difference_table(f"{title}: differences", rows, columns))
 
 
@@ -227,15 +235,17 @@ def drawn_labels(rows, datasets, script, number):
     labels = list(rows["label"].sort_values().unique())
     if len(labels) <= number:
         return labels, ""
-    share = f" Drawn are {number} of {len(labels)}:"
+    sentence = f" Drawn are {number} of {len(labels)}:"
     if BASELINE not in labels:
-        return labels[:number], f"{share} the first."
-    gains = figures.gains_over_baseline(rows, datasets).mean(axis=1).abs().fillna(0)
-    always = [label for label in (BASELINE, "best", script.BEST.get("best")) if label in labels]
-    by_interest = sorted(labels, key=lambda label: (label not in always, -gains[label]))
-    drawn = [label for label in labels if label in by_interest[:number]]
-    others = "those whose mean score differs most from the baseline's"
-    return drawn, f"{share} {', '.join(always)}, and {others}."
+        return labels[:number], f"{sentence} the first."
+    gains = figures.gains_over_baseline(rows, datasets).mean(axis=1, skipna=False).abs().fillna(0)
+    first = [label for label in (BASELINE, "best", script.BEST.get("best")) if label in labels]
+    others = sorted(set(labels) - set(first), key=lambda label: (-gains[label], label))
+    chosen = [*first, *others][:number]
+    sentence += f" {', '.join(first[:number])}"
+    if number > len(first):
+        sentence += ", and those whose mean score differs most from the baseline's"
+    return [label for label in labels if label in chosen], f"{sentence}."
 
 
 def add_aggregates(report, config, title, arrays, drawn, which):
@@ -295,7 +305,7 @@ def add_explanation(report, config, script, rows):
     if found is not None:
         title = f"{script.NAME}: what explains the score"
         report.add_table(effects.explanation_table(title, found))
-        caption = "95 % intervals by a bootstrap of blocks. *: p below 0.05, corrected."
+        caption = f"95 % intervals by a bootstrap of blocks. *: p below {tables.LEVEL}, corrected."
         report.add_figure(title, figures.explanation_figure(found), caption)
 
 
@@ -303,9 +313,9 @@ def add_less_data(report, config, seeds):
     """Add what regularisers gain where fewer episodes are trained on, if some runs had fewer."""
     for algorithm, script in SCRIPTS.items():
         own = seeds[seeds["algorithm"] == algorithm]
-        for settings, rows in shares.groups(own) if len(own) else ():
+        for settings, rows in shares.groups(own):
             report.begin_section(f"{script.NAME}, less data. {settings_text(settings)}")
-            datasets = list(datasets_by_domain(rows).values())[-1]  # of all domains
+            datasets = all_datasets(rows)
             title = f"{script.NAME}: gain by share of the data"
             report.add_table(shares.share_table(title, rows, datasets))
             drawn, which = drawn_labels(rows, datasets, script, config.variants)
@@ -334,6 +344,11 @@ def read_published(path):
         raise UserError(f"beside: can't read {path} ({one_line(error)})") from error
     if not columns <= set(published):
         raise UserError(f"beside: {path} needs the columns {', '.join(sorted(columns))}")
+    scores = published[["mean", "std"]]
+    if not all(pd.api.types.is_numeric_dtype(scores[name]) for name in scores):
+        raise UserError(f"beside: in {path} a mean or a std is no number")
+    if published.duplicated(["source", "algorithm", "dataset_name"]).any():
+        raise UserError(f"beside: {path} has two scores of one algorithm on one dataset")
     return published
 
 

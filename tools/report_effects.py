@@ -112,7 +112,7 @@ def interaction_table(title, found, missing):
     cells = pd.DataFrame(index=found.index)
     cells["sum of the parts"] = (found["gain"] - found["point"]).map("{:+.1f}".format)
     cells["together"] = found["gain"].map("{:+.1f}".format)
-    texts = [bounds_text(row, "+") for row in found.itertuples()]
+    texts = [row_text(row, "+") for row in found.itertuples()]
     cells["interaction"] = [tables.bold(text, p) for text, p in zip(texts, found["p"])]
     cells["p"] = found["p"].map(tables.p_text)
     cells["blocks"] = found["blocks"].map(str)
@@ -123,7 +123,7 @@ def interaction_table(title, found, missing):
         "the blocks that have all parts. Where all blocks do, that is the least-squares fit of a "
         "level for each block and a term for each regulariser, pair and triple. In brackets 95 % "
         "intervals by a bootstrap of blocks, which are too narrow for few blocks. p is Student's "
-        "over the blocks, corrected by Holm over this table. Bold: p below 0.05."
+        f"over the blocks, corrected by Holm over this table. {tables.BOLD}"
     )
     return tables.Table(title, cells, f"{note} {missing_text(missing)}".strip())
 
@@ -139,11 +139,11 @@ def missing_text(missing):
     )
 
 
-def bounds_text(row, sign):
-    """Return "1.2 (0.3 – 2.1)", or nothing if the point is NaN. The sign "+" shows all signs."""
+def row_text(row, sign):
+    """Return a row's point and interval as a text, nothing if the point is NaN."""
     if np.isnan(row.point):
         return ""
-    return f"{row.point:{sign}.1f} ({row.low:{sign}.1f} – {row.high:{sign}.1f})"
+    return tables.bounds_text(row.point, row.low, row.high, sign)
 
 
 def strongest(found):
@@ -159,7 +159,7 @@ def strongest_of(told, word):
         return f"No {word} can be told from chance."
     row = told.loc[told["point"].abs().idxmax()]
     p = tables.p_text(row["p"])
-    return f"The strongest {word} is {row.name}: {bounds_text(row, '+')}, p {p}."
+    return f"The strongest {word} is {row.name}: {row_text(row, '+')}, p {p}."
 
 
 # --- Explanation ---
@@ -345,7 +345,8 @@ def within_slopes(found, weights):
 
     They are points per standard deviation of a measure among such runs.
     """
-    products = squares = 0
+    products = 0
+    squares = 0
     for values, blocks in found:
         counts = weights[:, blocks]
         total = counts.sum(1)[:, None]
@@ -525,14 +526,16 @@ def explain(rows, chosen, reps):
     ]
     is_told = p[:, 0] < tables.LEVEL
     told = [column for column, own in zip(sample.columns, is_told) if own]
+    share, by_chance = label_share(found)
     return Explanation(
-        sample,
-        pd.concat(estimates),
-        pd.DataFrame(p, names, ["between", "within"]).iloc[order],
-        regularisers,
-        rests_on(rows, chosen, told),
-        share_of_all(totals[:1]),
-        *label_share(found),
+        sample=sample,
+        estimates=pd.concat(estimates),
+        p=pd.DataFrame(p, names, ["between", "within"]).iloc[order],
+        regularisers=regularisers,
+        rests_on=rests_on(rows, chosen, told),
+        together=share_of_all(totals[:1]),
+        label_share=share,
+        chance_share=by_chance,
     )
 
 
@@ -566,7 +569,7 @@ def explanation_table(title, found):
     for quantity, name in QUANTITIES.items():
         own = found.estimates[found.estimates["quantity"] == quantity]
         sign = "" if name.startswith("share") else "+"
-        cells[name] = [bounds_text(row, sign) for row in own.itertuples()]
+        cells[name] = [row_text(row, sign) for row in own.itertuples()]
     cells["p, between regularisers"] = found.p["between"].map(bold_p)
     cells["p, same regulariser"] = found.p["within"].map(bold_p)
     return tables.Table(title, cells, explanation_note(found), "measure")
@@ -599,7 +602,7 @@ def explanation_note(found):
         "They hold for these regularisers. p asks whether others would show the same.",
         "p is corrected by Holm over both columns.",
         between_text(found.regularisers),
-        "With the same regulariser it is by permuting seeds. Bold: p below 0.05.",
+        f"With the same regulariser it is by permuting seeds. {tables.BOLD}",
     ]
     if sample.missing:
         notes.append(f"Left out, since too few runs have it: {titles(sample.missing)}.")
@@ -636,7 +639,7 @@ def explained(found):
         text = name
         needed = ", ".join(found.rests_on[name])
         if needed:
-            text += f" (but without {needed} p is 0.05 or more, before correction)"
+            text += f" (but without {needed} p is {tables.LEVEL} or more, before correction)"
         between.append(text)
     within = found.p.index[found.p["within"] < tables.LEVEL]
     nothing = "no measure beyond chance"

@@ -40,10 +40,14 @@ def make_axes(number, width=3.4, height=2.6, columns=4):
     return figure, list(axes.flat[:number])
 
 
-def add_legend(figure, axis):
-    """Put an axis's legend below the figure."""
-    entries = axis.get_legend_handles_labels()
-    figure.legend(*entries, loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+def add_legend(figure):
+    """Put a legend of all axes below the figure."""
+    found = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles))
+    place = dict(loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+    figure.legend(found.values(), found.keys(), **place)
 
 
 def turn_labels(axis, angle):
@@ -67,7 +71,7 @@ def learning_curves(rows, labels, datasets):
             (line,) = axis.plot(x, mean, label=label, markevery=max(1, len(x) // 6))
             axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.12)
         axis.set(title=dataset, xlabel="1000 updates", ylabel="score")
-    add_legend(figure, axes[0])
+    add_legend(figure)
     return figure
 
 
@@ -116,7 +120,7 @@ def performance_profiles(arrays, reps):
         (line,) = axis.plot(100 * taus, shares, label=label, markevery=10)
         axis.fill_between(100 * taus, *bands[label], color=line.get_color(), alpha=0.12)
     axis.set(xlabel="score τ", ylabel="share of runs with score > τ")
-    add_legend(figure, axis)
+    add_legend(figure)
     return figure
 
 
@@ -139,8 +143,11 @@ def single_map(rows, datasets, names):
 
 
 def pair_map(rows, datasets, names):
-    """Draw what pairs of regularisers gain at the paper's strengths, as a mean over datasets."""
-    gains = gains_over_baseline(rows, datasets).mean(axis=1)
+    """Draw what pairs of regularisers gain at the paper's strengths, as a mean over datasets.
+
+    Those that lack a dataset are left out.
+    """
+    gains = gains_over_baseline(rows, datasets).mean(axis=1, skipna=False)
     values = pd.DataFrame(index=list(names), columns=list(names), dtype=float)
     for label, gain in gains.items():
         pair = label.split("+")
@@ -165,7 +172,8 @@ def interaction_map(found, names):
             values.loc[place] = effect["point"]
             texts.loc[place] = text
     paired = [name for name in names if values[name].notna().any()]
-    title = "interactions of pairs\n*: p below 0.05, corrected; empty: can't be told"
+    told = f"*: p below {tables.LEVEL}, corrected; empty: can't be told"
+    title = f"interactions of pairs\n{told}"
     bar = "gain together − sum of the gains"
     return heat_map(title, values.loc[paired, paired], texts.loc[paired, paired], bar)
 
@@ -209,7 +217,7 @@ def inside_figure(rows, datasets):
         axis.set_xticks(range(len(labels)), labels)
         axis.set_title(tables.INSIDE[key][0])
         turn_labels(axis, 60)
-    add_legend(figure, axes[0])
+    add_legend(figure)
     return figure
 
 
@@ -266,7 +274,7 @@ def robustness_figure(rows, datasets):
     means.plot.bar(yerr=halves, width=0.8, capsize=2, legend=False, ax=axis)
     axis.set(xlabel="", ylabel="score")
     turn_labels(axis, 60)
-    add_legend(figure, axis)
+    add_legend(figure)
     return figure
 
 
@@ -277,5 +285,5 @@ def online_performance(curves):
         axis.plot(range(1, len(scores) + 1), scores, label=title)
     axis.set(xlabel="configurations tried online", ylabel="expected best score")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    add_legend(figure, axis)
+    add_legend(figure)
     return figure

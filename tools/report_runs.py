@@ -3,6 +3,7 @@
 A run is a dictionary for each training seed:
 
     algorithm, dataset, domain, seed
+    run       its directory, or its row's name in a table
     settings  fields that differ from the dataset's defaults, without the regularisers: pairs
     labels    the names under which it counts, such as ("DO+LN", "best")
     config    its fields
@@ -86,9 +87,9 @@ def label(script, found):
             flags = others
     words = []
     for name, value in found.items():
-        chosen = {**script.CHOSEN.get(name, {"": None})}
-        strength, *_ = chosen
-        is_papers = value == flags.get(strength, chosen[strength])
+        chosen = {**script.CHOSEN.get(name, {}), **flags}
+        strength = next(iter(script.CHOSEN.get(name, {})), None)
+        is_papers = value == chosen.get(strength)
         words.append(name if is_papers else f"{name}({value:g})")
     return "+".join(words) or BASELINE
 
@@ -211,7 +212,9 @@ def split_seeds(algorithm, config, rows, state):
 
     Raises UserError if the evaluations make no sense.
     """
-    config = {**saved_fields(vars(SCRIPTS[algorithm].Config())), **config}
+    script = SCRIPTS[algorithm]
+    usual = script.tuned(script.Config(dataset_name=config["dataset_name"]))
+    config = {**saved_fields(vars(usual)), **config}  # older runs lack newer fields
     about = {**describe(algorithm, config), "state": state}
     seeds = []
     for number in range(config["seed"], config["seed"] + config["num_seeds"]):
@@ -375,9 +378,10 @@ def with_cka(seeds):
         if BASELINE in seed["labels"]:
             baselines[features_key(seed)] = seed
     for seed in seeds:
-        features = [read_features(seed), read_features(baselines.get(features_key(seed)))]
-        if all(own is not None for own in features):
-            seed["cka_to_baseline"] = float(linear_cka(*features))
+        own = read_features(seed)
+        others = read_features(baselines.get(features_key(seed)))
+        if own is not None and others is not None and len(own) == len(others):
+            seed["cka_to_baseline"] = float(linear_cka(own, others))
     return seeds
 
 
@@ -387,13 +391,14 @@ def features_key(seed):
 
 
 def read_features(seed):
-    """Return a finished seed's features (B, F), or None if they aren't there."""
+    """Return a finished seed's features (B, F), or None if they can't be read."""
     if seed is None or seed["state"] != "finished":
         return None
     path = os.path.join(seed["run"], "features.npy")
-    if not os.path.exists(path):
+    try:
+        return np.load(path)[seed["seed"] - seed["config"]["seed"]]
+    except (OSError, EOFError, ValueError, IndexError):  # also a damaged file
         return None
-    return np.load(path)[seed["seed"] - seed["config"]["seed"]]
 
 
 def find_runs(folder):

@@ -97,8 +97,8 @@ def texts_and_p(values):
     """Return the means of rows over seeds with their intervals as texts, and p values by Holm."""
     p = tables.holm(tables.p_values(values))
     texts = []
-    for mean, half, one in zip(*tables.mean_and_interval(values), p):
-        texts.append(tables.bold(tables.interval_text(mean, half, "+"), one))
+    for mean, half, p_value in zip(*tables.mean_and_interval(values), p):
+        texts.append(tables.bold(tables.interval_text(mean, half, "+"), p_value))
     return texts, p
 
 
@@ -123,8 +123,8 @@ def share_table(title, rows, datasets):
         f"seed; means over {', '.join(datasets)}. `for each halving`: by how much the difference "
         "grows as the data is halved, by least squares. In brackets 95 % intervals of each alone, "
         "by Student's t, which leave out the chance in which episodes were drawn. p is corrected "
-        "by Holm: over all differences, and apart from them over `for each halving`. Bold: p below "
-        f"0.05.{same_runs(rows, datasets)}"
+        "by Holm: over all differences, and apart from them over `for each halving`. "
+        f"{tables.BOLD}{same_runs(rows, datasets)}"
     )
     return tables.Table(title, cells, note)
 
@@ -143,8 +143,9 @@ def share_figure(rows, datasets):
 
     Lines are means over the seeds, bands their 95 % intervals.
     """
-    labels = list(rows["label"].sort_values().unique())
-    styles = dict(zip(labels, itertools.cycle([BASELINE_STYLE, *figures.STYLES])))
+    labels = [label for label in rows["label"].sort_values().unique() if label != BASELINE]
+    styles = dict(zip(labels, itertools.cycle(figures.STYLES)))
+    styles[BASELINE] = BASELINE_STYLE
     has_gap = GAP in rows and rows[GAP].notna().any()
     lines = 2 if has_gap else 1
     size = (3.4 * len(datasets), 2.6 * lines)
@@ -158,7 +159,7 @@ def share_figure(rows, datasets):
             draw_bands(axes[1, column], by_label_and_share(own, GAP, [dataset]), styles)
             axes[1, column].set(ylabel="gap of the action error")
         axes[-1, column].set(xlabel="episodes trained on (%)")
-    figures.add_legend(figure, axes[-1, 0])
+    figures.add_legend(figure)
     return figure
 
 

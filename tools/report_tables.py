@@ -85,7 +85,8 @@ def escape(text):
     text = re.sub(r"([%&_#${}])", r"\\\1", text)
     text = text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
     text = text.replace("±", r"$\pm$").replace("–", "--").replace("<", "$<$").replace("−", "$-$")
-    return re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", text)
+    text = re.sub(r"`(.*?)`", r"\\texttt{\1}", text)
+    return re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
 
 
 # --- Statistics ---
@@ -166,8 +167,8 @@ def interval(function, measures, labels, arrays, reps):
     `function` makes an array (measures, labels) of arrays of scores (seeds, datasets, labels).
     """
 
-    def flat(*arrays):
-        return function(*arrays).ravel()
+    def flat(*resampled):
+        return function(*resampled).ravel()
 
     np.random.seed(0)  # noqa: NPY002, from where rliable draws
     points, intervals = library.get_interval_estimates({"": arrays}, flat, reps=reps)
@@ -282,7 +283,7 @@ def score_cell(runs, expected):
 
 IN_PERCENT = "mean, in percent"
 LEVEL = 0.05  # what is bold has a p value below it
-FAMILIES = "over the means, which are the question, and apart from them over the single datasets"
+BOLD = f"Bold: p below {LEVEL}."
 
 
 def difference_table(title, rows, columns):
@@ -313,23 +314,28 @@ def difference_table(title, rows, columns):
         cells[f"p, {name}"] = p[name].map(p_text)
     percents = improvements(rows, max(columns.values(), key=len))
     if len(percents):
-        texts = [percent_text(row) for row in percents.itertuples()]
+        bounds = percents[["point", "low", "high"]].to_numpy()
+        texts = [bounds_text(*row, sign="+", unit=" %") for row in bounds]
         cells[IN_PERCENT] = pd.Series(texts, percents["label"])
         cells[IN_PERCENT] = cells[IN_PERCENT].fillna("")
-    families = FAMILIES if len(columns) > 1 else "over this table's differences"
+    families = "over this table's differences"
+    if len(columns) > 1:
+        families = "over the means, which are the question, "
+        families += "and apart from them over the single datasets"
     note = (
         "The baseline's score, and the others' differences from it, seed by seed. In brackets 95 % "
         "intervals of each alone, by Student's t. p is Student's, corrected by Holm: "
-        f"{families}. Bold: p below 0.05."
+        f"{families}. {BOLD}"
     )
     if len(percents):
         note += f" `{IN_PERCENT}`: of the baseline's mean, which counts as known."
     return Table(title, cells, note)
 
 
-def percent_text(row):
-    """Return "+5.4 % (-8.4 – +19.2)" of a row of `improvements`."""
-    return f"{row.point:+.1f} % ({row.low:+.1f} – {row.high:+.1f})"
+def bounds_text(point, low, high, sign="", digits=1, unit=""):
+    """Return "36.3 (36.1 – 36.5)". The sign "+" shows all signs: "+5.4 % (-8.4 – +19.2)"."""
+    number = f"{{:{sign}.{digits}f}}".format
+    return f"{number(point)}{unit} ({number(low)} – {number(high)})"
 
 
 def bold(text, p):
@@ -344,10 +350,10 @@ def p_text(p):
 
 
 def interval_text(mean, half, sign):
-    """Return "36.3 (36.1 – 36.5)", with the sign "+" "+36.3 (+36.1 – +36.5)"."""
+    """Return a mean and its interval as a text, "incomplete" without an interval."""
     if np.isnan(half):
         return "incomplete"
-    return f"{mean:{sign}.1f} ({mean - half:{sign}.1f} – {mean + half:{sign}.1f})"
+    return bounds_text(mean, mean - half, mean + half, sign)
 
 
 def same_as_baseline(rows, datasets):
@@ -360,11 +366,10 @@ def same_as_baseline(rows, datasets):
 
 def aggregate_table(title, estimates, arrays):
     """Return the table of aggregates and of comparisons with the baseline."""
-    formats = dict.fromkeys(AGGREGATES, "{:.1f} ({:.1f} – {:.1f})")
-    formats[PROBABILITY] = "{:.2f} ({:.2f} – {:.2f})"
-    cells = pd.DataFrame("", index=list(arrays), columns=list(formats))
+    cells = pd.DataFrame("", index=list(arrays), columns=[*AGGREGATES, PROBABILITY])
     for row in estimates.itertuples():
-        text = formats[row.measure].format(row.point, row.low, row.high)
+        digits = 2 if row.measure == PROBABILITY else 1
+        text = bounds_text(row.point, row.low, row.high, digits=digits)
         cells.loc[row.label, row.measure] = text
     cells.index = [f"{label} ({len(scores)} seeds)" for label, scores in arrays.items()]
     return Table(title, cells, "95 % intervals by rliable's stratified bootstrap, in brackets.")
@@ -380,7 +385,11 @@ def column_title(column):
 
 
 def spread_text(mean, std, digits):
-    return "incomplete" if np.isnan(mean) else f"{mean:.{digits}f} ± {std:.{digits}f}"
+    """Return "0.50 ± 0.02", or "0.50" of one seed, whose std is NaN, or "incomplete"."""
+    if np.isnan(mean):
+        return "incomplete"
+    text = f"{mean:.{digits}f}"
+    return text if np.isnan(std) else f"{text} ± {std:.{digits}f}"
 
 
 def with_ratios(rows):
@@ -416,7 +425,8 @@ def inside_table(title, rows, datasets):
     cells = pd.DataFrame(index=rows["label"].cat.categories)
     for key, (name, digits) in measured.items():
         values = by_seed(rows, key, datasets)
-        pairs = zip(values.mean(axis=1), values.std(axis=1, ddof=0))
+        spreads = values.std(axis=1, ddof=0).where(values.count(axis=1) > 1)
+        pairs = zip(values.mean(axis=1), spreads)
         texts = [spread_text(mean, std, digits) for mean, std in pairs]
         cells[name] = pd.Series(texts, values.index.astype(str))
     cells = cells.fillna("incomplete")

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from harness.directory import status
 from harness.errors import DeviceError, UserError, one_line, one_line_errors
-from tools.jobs import make_groups, read_jobs, share_of
+from tools.jobs import AS_MANY_AS_FIT, make_groups, read_jobs, share_of
 from tools.plan import print_plan, with_known_checksum
 
 LOOK_EVERY = 30  # seconds between looks at what other processes train
@@ -165,7 +165,7 @@ class Pool:
 
     def programs(self, jobs):
         """Return the programs of some jobs."""
-        as_many_as_fit = self.together is None
+        as_many_as_fit = self.together == AS_MANY_AS_FIT
         return [Program(own, as_many_as_fit) for own in make_groups(jobs, self.together)]
 
     def run(self):
@@ -413,7 +413,7 @@ def main():
         type=int,
         nargs="?",
         default=1,
-        const=None,
+        const=AS_MANY_AS_FIT,
         help="runs in one program, for a GPU; without a number as many as fit",
     )
     parser.add_argument("--plan", action="store_true", help="only print what it takes here")
@@ -425,10 +425,10 @@ def main():
         raise UserError(f"name the files first, then {before} and other flags of the scripts")
     for name in ("processes", "together"):
         number = getattr(given, name)
-        if number is not None and number < 1:
+        if number != AS_MANY_AS_FIT and number < 1:
             raise UserError(f"{name} must be 1 or more")
     if given.plan:
-        jobs = read_jobs(given.files, flags, with_checksum=with_known_checksum)
+        jobs = read_jobs(given.files, flags, add_checksum=with_known_checksum)
         return print_plan(jobs, given.processes, given.together)
     jobs = own_share(read_jobs(given.files, flags), given.together)
     most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a lock of each run of a group
