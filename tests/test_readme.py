@@ -219,7 +219,7 @@ def test_a_report_of_the_readmes_is_made(command, tmp_path, start):
     """As it stands, but of fewer runs."""
     start(results="results/study", seed=0)
     os.makedirs(tmp_path / "data")
-    shutil.copy(os.path.join(ROOT, "data", "paper.csv"), tmp_path / "data")
+    shutil.copy(os.path.join(ROOT, "data", "corl.csv"), tmp_path / "data")
     for name, algorithm in (("study", "iql"), ("curves", "bcq")):
         table = pd.read_csv(os.path.join(ROOT, "data", f"{name}.csv"), dtype=str)
         is_in = (table["dataset_name"] == "hopper-medium-v2") & (table["algorithm"] == algorithm)

@@ -513,7 +513,7 @@ def test_a_wrong_table_of_other_peoples_scores_is_an_error_before_any_work(make_
 
 
 def test_the_published_scores_are_corls_and_of_known_datasets():
-    published = pd.read_csv(os.path.join(ROOT, "data", "paper.csv"))
+    published = pd.read_csv(os.path.join(ROOT, "data", "corl.csv"))
     names = published["dataset_name"].unique()
     assert set(published["source"]) == {"CORL"}
     assert set(names) <= set(registered_names())

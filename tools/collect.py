@@ -7,7 +7,7 @@
 `expert_steps`. `medium-replay` and `full-replay` are all that SAC saw up to then. `medium-expert`
 is one file after the other. SAC is sbx-rl's with its defaults and 10,000 random first steps.
 
-The files bear D4RL's names: `D4RL_DATASET_DIR=data python rebrac.py --dataset_name
+The files bear D4RL's names: `D4RL_DATASET_DIR=collected python rebrac.py --dataset_name
 halfcheetah-medium-replay-v2` finds the one above, which takes about 15 minutes on two cores. Of
 Adroit's tasks D4RL has none of these kinds but `expert`. The others get names such as
 pen-medium-replay-v1.hdf5, too, for `--dataset_path`.
@@ -60,7 +60,7 @@ class Config:
     expert_steps: int = 1_000_000  # environment steps of SAC up to the expert policy
     transitions: int = 1_000_000  # at least, in whole episodes, in random, medium and expert
     seed: int = 0  # of SAC, the environment and the rollouts
-    directory: str = "data"  # where the files go
+    directory: str = "collected"  # where the files go
 
 
 def check(config):

@@ -60,7 +60,7 @@ class Config:
     walker_steps: int = 0  # steps of SAC, to make that file first; 0: it is there
     seed: int = 0  # of SAC, the starts, the goals and the noise
     processes: int = 2  # that walk at once; they change no file's content
-    directory: str = "data"  # where the files go
+    directory: str = "collected"  # where the files go
 
 
 def check(config):

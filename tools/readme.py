@@ -22,6 +22,7 @@ from harness.datasets import DOMAINS
 from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT, load_script
+from tools import report_shares as shares
 from tools.report_figures import learning_curves
 from tools.report_runs import BASELINE, by_label, read_results
 from tools.report_tables import (
@@ -402,9 +403,10 @@ def study_scores(algorithm):
             if dataset in STUDIED:
                 columns[STUDIED[dataset]] = {line[0]: line[i] for line in lines}
     rows = []
-    for label, mean, p, _ in means[2:]:
-        rows.append([label, *(columns[short][label] for short in STUDIED.values()), mean, p])
-    return markdown(["", *STUDIED.values(), "mean of the three", "p of the mean"], rows)
+    for label, *of_mean in means[2:]:
+        rows.append([label, *(columns[short][label] for short in STUDIED.values()), *of_mean])
+    header = ["mean of the three", "p of the mean", "mean, in percent"]
+    return markdown(["", *STUDIED.values(), *header], rows)
 
 
 def findings():
@@ -433,7 +435,7 @@ def antmaze():
     table["name"] = table["algorithm"].map(lambda algorithm: SCRIPTS[algorithm].NAME)
     critics = {"mse": " (mse)", "hl_gauss": " (HL-Gauss)", None: ""}
     table["name"] += table["config"].map(lambda config: critics[config.get("critic_loss")])
-    published = pd.read_csv(path_of("data", "paper.csv")).set_index(["algorithm", "dataset_name"])
+    published = pd.read_csv(path_of("data", "corl.csv")).set_index(["algorithm", "dataset_name"])
     rows = []
     kinds = ["name", "dataset", "label", "num_updates"]
     for (name, dataset, label, _), own in table.groupby(kinds, observed=True):
@@ -559,18 +561,50 @@ def networks():
     label = rows["label"].cat.remove_unused_categories()
     rows = rows.assign(label=label, final=rows["score"])
     columns = {STUDIED[dataset]: [dataset] for dataset in KL_COEF}
-    table = difference_table("", rows, {**columns, "mean": list(KL_COEF)})
-    header, *lines = table._replace(first="regularisers").lines()
+    return as_block(difference_table("", rows, {**columns, "mean": list(KL_COEF)}))
+
+
+def as_block(table):
+    """Return a report's table without its title and note."""
+    header, *lines = table.lines()
     return markdown(header, lines)
 
 
-def draw_curves():
-    """Draw the scores of CQL and BCQ over the updates."""
+def studied_datasets(rows):
+    """Return the datasets of rows, in the order of STUDIED."""
+    return [dataset for dataset in STUDIED if dataset in set(rows["dataset"])]
+
+
+def less_data_rows(algorithm):
+    """Return an algorithm's runs on 2 to 90 % of the episodes, a row for each label.
+
+    ReBRAC has other coefficients on each dataset. That is no setting here.
+    """
+    seeds, _ = read_results([path_of("data", "second.csv")])
+    labels = {BASELINE, "DO", "LN", "L2", "DO+LN", COMBINATIONS[algorithm]}
+    own = [seed for seed in seeds if seed["algorithm"] == algorithm]
+    table = pd.DataFrame([seed for seed in own if labels.intersection(seed["labels"])])
+    table = table.assign(final=table["score"], settings=[()] * len(table))
+    ((_, rows),) = shares.groups(table)
+    return rows
+
+
+def less_data(algorithm):
+    """The differences from the baseline on less data: the report's table."""
+    rows = less_data_rows(algorithm)
+    return as_block(shares.share_table("", rows, studied_datasets(rows)))
+
+
+def draw_figures():
+    """Draw the scores of CQL and BCQ over the updates, and gains on less data."""
+    found = {}
     for algorithm, rows in dict(cql=curves_of("cql"), bcq=second_study_of_bcq()).items():
-        datasets = [dataset for dataset in STUDIED if dataset in set(rows["dataset"])]
         labels = rows["label"].cat.remove_unused_categories().cat.categories
-        figure = learning_curves(rows, labels, datasets)
-        path = path_of("data", f"curves-{algorithm}.png")
+        found[f"curves-{algorithm}"] = learning_curves(rows, labels, studied_datasets(rows))
+    rows = less_data_rows("iql")
+    found["less-data-iql"] = shares.share_figure(rows, studied_datasets(rows))
+    for name, figure in found.items():
+        path = path_of("data", f"{name}.png")
         figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
 
 
@@ -611,6 +645,7 @@ BLOCKS = {
     "curves-cql": lambda: curves("cql"),
     "curves-bcq": lambda: curves("bcq"),
     "networks-bcq": networks,
+    "less-data-iql": lambda: less_data("iql"),
     "regularisers": regularisers,
     "findings": findings,
     "sweeps": sweep_files,
@@ -625,7 +660,6 @@ BLOCKS = {
     "scores-iql": lambda: study_scores("iql"),
     "dead-neurons": lambda: by_dataset("train/dead_neurons", 3),
     "pca-rank": lambda: by_dataset("train/pca_rank", 1),
-    "training-error": lambda: by_dataset("train/action_error", 3),
     "held-out-error": lambda: by_dataset("validation/action_error", 3),
     "action-noise": lambda: under_noise(NOISE[0]),
     "state-noise": lambda: under_noise(NOISE[1]),
@@ -662,7 +696,7 @@ def main():
             changed.append(os.path.relpath(path, ROOT))
             with open(path, "w", encoding="utf-8") as file:
                 file.write(new)
-    draw_curves()
+    draw_figures()
     print(f"changed: {', '.join(changed) or 'nothing'}")
 
 

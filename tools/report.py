@@ -55,7 +55,7 @@ class Config:
     final: str = "last"  # a run's score: the last evaluation's, or mean: of the last 10 (AntMaze 5)
     reps: int = 2000  # bootstrap resamples
     variants: int = 8  # in a figure of lines, at most
-    beside: Optional[str] = None  # table of other people's scores to show, too: data/paper.csv
+    beside: Optional[str] = None  # table of other people's scores to show, too: data/corl.csv
 
 
 CSS = """<style>

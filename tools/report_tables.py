@@ -436,7 +436,7 @@ def inside_table(title, rows, datasets):
 
 
 def published_table(title, published, datasets):
-    """Return a table of other people's scores, a DataFrame of data/paper.csv's columns."""
+    """Return a table of other people's scores, a DataFrame of data/corl.csv's columns."""
     names = published["source"] + ": " + published["algorithm"]
     mean = published["mean"].map("{:.1f}".format)
     std = published["std"].map("{:.1f}".format)
