@@ -170,9 +170,11 @@ class Pool:
 
     def run(self):
         """Run all programs. After a signal start none, and wait for those that run."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-                signal.signal(number, self.receive)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, self.receive)
         self.bar = tqdm(
             total=sum(job.config.num_updates for job in self.updates),
             initial=sum(self.updates.values()),
