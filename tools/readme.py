@@ -576,6 +576,7 @@ def studied_datasets(rows):
     return [dataset for dataset in STUDIED if dataset in set(rows["dataset"])]
 
 
+@functools.cache  # since it is read for two tables and a figure
 def less_data_rows(algorithm):
     """Return an algorithm's runs on 2 to 90 % of the episodes, a row for each label.
 
@@ -606,23 +607,20 @@ def less_data_by_dataset(algorithm):
     gains = {}
     for dataset in studied_datasets(rows):
         own = rows[~rows["label"].isin(same_as_baseline(rows, [dataset]))]
-        name = STUDIED[dataset]
-        scores[name] = shares.by_label_and_share(own, "final", [dataset]).loc[[BASELINE]]
-        gains[name] = shares.gains(own, [dataset])
-    scores = pd.concat(scores)
+        baseline = shares.by_label_and_share(own, "final", [dataset]).loc[BASELINE]
+        means, halves = mean_and_interval(baseline)
+        scores[dataset] = [interval_text(*pair, "") for pair in zip(means, halves)]
+        gains[dataset] = shares.gains(own, [dataset])
     gains = pd.concat(gains)
-    means, halves = mean_and_interval(scores)
-    texts = [interval_text(mean, half, "") for mean, half in zip(means, halves)]
-    differences, _ = shares.texts_and_p(gains)
-    cells = pd.concat([pd.Series(texts, scores.index), pd.Series(differences, gains.index)])
-    cells = cells.unstack()
-    labels = [BASELINE, *rows["label"].cat.categories.drop(BASELINE)]
+    texts, _ = shares.texts_and_p(gains)
+    texts = pd.Series(texts, gains.index).unstack(sort=False)  # a column for each share
     lines = []
-    for name in gains.index.unique(0):
-        for label in labels:
-            if (name, label) in cells.index:
-                lines.append([name, label, *cells.loc[(name, label)]])
-    return markdown(["dataset", "regularisers", *(f"{100 * share:g} %" for share in cells)], lines)
+    for dataset, cells in scores.items():
+        lines.append([STUDIED[dataset], BASELINE, *cells])
+        for label, cells in texts.loc[dataset].iterrows():
+            lines.append([STUDIED[dataset], label, *cells])
+    titles = [f"{100 * share:g} %" for share in texts]
+    return markdown(["dataset", "regularisers", *titles], lines)
 
 
 def draw_figures():
