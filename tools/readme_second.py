@@ -1,0 +1,228 @@
+"""The second study's tables and figures in data/README.md, from data/second.csv.
+
+`rows` is a DataFrame with a row for each finished run and label of one algorithm.
+"""
+
+import functools
+
+import pandas as pd
+
+from harness.scripts import load_script
+from tools import report_effects as effects
+from tools import report_figures as figures
+from tools import report_shares as shares
+from tools.readme_results import COMBINATIONS, STUDIED, as_block, in_order, markdown, path_of
+from tools.report_runs import BASELINE, by_label, read_results
+from tools.report_tables import (
+    LEVEL,
+    by_seed,
+    difference_table,
+    interval_text,
+    mean_and_interval,
+    p_text,
+    same_as_baseline,
+)
+
+REPS = 2000  # of the bootstrap
+GAP = shares.GAP
+TENTH = 0.1  # the share of the episodes that most parts train on
+
+
+@functools.cache  # since it is read for each of many tables
+def finished(algorithm):
+    """Return an algorithm's finished runs, a row for each.
+
+    ReBRAC has other coefficients on each dataset. That is no setting here.
+    """
+    seeds, _ = read_results([path_of("data", "second.csv")])
+    table = pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm])
+    share = [round(1 - config["validation_frac"], 6) for config in table["config"]]
+    return table.assign(final=table["score"], share=share, settings=[()] * len(table))
+
+
+# --- Less data ---
+
+
+@functools.cache
+def less_data_rows(algorithm):
+    """Return an algorithm's runs on 2 to 90 % of the episodes."""
+    labels = {BASELINE, "DO", "LN", "L2", "DO+LN", COMBINATIONS[algorithm]}
+    runs = finished(algorithm)
+    is_own = [not labels.isdisjoint(own) for own in runs["labels"]]
+    ((_, rows),) = shares.groups(runs[is_own])
+    return rows
+
+
+def less_data(algorithm):
+    """The differences from the baseline on less data: the report's table."""
+    rows = less_data_rows(algorithm)
+    return as_block(shares.share_table("", rows, in_order(rows)))
+
+
+def less_data_by_dataset(algorithm):
+    """The baseline's scores on less data, and the others' differences from it, by dataset.
+
+    Bold is a difference whose p is below 0.05, corrected by Holm over the table.
+    """
+    rows = less_data_rows(algorithm)
+    scores = {}
+    gains = {}
+    for dataset in in_order(rows):
+        own = rows[~rows["label"].isin(same_as_baseline(rows, [dataset]))]
+        baseline = shares.by_label_and_share(own, "final", [dataset]).loc[BASELINE]
+        means, halves = mean_and_interval(baseline)
+        scores[dataset] = [interval_text(*pair, "") for pair in zip(means, halves)]
+        gains[dataset] = shares.gains(own, [dataset])
+    gains = pd.concat(gains)
+    texts, _ = shares.texts_and_p(gains)
+    texts = pd.Series(texts, gains.index).unstack(sort=False)  # a column for each share
+    lines = []
+    for dataset, cells in scores.items():
+        lines.append([STUDIED[dataset], BASELINE, *cells])
+        for label, cells in texts.loc[dataset].iterrows():
+            lines.append([STUDIED[dataset], label, *cells])
+    titles = [f"{100 * share:g} %" for share in texts]
+    return markdown(["dataset", "regularisers", *titles], lines)
+
+
+def less_data_figure(algorithm):
+    rows = less_data_rows(algorithm)
+    return shares.share_figure(rows, in_order(rows))
+
+
+# --- Strength; the actor or the critics ---
+
+
+def varied(algorithm, values):
+    """Return the runs that differ from the baseline in these fields alone, beside share and seed.
+
+    `values` is {field: those that it may have}. On Adroit IQL's baseline has dropout.
+    """
+    runs = finished(algorithm)
+    configs = {}
+    for dataset, labels, config in zip(runs["dataset"], runs["labels"], runs["config"]):
+        if BASELINE in labels:
+            configs[dataset] = config
+    free = {*values, "seed", "validation_frac"}
+    kept = []
+    for dataset, config in zip(runs["dataset"], runs["config"]):
+        baseline = configs[dataset]
+        is_same = all(value == baseline[key] for key, value in config.items() if key not in free)
+        kept.append(is_same and all(config[key] in own for key, own in values.items()))
+    return runs[kept]
+
+
+def strengths(field, values):
+    """The differences that strengths of one of IQL's regularisers make on 10 % of the episodes.
+
+    Beside them is the gap of the action error: held out minus training, a mean over the seeds.
+    """
+    runs = varied("iql", {field: values})
+    runs = runs[runs["share"] == TENTH]
+    names = {value: f"{value:g}" if value else BASELINE for value in values}
+    label = [names[config[field]] for config in runs["config"]]
+    rows = runs.assign(label=pd.Categorical(label, names.values(), ordered=True))
+    columns = {STUDIED[dataset]: [dataset] for dataset in STUDIED}
+    cells = difference_table("", rows, {**columns, "mean": list(STUDIED)}).cells
+    cells = cells.drop(columns=[f"p, {name}" for name in columns])
+    for dataset in STUDIED:
+        gaps = by_seed(rows, GAP, [dataset]).mean(axis=1)
+        cells[f"gap, {STUDIED[dataset]}"] = gaps.map("{:.3f}".format)
+    return markdown([f"`{field}`", *cells], cells.reset_index().to_numpy())
+
+
+# Where a regulariser acts: (actor, critics) -> label
+PLACES = {
+    (False, False): BASELINE,
+    (True, False): "actor",
+    (False, True): "critics",
+    (True, True): "both",
+}
+
+
+def place_rows(algorithm, name):
+    """Return the runs with a regulariser in the actor, in the critics, in both and in neither."""
+    field, *_ = load_script(algorithm).CHOSEN[name]
+    fields = (field, field.replace("actor", "critic"))
+    off_or_chosen = (0, load_script(algorithm).CHOSEN[name][field])
+    runs = varied(algorithm, dict.fromkeys(fields, off_or_chosen))
+    label = [PLACES[tuple(bool(config[key]) for key in fields)] for config in runs["config"]]
+    return runs.assign(label=pd.Categorical(label, PLACES.values(), ordered=True))
+
+
+def places(algorithm):
+    """The differences that a regulariser of the actor, the critics and both makes from neither.
+
+    Holm corrects p over the means, and apart from them over the single datasets.
+    """
+    of_datasets = {}
+    of_means = {}
+    for name in ("LN", "DO", "L2"):
+        rows = place_rows(algorithm, name)
+        datasets = in_order(rows)
+        of_means[name] = shares.gains(rows, datasets)
+        for dataset in datasets:
+            of_datasets[dataset, name] = shares.gains(rows, [dataset])
+    columns = {}  # (share, title) -> texts
+    of_datasets = pd.concat(of_datasets, names=["dataset", "name"])
+    texts, _ = shares.texts_and_p(of_datasets)
+    for (dataset, share), own in pd.Series(texts, of_datasets.index).groupby(["dataset", "share"]):
+        columns[share, STUDIED[dataset]] = own.droplevel(["dataset", "share"])
+    of_means = pd.concat(of_means, names=["name"])
+    texts, p = shares.texts_and_p(of_means)
+    found = pd.DataFrame({"mean": texts, "p of the mean": map(p_text, p)}, of_means.index)
+    for share, own in found.groupby("share"):
+        for title, cells in own.droplevel("share").items():
+            columns[share, title] = cells
+    order = [STUDIED[dataset] for dataset in datasets] + list(found)
+    shares_of_all = sorted({share for share, _ in columns})
+    table = pd.DataFrame({(s, title): columns[s, title] for s in shares_of_all for title in order})
+    header = [f"{title}, {100 * share:g} %" for share, title in table]
+    lines = [[name, label, *cells] for (name, label), *cells in table.itertuples()]
+    return markdown(["regulariser", "of", *header], lines)
+
+
+# --- Pairs, and what explains the scores ---
+
+
+@functools.cache
+def pair_rows():
+    """Return IQL's runs on 10 % of HalfCheetah's episodes, of the seeds that pairs have."""
+    runs = finished("iql")
+    dataset = next(iter(STUDIED))
+    own = runs[(runs["share"] == TENTH) & (runs["dataset"] == dataset) & (runs["seed"] < 3)]
+    return by_label(own)
+
+
+@functools.cache
+def pair_interactions():
+    return effects.interactions(pair_rows(), load_script("iql").CHOSEN, REPS)
+
+
+def pairs():
+    """How many pairs there are, and which interactions can be told."""
+    found = pair_interactions()
+    told = (found["p"] < LEVEL).sum()
+    smallest = p_text(found["p"].min())
+    return (
+        f"{len(found)} interactions, {told} of which can be told from chance; the smallest p is "
+        f"{smallest}. {effects.strongest(found)}"
+    )
+
+
+def pair_figures():
+    names = load_script("iql").CHOSEN
+    rows = pair_rows()
+    return {
+        "pairs-iql": figures.pair_map(rows, in_order(rows), names),
+        "interactions-iql": figures.interaction_map(pair_interactions(), names),
+    }
+
+
+def explanation(algorithm):
+    """What explains the score over all runs on 10 % of the episodes: the report's table."""
+    runs = finished(algorithm)
+    rows = by_label(runs[runs["share"] == TENTH])
+    found = effects.explain(rows, load_script(algorithm).CHOSEN, REPS)
+    table = as_block(effects.explanation_table("", found))
+    return f"{table}\n\n{effects.explanation_note(found)}"
