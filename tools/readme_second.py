@@ -24,7 +24,6 @@ from tools.report_tables import (
 )
 
 REPS = 2000  # of the bootstrap
-GAP = shares.GAP
 TENTH = 0.1  # the share of the episodes that most parts train on
 
 
@@ -115,7 +114,7 @@ def varied(algorithm, values):
 def strengths(field, values):
     """The differences that strengths of one of IQL's regularisers make on 10 % of the episodes.
 
-    Beside them is the gap of the action error: held out minus training, a mean over the seeds.
+    Beside them is the action error on held-out data, a mean over the seeds.
     """
     runs = varied("iql", {field: values})
     runs = runs[runs["share"] == TENTH]
@@ -126,8 +125,8 @@ def strengths(field, values):
     cells = difference_table("", rows, {**columns, "mean": list(STUDIED)}).cells
     cells = cells.drop(columns=[f"p, {name}" for name in columns])
     for dataset in STUDIED:
-        gaps = by_seed(rows, GAP, [dataset]).mean(axis=1)
-        cells[f"gap, {STUDIED[dataset]}"] = gaps.map("{:.3f}".format)
+        errors = by_seed(rows, "validation/action_error", [dataset]).mean(axis=1)
+        cells[f"held-out error, {STUDIED[dataset]}"] = errors.map("{:.3f}".format)
     return markdown([f"`{field}`", *cells], cells.reset_index().to_numpy())
 
 
