@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from harness.directory import is_finished
 from harness.errors import UserError
 
 FORMAT = 2  # of checkpoint files; raise it when they change
@@ -128,6 +129,8 @@ def last_checkpoint(directory):
             update = about["update"]
             print(f"warning: {problems[0]}; taking the one before it, of update {update}")
         return path, arrays, about
+    if problems and is_finished(directory):
+        raise UserError(f"{problems[0]}, so the policy is lost; the run's tables are whole")
     if problems:
         raise UserError(f"{problems[0]}, and there is no other; remove {directory} to start anew")
     return None

@@ -70,16 +70,29 @@ class Status(NamedTuple):
 
 def status(directory):
     """Return how far a run is."""
-    path = os.path.join(directory, "failed.txt")
-    state = "unfinished"
     reason = ""
-    if os.path.exists(os.path.join(directory, "finished.json")):
+    if is_finished(directory):
         state = "finished"
-    elif os.path.exists(path):
-        state = "failed"
+    else:
+        reason = failure(directory)
+        state = "unfinished" if reason is None else "failed"
+    return Status(state, reason or "", last_update(directory), is_busy(directory))
+
+
+def is_finished(directory):
+    return os.path.exists(os.path.join(directory, "finished.json"))
+
+
+def failure(directory):
+    """Return why a run failed, or None if it has not."""
+    path = os.path.join(directory, "failed.txt")
+    try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            reason = file.read()
-    return Status(state, reason, last_update(directory), is_busy(directory))
+            return file.read()
+    except FileNotFoundError:  # a process that retries it may just have removed it
+        return None
+    except OSError as error:
+        return f"can't read {path} ({error.strerror})"
 
 
 def last_update(directory):

@@ -29,13 +29,18 @@ class DeviceError(UserError):
 def one_line_errors():
     """End the program with one line where a UserError is raised, without a traceback.
 
-    Ctrl-C ends it without a word. A closed output, as after `| head`, doesn't end it.
+    Ctrl-C ends it without a word. A closed output, as after `| head`, doesn't end it. Nor does a
+    full disk behind the output, which is an error at the end.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout = Output(sys.stdout)
+    output = Output(sys.stdout)
+    sys.stdout = output
     sys.stderr = Output(sys.stderr)
     try:
         yield
+        output.flush()
+        if output.lost:
+            raise UserError(f"what was printed is lost in part ({output.lost.strerror})")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -52,10 +57,13 @@ def one_line(error):
 
 
 class Output:
-    """A standard stream that leads to nowhere once its reader is gone, as after `| head`.
+    """A standard stream whose end, or full disk, ends no run.
 
-    Letters that its encoding lacks are written as Python's escapes.
+    It leads to nowhere once its reader is gone, as after `| head`. While its disk is full, what is
+    written is lost. Letters that its encoding lacks are written as Python's escapes.
     """
+
+    lost = None  # the error of a full disk
 
     def __init__(self, stream):
         self.stream = stream
@@ -66,22 +74,25 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with self.survives_its_reader():
+        with self.survives():
             self.stream.write(text)
 
     def flush(self):
-        with self.survives_its_reader():
+        with self.survives():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def survives_its_reader(self):
+    def survives(self):
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
+            if error.errno in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
+            elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self.lost = error
+            else:
                 raise
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def open_closed_streams():

@@ -28,7 +28,7 @@ from harness.config import configure_jax
 from harness.datasets import load_dataset
 from harness.devices import forget_copies
 from harness.directory import run_directory, status
-from harness.errors import BusyError, DeviceError, UserError, one_line_errors
+from harness.errors import BusyError, DeviceError, Output, UserError, one_line_errors
 from harness.members import check_device, stack_configs
 from harness.memory import is_out_of_memory, needed_memory, num_fitting
 from harness.record import Record
@@ -145,14 +145,19 @@ class Group(Run):
 @contextlib.contextmanager
 def printing_to(directory):
     """Print to a run's output.txt, or to the process's own output if that can't be opened."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            os.makedirs(directory, exist_ok=True)
-            path = os.path.join(directory, "output.txt")
-            output = open(path, "a", buffering=1, errors="backslashreplace")
-            stack.enter_context(output)
-            stack.enter_context(contextlib.redirect_stdout(output))
+    file = None
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, exist_ok=True)
+        file = open(os.path.join(directory, "output.txt"), "a", buffering=1)
+    if file is None:
         yield
+        return
+    try:
+        with contextlib.redirect_stdout(Output(file)):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk
+            file.close()
 
 
 def train(script, group):

@@ -24,6 +24,8 @@ from harness.record import Record
 # What is shown of the analysis on the screen
 SHOWN = ("train/action_error", "validation/action_error", "evaluation/dead_neurons")
 
+SAME_SIGNAL = 3  # seconds within which two SIGTERMs are one
+
 
 class Task(threading.Thread):
     """A call in a thread of its own. Its error is raised where it is waited for."""
@@ -177,9 +179,16 @@ class Run:
 
         While it trains it stops at its next checkpoint. While it starts or evaluates it stops at
         once: then nothing is lost but what it has trained beside that evaluation. A second signal
-        always stops it at once.
+        always stops it at once. Two SIGTERMs within SAME_SIGNAL seconds are one: a machine that
+        shuts down sends it to tools.sweep, which passes it on, and to this process, too.
         """
         is_second = self.stopping
+        if is_second:
+            is_soon = time.monotonic() - self.stopping_since < SAME_SIGNAL
+            if is_soon and self.stopping == number == signal.SIGTERM:
+                return
+        else:
+            self.stopping_since = time.monotonic()
         self.stopping = number
         if is_second or self.is_evaluating() or self.phase in ("starting", "evaluation"):
             for record in self.records:

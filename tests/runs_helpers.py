@@ -238,12 +238,13 @@ def after_epochs(patch, script, act):
     patch.setattr(script, "epoch", watched)
 
 
-def signal_in_epoch(patch, script, number, signum=signal.SIGTERM):
-    """Let the process get a signal in its epoch of this number, from 1."""
+def signal_in_epoch(patch, script, number, signum=signal.SIGTERM, times=1):
+    """Let the process get a signal, or several, in its epoch of this number, from 1."""
 
     def act(epoch):
         if epoch == number:
-            os.kill(os.getpid(), signum)
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
 
     before_epochs(patch, script, act)
 

@@ -36,6 +36,7 @@ from harness.checkpoint import (
 )
 from harness.config import parse
 from harness.directory import load_config
+from harness.policies import load_policy
 
 # --- When they come ---
 
@@ -141,6 +142,9 @@ def test_without_a_whole_checkpoint_a_run_must_start_anew(start, monkeypatch):
     fails("has lost its checkpoints; remove it to start anew", start)
     shutil.rmtree(directory)
     assert start() == directory
+    os.truncate(paths[0], 1000)  # now that it is finished, it isn't to be removed
+    message = "is cut short or damaged, so the policy is lost; the run's tables are whole$"
+    fails(message, load_policy, rebrac, directory)
 
 
 def test_every_cut_and_flipped_byte_is_noticed_or_without_effect(tmp_path):

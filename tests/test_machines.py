@@ -1,5 +1,8 @@
 """Machines as they are: folders, drivers, terminals and locales that are not the author's."""
 
+import contextlib
+import errno
+import glob
 import io
 import os
 import signal
@@ -197,7 +200,7 @@ def test_closed_streams_lead_to_nowhere_and_no_file_gets_their_numbers(tmp_path)
     assert path.read_text() == "3"
 
 
-def test_output_is_lost_once_its_reader_is_gone_but_not_on_a_full_disk():
+def test_output_is_lost_once_its_reader_is_gone_or_while_its_disk_is_full():
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream:
@@ -206,12 +209,26 @@ def test_output_is_lost_once_its_reader_is_gone_but_not_on_a_full_disk():
         output.flush()
         output.write("b")
         output.flush()
+    assert output.lost is None
     stream = open("/dev/full", "w")
-    Output(stream).write("a")
-    with pytest.raises(OSError, match="No space left"):
-        Output(stream).flush()
-    with pytest.raises(OSError, match="No space left"):
+    output = Output(stream)
+    output.write("a")
+    output.flush()
+    assert output.lost.errno == errno.ENOSPC
+    with contextlib.suppress(OSError):
         stream.close()
+
+
+def test_a_full_disk_behind_the_output_ends_no_run_but_is_told(quick, tmp_path):
+    """The run's own directory is on another disk."""
+    words = command_line(dict(quick, results=tmp_path))
+    command = [sys.executable, "rebrac.py", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "error: what was printed is lost in part (No space left on device)"
+    assert done.stderr.splitlines()[-1] == message
+    assert done.returncode == 1
+    assert glob.glob(f"{tmp_path}/*/*/*/finished.json")
 
 
 def test_letters_that_a_stream_can_not_write_are_escaped():

@@ -411,6 +411,20 @@ def test_twice_the_same_run_counts_once(make_run, tmp_path):
     assert len(report_runs.read_results(folders[:1] * 2)[0]) == 1
 
 
+def test_a_finished_row_takes_the_place_of_one_that_is_not(make_run, make_report, tmp_path):
+    """As of a table to which an older one of the same run was added."""
+    make_run([[1, 40]])
+    make_run([[1, 30]], seed=1)
+    table = str(tmp_path / "table.csv")
+    make_report("results", csv=table)
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False)
+    older = rows.assign(state="unfinished", score="10")
+    pd.concat([rows, older]).to_csv(table, index=False)
+    seeds, left_out = report_runs.read_results([table])
+    assert sorted(seed["score"] for seed in seeds) == [30, 40]
+    assert [name.split(", ")[-1] for name, _ in left_out] == ["row 4", "row 5"]
+
+
 def test_a_finished_run_takes_the_place_of_one_that_is_not(make_run, tmp_path):
     make_run([[1, 30]], folder="a", finished=False)
     make_run([[1, 40]], folder="b")
@@ -1236,3 +1250,21 @@ def test_a_wandb_project_gives_the_same_report(make_run, make_report, tmp_path, 
     page = (tmp_path / "report" / "index.html").read_text()
     assert "it is no run of this project" in page
     assert "not finished: W&amp;B says it is " in page
+
+
+def test_a_row_of_wandb_has_the_measures_of_its_seed_alone():
+    row = {"_step": 40, "_runtime": 3, "score": 5.0, "train/pca_rank": 7, "critic_loss": 0.1}
+    assert report_runs.row_of_seed(row, 2, 1) == {
+        "score": 5.0,
+        "train/pca_rank": 7,
+        "seed": 2,
+        "update": 40,
+    }
+    row = {
+        "_step": 40,
+        "score": 5.0,
+        "seed1/score": 6.0,
+        "seed2/score": 4.0,
+        "seed2/critic_loss": 1,
+    }
+    assert report_runs.row_of_seed(row, 2, 2) == {"score": 4.0, "seed": 2, "update": 40}

@@ -283,6 +283,12 @@ def test_the_status_of_a_run_that_ends_well(start, monkeypatch, tmp_path):
     assert status(directory) == Status("finished", "", 60, False)
 
 
+def test_a_failure_that_can_not_be_read_is_one(tmp_path):
+    (tmp_path / "failed.txt").mkdir()
+    reason = f"can't read {tmp_path}/failed.txt (Is a directory)"
+    assert status(str(tmp_path)) == Status("failed", reason, 0, False)
+
+
 def test_the_status_of_a_run_that_fails(start, monkeypatch):
     with monkeypatch.context() as patch:
         after_epochs(patch, rebrac, make_nan)
@@ -440,6 +446,19 @@ def test_a_closed_terminal_saves_too_unless_nohup_has_it_ignored(start, monkeypa
     finally:
         signal.signal(signal.SIGHUP, handler)
     assert "final score" in capsys.readouterr().out
+
+
+def test_two_sigterms_of_a_machine_that_shuts_down_are_one(start, monkeypatch, capsys):
+    """And a second one that comes later ends the run at once."""
+    with monkeypatch.context() as patch:
+        signal_in_epoch(patch, rebrac, 3, times=2)
+        exits(128 + signal.SIGTERM, start)
+    assert "stopped at update 30" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.run, "SAME_SIGNAL", 0)
+        signal_in_epoch(patch, rebrac, 2, times=2)
+        exits(128 + signal.SIGTERM, start)
+    assert "stopped; the same command goes on from the last " in capsys.readouterr().out
 
 
 def test_an_evaluation_ends_at_once_and_is_made_again(start, monkeypatch, capsys):

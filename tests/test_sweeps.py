@@ -382,6 +382,15 @@ def test_a_dataset_that_is_not_there_ends_a_sweep_before_its_first_run(write_swe
 
 GRID = "method: grid\nprogram: iql.py"
 SEED = "parameters: {seed: {values: [1]}}"
+
+
+def test_a_sweeps_cap_on_its_runs_is_kept(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"{GRID}\nrun_cap: 2\nparameters: {{seed: {{values: [3, 4, 5]}}}}")
+    flags = [line[-1] for line in sweep_jobs.expand(str(path))]
+    assert flags == ["--seed=3", "--seed=4"]
+
+
 REFUSED = [  # W&B's agent has these words, too
     "${args_no_boolean_flags}",
     "${args_no_hyphens}",
@@ -398,6 +407,7 @@ REFUSED = [  # W&B's agent has these words, too
         (None, "No such file"),
         ("a: [", "while parsing"),
         ("just words", "Sweep config must be parsable"),
+        (f"{GRID}\nparameters: {{1: {{values: [1]}}}}", "Sweep config keys must be strings"),
         (
             "method: grid\nprogram: iql.py\nparameters: {seed: {valus: [1]}}",
             "{'valus': [1]} is not",

@@ -22,6 +22,9 @@ with warnings.catch_warnings():  # of pydantic, which it uses by old names
 
 # --- Sweeps ---
 
+# What YAML and W&B's engine raise for a file that is wrong
+ERRORS = (OSError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
+ERRORS += (RecursionError, yaml.YAMLError)
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # of a sweep that has none
 
 
@@ -37,8 +40,9 @@ def expand(path):
             config = yaml.safe_load(file)
         check_sweep(config)
         runs = sweeps.next_runs(config, [], n=sys.maxsize)
-        return [command_line(config, run.config) for run in runs if run is not None]
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        lines = [command_line(config, run.config) for run in runs if run is not None]
+        return lines[: config.get("run_cap")]
+    except ERRORS as error:
         raise UserError(f"can't run {path}: {one_line(error)}") from error
 
 

@@ -291,9 +291,16 @@ def read_wandb_run(run):
 
 
 def row_of_seed(row, seed, num_seeds):
-    """Return one seed's part of a row of W&B, which of several has `score` and `seed0/score`."""
+    """Return one seed's part of a row of W&B, which of several has `score` and `seed0/score`.
+
+    The last epoch's losses and W&B's own columns, which stand beside it, are left out.
+    """
     prefix = f"seed{seed}/" if num_seeds > 1 else ""
-    values = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+    values = {}
+    for key in row:
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and (name == "score" or "/" in name):
+            values[name] = row[key]
     return {**values, "seed": seed, "update": row["_step"]}
 
 
@@ -357,9 +364,12 @@ def read_results(paths):
     directories = {}
     for path in paths:
         if path.endswith(".csv"):
-            for row in read_table(path):
+            for number, row in enumerate(read_table(path), 2):  # as a spreadsheet numbers them
                 name = "/".join([row["algorithm"], row["dataset_name"], row["run"]])
-                rows[f"{path}/{name}, seed {row['seed']}"] = row
+                name = f"{path}/{name}, seed {row['seed']}"
+                if name in rows:
+                    name += f", row {number}"
+                rows[name] = row
         else:
             directories |= find_runs(path)
     seeds, left_out = read_all(rows, read_row)

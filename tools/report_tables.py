@@ -261,7 +261,7 @@ def score_table(title, rows, datasets):
     if expected > 1:
         note = (
             f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: "
-            f"(finished/{expected})."
+            f"(finished/{expected}). {STANDARD_DEVIATION}"
         )
     return Table(title, cells, note)
 
@@ -281,6 +281,7 @@ def score_cell(runs, expected):
     return text
 
 
+STANDARD_DEVIATION = "It divides by the number of seeds, as NumPy's does."
 IN_PERCENT = "mean, in percent"
 LEVEL = 0.05  # what is bold has a p value below it
 BOLD = f"Bold: p below {LEVEL}."
@@ -431,7 +432,7 @@ def inside_table(title, rows, datasets):
         cells[name] = pd.Series(texts, values.index.astype(str))
     cells = cells.fillna("incomplete")
     cells = cells[(cells != "incomplete").any(axis=1)]
-    note = "Mean over the datasets ± standard deviation over the seeds."
+    note = f"Mean over the datasets ± standard deviation over the seeds. {STANDARD_DEVIATION}"
     return Table(title, cells, note)
 
 
