@@ -70,8 +70,9 @@ d4rl.locomotion.maze_env.print = lambda *words: None
 
 
 def registered_names():
-    """Return the names of the environments that D4RL can score."""
-    return [name for name in gym.envs.registry.env_specs if name in d4rl.infos.REF_MIN_SCORE]
+    """Return the names of the environments that D4RL can score, and whose actions are vectors."""
+    names = [name for name in gym.envs.registry.env_specs if name in d4rl.infos.REF_MIN_SCORE]
+    return [name for name in names if not name.startswith("minigrid-")]
 
 
 def make_env(name, drawn=True):

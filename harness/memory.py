@@ -1,5 +1,8 @@
-"""How much memory members need on a device, and how many fit."""
+"""How much memory members need on a device and on the host, and how many fit."""
 
+import contextlib
+import os
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -9,18 +12,22 @@ import numpy as np
 import psutil
 
 from harness.checkpoint import without_keys
-from harness.members import own_numbers, split_config
+from harness.environments import gym
+from harness.evaluation import evaluation_episodes
+from harness.members import has_accelerator, own_numbers, split_config
 
 # Members may take this share of a device's free memory. The rest is for measuring inside the
 # actors, which takes up to 0.4 GB for one after the other, and for gaps.
 USABLE = 0.8
+ENVIRONMENT = 1_200_000  # bytes of one on the host; the largest, Relocate's, have 1,050,000
 
 
 class Memory(NamedTuple):
-    """Bytes on a device."""
+    """Bytes that training needs."""
 
-    shared: int  # by all members there, such as the data
-    each: int  # of a member
+    shared: int  # on a device, by all members there, such as the data
+    each: int  # of a member on its device
+    host: int  # of a member on the host: what its evaluation plays in and records
 
 
 def needed_memory(script, config, data):
@@ -37,7 +44,18 @@ def needed_memory(script, config, data):
     new_outputs = used.output_size_in_bytes - used.alias_size_in_bytes
     beside_states = (new_outputs + used.temp_size_in_bytes) // 2
     # Twice the state: an evaluation that is played beside training has a copy of it
-    return Memory(num_bytes(data), 2 * num_bytes(state) + beside_states)
+    each = 2 * num_bytes(state) + beside_states
+    return Memory(num_bytes(data), each, host_bytes(config, data["mean"].size))
+
+
+def host_bytes(config, state_dim):
+    """Return what one member's evaluation needs on the host, if its episodes are the longest.
+
+    Its states are there twice, once as they were visited and once in one array.
+    """
+    steps = gym.spec(config.dataset_name).max_episode_steps
+    of_a_step = 2 * state_dim * np.float32().nbytes + 2 * np.float64().nbytes
+    return len(evaluation_episodes(config)) * (ENVIRONMENT + steps * of_a_step)
 
 
 def first_members(config, number):
@@ -65,13 +83,45 @@ def free_memory():
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return psutil.virtual_memory().available // jax.local_device_count()
+    return free_host_memory() // jax.local_device_count()
+
+
+def free_host_memory():
+    """Return the bytes that are free on the host, at most what this process may have."""
+    return min(psutil.virtual_memory().available, *memory_limits())
+
+
+def memory_limits(root="/"):
+    """Return the limits in bytes of the process's control groups, as of a container or SLURM."""
+    found = [sys.maxsize]
+    try:
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):  # version 2 has one group for all
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        folder = os.path.join(root, "sys/fs/cgroup", controllers)
+        for word in ["", *path.split("/")]:  # from the root down, as each level may have a limit
+            folder = os.path.join(folder, word)
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                with open(os.path.join(folder, name)) as file:
+                    found.append(int(file.read()))
+    return found
 
 
 def num_fitting(memory):
-    """Return how many members fit on all of JAX's devices, 1 or more."""
-    on_each = (USABLE * free_memory() - memory.shared) / memory.each
-    return max(1, int(on_each)) * jax.local_device_count()
+    """Return how many members fit on all of JAX's devices and on the host, 1 or more."""
+    for_members = USABLE * free_memory() - memory.shared
+    if not has_accelerator():  # the devices are the host
+        on_each = for_members / (memory.each + memory.host)
+        return max(1, int(on_each)) * jax.local_device_count()
+    on_devices = max(1, int(for_members / memory.each)) * jax.local_device_count()
+    on_host = max(1, int(USABLE * free_host_memory() / memory.host))
+    return min(on_devices, on_host)
 
 
 def is_out_of_memory(error):

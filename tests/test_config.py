@@ -94,6 +94,7 @@ BAD = {
     "--dataset_name hopper-medium-v3": (
         "unknown dataset 'hopper-medium-v3'; the nearest names are hopper-medium-v2"
     ),
+    "--dataset_name minigrid-fourrooms-v0": "unknown dataset 'minigrid-fourrooms-v0'",  # discrete
     "--dataset_name door-expert": (
         "unknown dataset 'door-expert'; the nearest names are door-expert-v1"
     ),

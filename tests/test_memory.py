@@ -2,12 +2,14 @@
 
 import os
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import psutil
 import pytest
-from conftest import init_states, small_config, small_data
+from conftest import ROOT, init_states, small_config, small_data
 from runs_helpers import before_epochs, fails
 from test_group import (
     PLAIN,
@@ -29,7 +31,7 @@ from harness.checkpoint import without_keys
 from harness.directory import status
 from harness.errors import UserError
 from harness.members import split_config, stack_configs
-from harness.memory import Memory, needed_memory, num_fitting
+from harness.memory import ENVIRONMENT, Memory, needed_memory, num_fitting
 
 __all__ = ["hold", "start_alone"]  # fixtures
 
@@ -62,13 +64,60 @@ def test_what_members_need_is_what_the_program_of_more_members_has(script):
 
 
 @pytest.mark.parametrize(
-    "free, devices, members",
-    [(1000, 1, 10), (1000, 8, 80), (100, 2, 2)],  # (0.8 * 1000 - 90) / 70 is 10.1
+    "accelerator, free, host, devices, members",
+    [
+        (True, 1000, 1000, 1, 10),  # (0.8 * 1000 - 90) / 70 is 10.1
+        (True, 1000, 9000, 8, 80),
+        (True, 100, 1000, 2, 2),
+        (True, 1000, 100, 8, 8),  # 0.8 * 100 / 10
+        (True, 1000, 10, 1, 1),
+        (False, 1000, 0, 1, 8),  # (0.8 * 1000 - 90) / 80 is 8.9
+    ],
 )
-def test_as_many_fit_as_the_free_memory_has_room_for(free, devices, members, monkeypatch):
+def test_as_many_fit_as_the_free_memory_has_room_for(
+    accelerator, free, host, devices, members, monkeypatch
+):
+    monkeypatch.setattr(harness.memory, "has_accelerator", lambda: accelerator)
     monkeypatch.setattr(harness.memory, "free_memory", lambda: free)
+    monkeypatch.setattr(harness.memory, "free_host_memory", lambda: host)
     monkeypatch.setattr(jax, "local_device_count", lambda: devices)
-    assert num_fitting(Memory(shared=90, each=70)) == members
+    assert num_fitting(Memory(shared=90, each=70, host=10)) == members
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_jobs_limit_counts_as_much_as_the_machines_memory(version, tmp_path, monkeypatch):
+    """The process is in the group job/step, and the job's limit is the smaller one."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    controller, name = ("memory", "memory.limit_in_bytes") if version == 1 else ("", "memory.max")
+    text = f"5:cpu:/other\n4:{controller}:/job/step\n"
+    (tmp_path / "proc" / "self" / "cgroup").write_text(text)
+    step = tmp_path / "sys" / "fs" / "cgroup" / controller / "job" / "step"
+    step.mkdir(parents=True)
+    (step / name).write_text("9000\n" if version == 1 else "max\n")
+    (step.parent / name).write_text("4000\n")
+    limits = harness.memory.memory_limits(tmp_path)
+    assert min(limits) == 4000
+    monkeypatch.setattr(harness.memory, "memory_limits", lambda: limits)
+    assert harness.memory.free_host_memory() == 4000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["relocate-human-v1", "antmaze-large-play-v2", "hopper-medium-v2"])
+def test_an_evaluations_environments_take_no_more_than_is_reckoned(name):
+    """In a process of its own, whose memory is not what others have left."""
+    code = f"""if True:
+        import psutil
+        from harness.environments import reset
+        from harness.lockstep import make_copy
+        envs = [make_copy({name!r}) for _ in range(20)]
+        before = psutil.Process().memory_info().rss
+        for i in range(100):
+            envs.append(make_copy({name!r}))
+            reset(envs[-1], 0, 0, i)
+        print((psutil.Process().memory_info().rss - before) / 100)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert 0.3 * ENVIRONMENT < float(done.stdout) < ENVIRONMENT, done.stderr
 
 
 @pytest.mark.parametrize("runs, room, at_once", [(5, 4, 3), (5, 5, 5), (9, 4, 3), (2, 1, 1)])

@@ -24,7 +24,7 @@ from tools import plan
 from tools.jobs import read_jobs
 from tools.timing import num_operations, products_of_two_updates, random_data
 
-ROW = dict(steps=1.0, shared=1e9, each=5e8, fitting=4, about="it")
+ROW = dict(steps=1.0, shared=1e9, each=5e8, host=2e8, fitting=4, about="it")
 RUNS = dict(  # 12 of 1,000,000 updates, with two evaluations of 8 episodes of 1000 steps
     dataset_name="hopper-medium-v2",
     actor_dropout=[0.0, 0.1],
@@ -42,6 +42,7 @@ FOUND = dict(
     accelerator=False,
     devices=1,
     free=8e9,
+    free_host=3e9,
     seconds=60,
 )
 COSTS = dict(bytes=4e8, arrays=0, columns=5)
@@ -151,6 +152,8 @@ def test_memory_and_disk(jobs, capsys, monkeypatch):
     assert row[2:4] == ["2", "4"]  # all of a batch size are one program, of which four fit
     assert row[5] == "2.00"  # 1 for the data, and 0.5 for each of two on a device
     assert float(row[6]) == pytest.approx(11 * 0.4, rel=0.01)
+    host = "a program's evaluation: up to 0.80 GB on the host, where 3.0 GB are free"
+    assert host in lines  # 0.2 for each of four
     assert any(line.startswith("disk: 6.8") for line in lines)  # six have two checkpoints
     assert lines[-1].startswith("the disk has too little room")
 
@@ -183,6 +186,11 @@ def test_a_dataset_that_is_not_here_is_not_downloaded(tmp_path, capsys, monkeypa
     plan.print_plan([job], 1, 1, measure)
     lines = rows(capsys)[1]
     assert "taken as 1,000,000 steps, since not here: hopper-medium-v2" in lines
+    assert not any("checksum" in line for line in lines)
+    job.config = replace(job.config, dataset_sha256=None)  # as of a file that nobody has here
+    plan.print_plan([job], 1, 1, measure)
+    line = "finished runs aren't counted, since their names need a file's checksum: "
+    assert line + "hopper-medium-v2" in rows(capsys)[1]
     assert os.listdir(tmp_path) == ["sweep.yaml"]
 
 
@@ -258,7 +266,7 @@ def test_memory_is_that_of_the_largest_kind_with_all_that_its_members_have(monke
 
     def needed_memory(script, config, data):
         seen.append((config, len(data["rewards"])))
-        return Memory(shared=1, each=2)
+        return Memory(shared=1, each=2, host=6)
 
     monkeypatch.setattr(measuring, "needed_memory", needed_memory)
     monkeypatch.setattr(measuring, "num_fitting", lambda memory: 3)
@@ -276,7 +284,9 @@ def test_memory_is_that_of_the_largest_kind_with_all_that_its_members_have(monke
     assert (config.batch_size, size) == (16, 48)
     assert list(config.actor_dropout) == [0, 0, 0, 0.1, 0.1, 0.1]
     about = f"{config.dataset_name}, batch 16"
-    assert found["rows"] == {"row": dict(shared=1, each=2, fitting=3, about=about, steps=5.0)}
+    assert found["rows"] == {
+        "row": dict(shared=1, each=2, host=6, fitting=3, about=about, steps=5.0)
+    }
     assert found["speeds"]["IQL"]["about"] == f"{config.dataset_name}, batch 8"
     small, large = found["kinds"]
     assert large["operations"] == 2 * small["operations"]

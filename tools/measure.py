@@ -27,6 +27,7 @@ from harness.members import check_device, has_accelerator, split_config, stack_c
 from harness.memory import (
     first_members,
     first_state,
+    free_host_memory,
     free_memory,
     needed_memory,
     num_bytes,
@@ -85,6 +86,7 @@ def measurements(questions):
         accelerator=has_accelerator(),
         devices=jax.local_device_count(),
         free=free_memory(),
+        free_host=free_host_memory(),
         seconds=time.monotonic() - started,
     )
 
@@ -132,10 +134,9 @@ def member_costs(script, config, data):
 
 
 def memory_of(kind):
-    """Return the bytes that a kind needs on a device, and how many members fit on all."""
+    """Return the bytes that a kind needs, how many members fit, and which program it is."""
     memory = needed_memory(kind.script, kind.config, kind.data(kind.size))
-    fitting = num_fitting(memory)
-    return dict(shared=memory.shared, each=memory.each, fitting=fitting, about=kind.about)
+    return dict(memory._asdict(), fitting=num_fitting(memory), about=kind.about)
 
 
 def speed_of(kind, fitting):

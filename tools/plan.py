@@ -59,7 +59,7 @@ def file_of_d4rl(name):
 def with_known_checksum(config):
     """Return the config with its dataset's checksum. A file of D4RL's that isn't here has its own.
 
-    So nothing is downloaded, and the names of runs are right.
+    So nothing is downloaded, and the names of runs are right, unless that isn't known: None.
     """
     path = file_of_d4rl(config.dataset_name)
     if config.dataset_path or not path or os.path.exists(path):
@@ -148,6 +148,7 @@ class Estimate:
             self.members_at_once = min(self.members, row["fitting"])
         on_one_device = math.ceil(self.members_at_once / found["devices"])
         self.memory = row["shared"] + row["each"] * on_one_device
+        self.host = row["host"] * self.members_at_once
         sizes = [run_bytes(job.config, costs) for job in self.jobs]
         self.checkpoints = sum(checkpoint for checkpoint, _ in sizes)
         self.disk = sum(checkpoint + others for checkpoint, others in sizes)
@@ -300,9 +301,14 @@ def about_room(programs, processes, found):
     absent = {own.config.dataset_name for own in programs if own.transitions is None}
     if absent:
         yield f"taken as {TRANSITIONS:,} steps, since not here: {', '.join(sorted(absent))}"
-    on_top = "" if found["accelerator"] else "; the process itself takes 0.5 GB more"
-    free = f"{found['free'] / 1e9:.1f} GB are free"
-    yield f"memory: of a program on each device, where {free}{on_top}"
+    unknown = {own.config.dataset_name for own in programs if own.config.dataset_sha256 is None}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        yield f"finished runs aren't counted, since their names need a file's checksum: {names}"
+    yield f"memory: of a program on each device, where {found['free'] / 1e9:.1f} GB are free"
+    host = max(program.host for program in programs) / 1e9
+    free = found["free_host"] / 1e9
+    yield f"a program's evaluation: up to {host:.2f} GB on the host, where {free:.1f} GB are free"
     checkpoints = sorted(program.checkpoints for program in programs)[-processes:]
     most = sum(program.disk for program in programs) + sum(checkpoints)
     folder = os.path.abspath(programs[0].config.results)
