@@ -613,6 +613,8 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
         ("--seed 1 FILE", "name the files first, then --seed and other flags of the scripts"),
         ("--processes 2 --seed 1 FILE", "name the files first, then --seed and other flags"),
         ("FILE --process 2", "there is no flag --process"),
+        ("--plan", "the following arguments are required: files"),
+        ("FILE --processes two", "argument --processes: invalid int value: 'two'"),
         ("FILE --together 0", "together must be 1 or more"),
         ("FILE --together -1", "together must be 1 or more"),
     ],

@@ -402,8 +402,15 @@ def place_in_array():
     return (index - first) // step, number
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="python -m tools.sweep FILE.yaml ... [--processes N] [--together [N]] "
         "[--plan] [any flag of the scripts]",
         allow_abbrev=False,
