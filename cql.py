@@ -156,7 +156,7 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_l1_ratio": "between 0 and 1",
 }
 
-# Floats that `train` itself reads. Runs that are trained in one program have the same.
+# Floats that are also read outside compiled code. Runs trained in one program have the same ones.
 HOST_FLOATS = ("validation_frac",)
 
 
@@ -224,7 +224,7 @@ def make_dataset(config, raw):
 
 def hold_out(config, ends):
     """Return which steps (N,) belong to held-out episodes, given where the episodes end (N,)."""
-    episode = np.cumsum(ends) - ends  # of each step
+    episode = np.cumsum(ends) - ends  # the number of each step's episode
     num_episodes = episode[-1] + 1
     num_held_out = round(config.validation_frac * num_episodes)
     if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
@@ -239,7 +239,10 @@ def hold_out(config, ends):
 
 
 def reward_scale(config, raw):
-    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
+    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does.
+
+    Held-out episodes count, too.
+    """
     if domain(config.dataset_name) == "antmaze":
         return np.float32(100)
     return_range = np.ptp(episode_returns(config.dataset_name, raw))
@@ -273,11 +276,11 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# In compiled code a float of the config that is 0 stays 0, and its term isn't compiled. All other
-# floats are traced arrays (harness/members.py). So ask `is_on(config.x)`, not `if config.x`.
-# Runs that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term
-# must do nothing. Bools, integers and strings are as they were given. Those on which no program
-# depends, such as `seed`, are None.
+# Ask `is_on(config.x)` of a strength, not `if config.x`. In compiled code a config's float is a
+# traced array (harness/members.py), unless it is 0: that stays 0, and its term isn't compiled. Runs
+# that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term must
+# do nothing. Bools, integers and strings are as they were given. Those on which no program depends,
+# such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
@@ -409,7 +412,7 @@ def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
         return jax.tree.map_with_path(add, updates, params)
 
     return optax.chain(
-        optax.scale_by_adam(),
+        optax.scale_by_adam(),  # the first, since `optimize` reads its count
         optax.stateless(add_decay) if is_on(wd) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -755,8 +758,8 @@ def update_actor(config, state, batch):
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
     if is_on(config.actor_sam):
-        params = ascend(params, grads, config.actor_sam)
-        grads, _ = grad_fn(params, config, state, batch, keys)
+        uphill = ascend(params, grads, config.actor_sam)
+        grads, _ = grad_fn(uphill, config, state, batch, keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -829,7 +832,7 @@ def init_state(config, batch, seed):
 
 @over_members("state", donate="state")
 def epoch(config, state, data):
-    """Make `log_every` updates in one scan; return the state and the scalars of each step."""
+    """Make `log_every` updates in one scan; return the state and what each `update` logs."""
 
     def step(state, _):
         key, batch_key = jax.random.split(state.key)
@@ -884,6 +887,7 @@ def train(config, run):
             # So that a kill in the evaluation costs no training
             run.checkpoint(states, num_updates, now=True)
             run.evaluate(evaluation, states, num_updates)
+        # After an evaluation, once a minute and on a signal, which then ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -992,7 +996,8 @@ def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
     The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
-    So its steps depend neither on the loss's unit nor on what came before.
+    So neither the loss's unit nor what came before sets the size of its steps, but the actor's
+    learning rate does.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)

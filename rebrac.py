@@ -75,7 +75,7 @@ class Config:
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
     validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
     # Algorithm
-    preset: str = "none"  # a named configuration (PRESETS); as-run: the paper's published one
+    preset: str = "none"  # a name in PRESETS; as-run: the paper's combination as published
     critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (original)
     gamma: Optional[float] = None  # discount factor; default: 0.99 (AntMaze 0.999)
     tau: float = 0.005  # step size of the targets' Polyak average
@@ -93,7 +93,7 @@ class Config:
     v_max: Optional[float] = None  # hl_gauss: highest value; default: the data's (AntMaze: 100)
     v_expand: Optional[float] = None  # hl_gauss: v_max - v_min grows by this fraction; tuned
     sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target's Gaussian, in bin widths
-    clip_targets: bool = True  # hl_gauss: move targets outside to the end; false: as the paper
+    clip_targets: bool = True  # hl_gauss: move targets outside to the end; false: paper's code
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 3  # hidden layers of the actor
@@ -160,7 +160,7 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_l1_ratio": "between 0 and 1",
 }
 
-# Floats that `train` itself reads. Runs that are trained in one program have the same.
+# Floats that are also read outside compiled code. Runs trained in one program have the same ones.
 HOST_FLOATS = ("validation_frac", "gamma", "v_min", "v_max", "v_expand")
 
 
@@ -231,7 +231,7 @@ def make_dataset(config, raw):
 
 def hold_out(config, ends):
     """Return which steps (N,) belong to held-out episodes, given where the episodes end (N,)."""
-    episode = np.cumsum(ends) - ends  # of each step
+    episode = np.cumsum(ends) - ends  # the number of each step's episode
     num_episodes = episode[-1] + 1
     num_held_out = round(config.validation_frac * num_episodes)
     if config.validation_frac > 0 and not 0 < num_held_out < num_episodes:
@@ -246,7 +246,10 @@ def hold_out(config, ends):
 
 
 def reward_scale(config, raw):
-    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does."""
+    """Return 100 on AntMaze, else 1000 / (highest - lowest return of an episode), as IQL does.
+
+    Held-out episodes count, too.
+    """
     if domain(config.dataset_name) == "antmaze":
         return np.float32(100)
     return_range = np.ptp(episode_returns(config.dataset_name, raw))
@@ -280,11 +283,11 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# In compiled code a float of the config that is 0 stays 0, and its term isn't compiled. All other
-# floats are traced arrays (harness/members.py). So ask `is_on(config.x)`, not `if config.x`.
-# Runs that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term
-# must do nothing. Bools, integers and strings are as they were given. Those on which no program
-# depends, such as `seed`, are None.
+# Ask `is_on(config.x)` of a strength, not `if config.x`. In compiled code a config's float is a
+# traced array (harness/members.py), unless it is 0: that stays 0, and its term isn't compiled. Runs
+# that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term must
+# do nothing. Bools, integers and strings are as they were given. Those on which no program depends,
+# such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
@@ -416,7 +419,7 @@ def make_optimizer(learning_rate, wd, l1_ratio, kernels_only):
         return jax.tree.map_with_path(add, updates, params)
 
     return optax.chain(
-        optax.scale_by_adam(),
+        optax.scale_by_adam(),  # the first, since `optimize` reads its count
         optax.stateless(add_decay) if is_on(wd) else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -622,7 +625,10 @@ def actor_loss(params, config, state, batch, keys):
 
 
 def actor_objective(config, state, batch, actions, bc_targets):
-    """Return the actor's loss for its actions (B, A), and its term of behaviour cloning."""
+    """Return the actor's loss for its actions (B, A), and its term of behaviour cloning.
+
+    With BCN the targets are noisy, and the term is larger for that.
+    """
     bc = jnp.sum((actions - bc_targets) ** 2, -1).mean()
     loss = config.actor_bc_coef * bc
     if is_on(config.actor_q_coef):
@@ -676,8 +682,8 @@ def update_actor(config, state, batch):
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, keys)
     if is_on(config.actor_sam):
-        params = ascend(params, grads, config.actor_sam)
-        grads, _ = grad_fn(params, config, state, batch, keys)
+        uphill = ascend(params, grads, config.actor_sam)
+        grads, _ = grad_fn(uphill, config, state, batch, keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -724,7 +730,10 @@ def init_state(config, batch, seed):
 
 
 def with_value_range(config, data):
-    """Set v_min and v_max, unless given, to the data's smallest and largest return to go."""
+    """Set v_min and v_max, unless given, to the data's smallest and largest return to go.
+
+    Held-out episodes count, too.
+    """
     if config.critic_loss == "mse":
         return config
     ends = data["ends"] | data["terminals"]
@@ -752,7 +761,7 @@ def returns_to_go(rewards, ends, gamma):
 
 @over_members("state", donate="state")
 def epoch(config, state, data):
-    """Make `log_every` updates in one scan; return the state and the scalars of each step."""
+    """Make `log_every` updates in one scan; return the state and what each `update` logs."""
 
     def step(state, _):
         key, batch_key = jax.random.split(state.key)
@@ -807,6 +816,7 @@ def train(config, run):
             # So that a kill in the evaluation costs no training
             run.checkpoint(states, num_updates, now=True)
             run.evaluate(evaluation, states, num_updates)
+        # After an evaluation, once a minute and on a signal, which then ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -911,7 +921,8 @@ def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
     The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
-    So its steps depend neither on the loss's unit nor on what came before.
+    So neither the loss's unit nor what came before sets the size of its steps, but the actor's
+    learning rate does.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)
@@ -997,8 +1008,8 @@ TUNING_GRID = dict(
 )
 
 # The values that the paper tuned for each dataset:
-#   bc, bins, expand    HL-Gauss: actor_bc_coef, n_classes, v_expand. Where that is -0.05, some of
-#                       the data's returns are outside the support, so that clip_targets matters.
+#   bc, bins, expand    HL-Gauss: actor_bc_coef, n_classes, v_expand. Where v_expand is -0.05, some
+#                       of the data's returns are outside the support, and clip_targets matters.
 #   mse_bc, critic_bc   squared error: actor_bc_coef, critic_bc_coef
 #   l2_wd               best-L2: actor_wd
 #   ln, dropout, noise  best: actor_ln, actor_dropout, actor_grad_noise

@@ -276,7 +276,8 @@ def with_regularisers(config, known, combined=None, presets=None):
         default = getattr(type(config), key)
         if getattr(config, key) not in (default, value):
             raise UserError(
-                f"{names} has {key} {value}, but {getattr(config, key)} is asked for, too"
+                f"{names} has {key} {value}, but {getattr(config, key)} is asked for, too; "
+                "give the flags that it stands for instead"
             )
     unnamed = {name: "none" for name in NAMES if hasattr(config, name)}
     return dataclasses.replace(config, **unnamed, **values)

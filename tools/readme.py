@@ -36,7 +36,7 @@ WHERE = {  # where a regulariser of the paper acts
     "L1": "decoupled weight decay, L1 (`actor_l1_ratio` 1)",
     "EN": "decoupled weight decay, elastic net (`actor_l1_ratio` 0.5)",
     "InN": "noise on the states in the actor's loss",
-    "BCN": "noise on the objective: cloned actions (ReBRAC), weights (IQL)",
+    "BCN": "noise on the objective: cloned actions (ReBRAC), exponents of the weights (IQL)",
     "GrN": "decaying noise on the gradient, before Adam",
 }
 BEYOND = {  # the same of those that the paper hasn't
