@@ -604,6 +604,11 @@ def explanation_note(found):
         between_text(found.regularisers),
         f"With the same regulariser it is by permuting seeds. {tables.BOLD}",
     ]
+    if any(column.startswith("evaluation/") for column in sample.columns):
+        notes.append(
+            "What is measured in evaluation may follow from the score: a policy that fails visits "
+            "other states, and an overestimation has the return in it."
+        )
     if sample.missing:
         notes.append(f"Left out, since too few runs have it: {titles(sample.missing)}.")
     if sample.constant:

@@ -281,7 +281,7 @@ def score_cell(runs, expected):
     return text
 
 
-STANDARD_DEVIATION = "It divides by the number of seeds, as NumPy's does."
+STANDARD_DEVIATION = "The deviation divides by the number of seeds, as NumPy's does."
 IN_PERCENT = "mean, in percent"
 LEVEL = 0.05  # what is bold has a p value below it
 BOLD = f"Bold: p below {LEVEL}."
