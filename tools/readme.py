@@ -280,6 +280,8 @@ BLOCKS = {
     "networks-bcq": results.networks,
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
+    "pairs-iql": second.pairs,
+    "explanation-iql": lambda: second.explained("iql"),
     "strengths-dropout": lambda: second.strengths("actor_dropout", (0, 0.1, 0.3, 0.5)),
     "strengths-l2": lambda: second.strengths("actor_wd", (0, 0.001, 0.01, 0.1)),
 }
@@ -287,6 +289,9 @@ FIGURES = {  # in data/
     "curves-cql": lambda: results.curves_figure(results.curves_of("cql")),
     "curves-bcq": lambda: results.curves_figure(results.second_study_of_bcq()),
     "less-data-iql": lambda: second.less_data_figure("iql"),
+    "pairs-iql": second.pair_figure,
+    "interactions-iql": second.interaction_figure,
+    "explanation-iql": lambda: second.explanation_figure("iql"),
 }
 
 

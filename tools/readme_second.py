@@ -24,6 +24,7 @@ from tools.report_tables import (
 )
 
 REPS = 2000  # of the bootstrap
+MOST_SHOWN = 8  # measures of an explanation
 TENTH = 0.1  # the share of the episodes that most parts train on
 
 
@@ -199,29 +200,51 @@ def pair_interactions():
 
 
 def pairs():
-    """How many pairs there are, and which interactions can be told."""
+    """How many interactions there are, and which of them can be told."""
     found = pair_interactions()
     told = (found["p"] < LEVEL).sum()
-    smallest = p_text(found["p"].min())
     return (
-        f"{len(found)} interactions, {told} of which can be told from chance; the smallest p is "
-        f"{smallest}. {effects.strongest(found)}"
+        f"Of {len(found)} interactions {told} can be told from chance; the smallest p is "
+        f"{p_text(found['p'].min())}. {effects.strongest(found)}"
     )
 
 
-def pair_figures():
-    names = load_script("iql").CHOSEN
+def pair_figure():
     rows = pair_rows()
-    return {
-        "pairs-iql": figures.pair_map(rows, in_order(rows), names),
-        "interactions-iql": figures.interaction_map(pair_interactions(), names),
-    }
+    return figures.pair_map(rows, in_order(rows), load_script("iql").CHOSEN)
 
 
+def interaction_figure():
+    return figures.interaction_map(pair_interactions(), load_script("iql").CHOSEN)
+
+
+@functools.cache
 def explanation(algorithm):
-    """What explains the score over all runs on 10 % of the episodes: the report's table."""
+    """Return what explains the score over all runs on 10 % of the episodes: an Explanation."""
     runs = finished(algorithm)
     rows = by_label(runs[runs["share"] == TENTH])
-    found = effects.explain(rows, load_script(algorithm).CHOSEN, REPS)
-    table = as_block(effects.explanation_table("", found))
-    return f"{table}\n\n{effects.explanation_note(found)}"
+    return effects.explain(rows, load_script(algorithm).CHOSEN, REPS)
+
+
+def explained(algorithm):
+    """The measures with the largest shares of the score's variance, and those that can be told.
+
+    Also what can be told on the first dataset, on which pairs have all of the twelve.
+    """
+    found = explanation(algorithm)
+    header, *lines = effects.explanation_table("", found).lines()
+    on_first = effects.explain(pair_rows(), load_script(algorithm).CHOSEN, REPS)
+    sentences = f"On HalfCheetah alone, {about(on_first)}: {effects.explained(on_first)}"
+    sentences = f"On all three datasets, {about(found)}: {effects.explained(found)}\n\n{sentences}"
+    return f"{markdown(header, lines[:MOST_SHOWN])}\n\n{sentences}"
+
+
+def about(found):
+    """Return the numbers of runs, blocks and regularisers behind an Explanation."""
+    blocks = found.sample.about["block"].nunique()
+    runs = len(found.sample.about)
+    return f"{runs} runs in {blocks} blocks, {found.regularisers} regularisers tested"
+
+
+def explanation_figure(algorithm):
+    return figures.explanation_figure(explanation(algorithm))
