@@ -427,6 +427,7 @@ def odd():
     rows["score"] = scores
     rows["score/action_noise=0.2"] = scores
     rows["seconds/train"] = scores
+    rows["evaluation/overestimation"] = -scores
     return report_effects.explain(with_scores(rows, scores), CHOSEN, 50)
 
 

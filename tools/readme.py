@@ -281,7 +281,8 @@ BLOCKS = {
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
     "pairs-iql": second.pairs,
-    "explanation-iql": lambda: second.explained("iql"),
+    "explanation-iql": second.explanation,
+    "explanation-tests-iql": second.explanation_tests,
     "strengths-dropout": lambda: second.strengths("actor_dropout", (0, 0.1, 0.3, 0.5)),
     "strengths-l2": lambda: second.strengths("actor_wd", (0, 0.001, 0.01, 0.1)),
 }
@@ -291,7 +292,7 @@ FIGURES = {  # in data/
     "less-data-iql": lambda: second.less_data_figure("iql"),
     "pairs-iql": second.pair_figure,
     "interactions-iql": second.interaction_figure,
-    "explanation-iql": lambda: second.explanation_figure("iql"),
+    "explanation-iql": second.explanation_figure,
 }
 
 

@@ -5,7 +5,9 @@
 
 import functools
 
+import numpy as np
 import pandas as pd
+import scipy.stats
 
 from harness.scripts import load_script
 from tools import report_effects as effects
@@ -15,6 +17,8 @@ from tools.readme_results import COMBINATIONS, STUDIED, as_block, in_order, mark
 from tools.report_runs import BASELINE, by_label, read_results
 from tools.report_tables import (
     LEVEL,
+    bold,
+    bounds_text,
     by_seed,
     difference_table,
     interval_text,
@@ -200,12 +204,21 @@ def pair_interactions():
 
 
 def pairs():
-    """How many interactions there are, and which of them can be told."""
+    """How many interactions there are, which of them can be told, and how large one must be."""
+    rows = pair_rows()
     found = pair_interactions()
+    terms, _ = effects.contrasts(rows, load_script("iql").CHOSEN)
+    seeds = terms.shape[1]
+    t = scipy.stats.t.ppf(1 - LEVEL / len(terms) / 2, seeds - 1)
+    needed = t / np.sqrt(seeds) * terms.std(axis=1).median()
+    baseline = rows.loc[rows["label"] == BASELINE, "final"].mean()
     told = (found["p"] < LEVEL).sum()
+    positive = (found["point"] > 0).sum()
     return (
         f"Of {len(found)} interactions {told} can be told from chance; the smallest p is "
-        f"{p_text(found['p'].min())}. {effects.strongest(found)}"
+        f"{p_text(found['p'].min())}. After the correction one of the median standard deviation "
+        f"over the seeds is told from {needed:.0f} points on; the baseline's score is "
+        f"{baseline:.0f}. {positive} are above 0."
     )
 
 
@@ -218,33 +231,70 @@ def interaction_figure():
     return figures.interaction_map(pair_interactions(), load_script("iql").CHOSEN)
 
 
+STRONG = ["DO(0.3)", "DO(0.5)"]
+CHEETAH = "halfcheetah-medium-replay-v2"
+SETS = {  # of runs on 10 % of the episodes -> datasets, and regularisers that are left out
+    "all three": (list(STUDIED), []),
+    "without strong dropout": (list(STUDIED), STRONG),
+    "HalfCheetah": ([CHEETAH], []),
+    "HalfCheetah, without strong dropout": ([CHEETAH], STRONG),
+    "HalfCheetah, also without GN": ([CHEETAH], [*STRONG, "GN"]),
+    "Hopper": (["hopper-medium-v2"], []),
+    "Pen": (["pen-expert-v1"], []),
+}
+
+
 @functools.cache
-def explanation(algorithm):
-    """Return what explains the score over all runs on 10 % of the episodes: an Explanation."""
-    runs = finished(algorithm)
-    rows = by_label(runs[runs["share"] == TENTH])
-    return effects.explain(rows, load_script(algorithm).CHOSEN, REPS)
+def explanation_of(name):
+    """Return the Explanation of a set of IQL's runs."""
+    datasets, left_out = SETS[name]
+    runs = finished("iql")
+    rows = by_label(runs[(runs["share"] == TENTH) & runs["dataset"].isin(datasets)])
+    kept = [set(left_out).isdisjoint(label.split("+")) for label in rows["label"]]
+    return effects.explain(rows[kept], load_script("iql").CHOSEN, REPS)
 
 
-def explained(algorithm):
-    """The measures with the largest shares of the score's variance, and those that can be told.
+def explanation():
+    """The share of the score's variance that each measure explains alone, by sets of runs (%).
 
-    Also what can be told on the first dataset, on which pairs have all of the twelve.
+    The sign is that of the slope. Shown are the measures with the largest shares in any set.
     """
-    found = explanation(algorithm)
-    header, *lines = effects.explanation_table("", found).lines()
-    on_first = effects.explain(pair_rows(), load_script(algorithm).CHOSEN, REPS)
-    sentences = f"On HalfCheetah alone, {about(on_first)}: {effects.explained(on_first)}"
-    sentences = f"On all three datasets, {about(found)}: {effects.explained(found)}\n\n{sentences}"
-    return f"{markdown(header, lines[:MOST_SHOWN])}\n\n{sentences}"
+    cells = {}
+    for name in SETS:
+        found = explanation_of(name)
+        quantities = found.estimates.set_index(["quantity", "label"])
+        own = quantities.loc["alone"].assign(slope=quantities.loc["slope", "point"])
+        cells[f"{name}: {len(found.sample.about)} runs"] = own
+    points = pd.DataFrame({name: own["point"] for name, own in cells.items()})
+    shown = points.max(axis=1).sort_values(ascending=False).index[:MOST_SHOWN]
+    lines = []
+    for measure in shown:
+        line = [measure]
+        for own in cells.values():
+            row = own.loc[measure]
+            sign = "+" if row["slope"] > 0 else "-"
+            line.append(sign + bounds_text(row["point"], row["low"], row["high"], digits=0))
+        lines.append(line)
+    return markdown(["measure", *cells], lines)
 
 
-def about(found):
-    """Return the numbers of runs, blocks and regularisers behind an Explanation."""
-    blocks = found.sample.about["block"].nunique()
-    runs = len(found.sample.about)
-    return f"{runs} runs in {blocks} blocks, {found.regularisers} regularisers tested"
+def explanation_tests():
+    """The p values of some measures, corrected by Holm, where the runs are enough for a test."""
+    tests = {
+        "between": ("between regularisers", [name for name in SETS if "Cheetah" in name]),
+        "within": ("same regulariser, other seeds", list(SETS)[:2]),
+    }
+    columns = ["evaluation/action_distance", "validation/action_error", "train/action_error"]
+    titles = [effects.measure_title(column) for column in columns]
+    lines = []
+    for column, (question, names) in tests.items():
+        for name in names:
+            found = explanation_of(name)
+            number = found.regularisers if column == "between" else ""
+            p = found.p.loc[titles, column]
+            lines.append([question, name, number, *(bold(p_text(one), one) for one in p)])
+    return markdown(["question", "runs", "regularisers", *titles], lines)
 
 
-def explanation_figure(algorithm):
-    return figures.explanation_figure(explanation(algorithm))
+def explanation_figure():
+    return figures.explanation_figure(explanation_of("without strong dropout"))

@@ -172,7 +172,8 @@ BATCHES = {  # -> titles
     "gap": "gap",
     "ratio": "held-out / training",
 }
-NO_MEASURES = ("score", "seconds", "ratio/score")
+# Columns that begin so are no measures. The overestimation has the return in it.
+NO_MEASURES = ("score", "seconds", "ratio/score", "evaluation/overestimation")
 MOST_MISSING = 0.05  # of a measure's runs; it is left out if more lack it
 PERMUTATIONS = 9999
 
@@ -188,7 +189,8 @@ def measures(rows):
 
     A kind that isn't in INSIDE has the column of one batch alone, the first in BATCHES that has it.
     """
-    found = [column for column in tables.INSIDE if column in rows]
+    inside = [column for column in tables.INSIDE if not column.startswith(NO_MEASURES)]
+    found = [column for column in inside if column in rows]
     kinds = {kind(column) for column in tables.INSIDE}
     others = []
     for column in rows.select_dtypes("number"):
@@ -607,7 +609,7 @@ def explanation_note(found):
     if any(column.startswith("evaluation/") for column in sample.columns):
         notes.append(
             "What is measured in evaluation may follow from the score: a policy that fails visits "
-            "other states, and an overestimation has the return in it."
+            "other states."
         )
     if sample.missing:
         notes.append(f"Left out, since too few runs have it: {titles(sample.missing)}.")

@@ -172,7 +172,7 @@ def interaction_map(found, names):
             values.loc[place] = effect["point"]
             texts.loc[place] = text
     paired = [name for name in names if values[name].notna().any()]
-    told = f"*: p below {tables.LEVEL}, corrected; empty: can't be told"
+    told = f"*: p below {tables.LEVEL}, corrected; empty: not both on, or too few runs"
     title = f"interactions of pairs\n{told}"
     bar = "gain together − sum of the gains"
     return heat_map(title, values.loc[paired, paired], texts.loc[paired, paired], bar)
