@@ -1,7 +1,7 @@
 """BCQ with a regularised actor.
 
 The paper: "The Role of Deep Learning Regularizations on Actors in Offline RL" (arXiv 2409.07606).
-It leaves open whether the gain depends on the algorithm, and names BCQ.
+It leaves open whether the gain depends on the algorithm. BCQ is a check of that.
 The algorithm: "Off-Policy Deep Reinforcement Learning without Exploration" (BCQ, arXiv 1812.02900),
 for continuous actions.
 
@@ -11,8 +11,10 @@ for continuous actions.
 
 The actor is two networks. The decoder of a variational autoencoder (VAE) clones the data's
 actions. The perturbation network then changes an action by at most phi, to raise Q. So one clones
-and the other improves. `regularise` says on which of them the actor's regularisers act. The
-analysis looks inside that network, and if they act on both inside the perturbation network.
+and the other improves. `regularise` says on which of them the actor's regularisers act. They never
+act on the encoder. In the analysis features, their ranks and dead neurons are of that network, and
+if they act on both of the perturbation network. All else is of the decoder and the perturbation
+network together: weight norms, Jacobian, action errors, Q and the plasticity probe.
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
 features, I inputs, L numbers in a latent, n candidates. A prime marks what belongs to the next
@@ -90,14 +92,16 @@ class Config:
     log_std_max: float = 15.0  # upper bound of the encoder's log standard deviation
     latent_clip: float = 0.5  # largest absolute value of the latents that actions are sampled from
     phi: float = 0.05  # the most by which the perturbation network changes an action's entry
-    min_weight: float = 0.75  # weight of the smaller critic in targets; the larger has the rest
+    min_weight: float = 0.75  # BCQ's lambda: the smaller critic's weight in targets
     n_candidates: int = 10  # sampled actions for each next state, of which targets take the best
     n_eval_candidates: int = 100  # sampled actions for each state in evaluation
     rl_start: int = 0  # first updates, in which the VAE alone is trained
     # Networks
     hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400, for GroupNorm 384
-    last_hidden_dim: Optional[int] = None  # in the last one; default: 300 (288), or as hidden_dim
-    vae_hidden_dim: Optional[int] = None  # in the VAE's; default: 750 (736), or as hidden_dim
+    last_hidden_dim: Optional[int] = (
+        None  # of the last; default: hidden_dim if given, else 300 (288)
+    )
+    vae_hidden_dim: Optional[int] = None  # of the VAE; default: hidden_dim if given, else 750 (736)
     actor_layers: int = 2  # hidden layers of the encoder, the decoder, the perturbation network
     critic_layers: int = 2  # hidden layers of each critic
     # Regularisers of the actor; 0 or false is exactly off
@@ -475,9 +479,12 @@ def hidden_dense(config, is_last):
 def network_config(config, network):
     """Return the config of the encoder, the decoder or the perturbation network.
 
-    It has the actor's regularisers only if they act on this network, and the network's widths.
+    It has the actor's regularisers only if they act on this network. It has the network's widths,
+    and the VAE's learns from the first update on.
     """
-    if config.regularise != network and (config.regularise != "both" or network == "encoder"):
+    both = ("decoder", "perturbation")
+    regularised = both if config.regularise == "both" else (config.regularise,)
+    if network not in regularised:
         names = [name for name in vars(config) if is_of_regulariser(name)]
         config = replace(config, **{name: getattr(type(config), name) for name in names})
     if network != "perturbation":
@@ -494,7 +501,8 @@ def is_of_regulariser(name):
 def layer_names(config, network):
     """Return the names of the decoder's or the perturbation network's layers in the actor.
 
-    The analysis looks inside Hidden_0.
+    The analysis looks inside Hidden_0, so that the names depend on `regularise`. So do the first
+    weights, since Flax draws them by the names.
     """
     analysed = "decoder" if config.regularise == "decoder" else "perturbation"
     return ("Hidden_0", "Dense_0") if network == analysed else ("Hidden_1", "Dense_1")
@@ -552,7 +560,7 @@ class Perturbation(nn.Module):
 
 
 class Actor(nn.Module):
-    """Both in turn, at the latent 0: states (B, S) to actions (B, A).
+    """The decoder and the perturbation network, at the latent 0: states (B, S) to actions (B, A).
 
     It holds the variables of both. Decoder and Perturbation may be applied to these, too: each
     reads its own part.
@@ -627,7 +635,7 @@ def best_candidates(config, actor, data, observations):
 
     The states (B, S) are as the environment gives them. A state's latents are drawn by a key of
     its bits. So results repeat, whatever else is evaluated with it, and each state has draws of
-    its own, as in the original. A state that differs by rounding has others.
+    its own, as in the original. A state that differs by rounding has other latents.
     """
     action_dim = data["actions"].shape[-1]
 
@@ -865,6 +873,7 @@ def update_actor(config, state, batch):
         noise_key,
     )
     return state._replace(
+        # The critics are there for `policy`, which ranks the candidates by them
         actor={**with_params(actor, perturbation["params"]), "critic": state.critic},
         actor_opt=actor_opt,
         target_actor=optax.incremental_update(perturbation, state.target_actor, config.tau),
@@ -1112,7 +1121,7 @@ def clone_further(config, data, state, batch):
 # --- Appendix: hyperparameters ---
 
 # Names of `regularisers` -> flags. The paper has no BCQ: these are the strengths that it chose
-# for ReBRAC, whose actor is deterministic, too, and has the same learning rate.
+# for ReBRAC, whose learning rate is the same on Gym-MuJoCo. (On Adroit it is 3e-4.)
 CHOSEN = {
     "DO": dict(actor_dropout=0.1),
     "LN": dict(actor_ln=True),

@@ -81,11 +81,15 @@ class Config:
     batch_size: int = 256  # transitions per update
     actor_learning_rate: Optional[float] = None  # of Adam; default: 1e-4 (Gym-MuJoCo 3e-5)
     critic_learning_rate: float = 3e-4  # learning rate of the critics' Adam
-    reward_scale: Optional[float] = None  # rewards are multiplied by this; default: 1 (AntMaze 10)
+    reward_scale: Optional[float] = None  # on top of normalize_reward; default: 1 (AntMaze 10)
     reward_shift: Optional[float] = None  # then this is added; default: 0 (AntMaze -5)
-    cql_weight: Optional[float] = None  # weight of the gap; default: 10 (AntMaze 5, Adroit 1)
-    n_actions: int = 10  # actions from each of three sources, by which the gap is estimated
-    lagrange_gap: Optional[float] = None  # target of the gap; default: 0, no target (AntMaze 0.8)
+    cql_weight: Optional[float] = (
+        None  # CQL's alpha: the gap's weight; default: 10 (AntMaze 5, Adroit 1)
+    )
+    n_actions: int = 10  # samples from each of three sources, by which the gap is estimated
+    lagrange_gap: Optional[float] = (
+        None  # CQL's tau, target of the gap; default: none (AntMaze 0.8)
+    )
     gap_clip: Optional[float] = None  # gap >= -gap_clip; default: 0, no bound (AntMaze 200)
     max_backup: Optional[bool] = None  # targets take the best of n_actions; default: on AntMaze
     bc_steps: int = 0  # first updates in which the actor clones the data in place of raising Q
@@ -521,8 +525,11 @@ def log_density_of_data(actions, means, log_stds):
     return log_density(jnp.arctanh(jnp.clip(actions, -bound, bound)), means, log_stds)
 
 
+UNIFORM, NOW, NEXT = range(3)  # sources of samples: uniform, pi(.|s), pi(.|s')
+
+
 class Samples(NamedTuple):
-    actions: jax.Array  # (3, n, B, A): uniform, of pi(.|s), of pi(.|s')
+    actions: jax.Array  # (3, n, B, A), by source
     log_densities: jax.Array  # (3, n, B), of what each was drawn from
 
 
@@ -595,11 +602,12 @@ def critic_target(config, state, batch, next_actions):
 
 
 def conservative_gap(config, values, log_densities, data_values):
-    """Return log(sum_j exp(Q(s, a_j)) / mu(a_j)) - Q(s, a), (2, B) (CQL, equation 4).
+    """Return log sum_j [exp(Q(s, a_j)) / mu_j(a_j)] - Q(s, a), (2, B) (CQL, equation 4).
 
-    The sum is over samples a_j of densities mu, (2, num, B) and (num, B) (CQL, appendix F). If Q is
-    constant in the action, the gap is log sum_j 1 / mu(a_j) and not 0. As in CORL, lagrange_gap
-    includes that.
+    The samples a_j have the densities mu_j: values (2, num, B), log densities (num, B) (CQL,
+    appendix F). Those of pi(.|s') are judged at s, too, as in CORL and the authors' code. As there,
+    this is a sum and not a mean. So it is larger by log num, also against lagrange_gap: if Q is
+    constant in the action, the gap isn't 0.
     """
     gap = jax.nn.logsumexp(values - log_densities, axis=1) - data_values
     if is_on(config.gap_clip):
@@ -639,10 +647,10 @@ def critic_loss(params, config, state, batch, target, samples, key):
 
 
 def multiplier_loss(params, config, gap):
-    """Return -alpha' cql_weight (gap - lagrange_gap), so that alpha' maximises the critics' loss.
+    """Return -alpha' cql_weight (gap - lagrange_gap): alpha' rises while the gap is too large.
 
-    Here CORL multiplies lagrange_gap by the weight, too, and the original doesn't (CQL, appendix
-    F). The gap is the mean of both critics'.
+    (CQL, appendix F.) The gap is the mean of both critics'. As in CORL the weight multiplies both
+    terms. The original's code has alpha' (cql_weight gap - lagrange_gap).
     """
     return -multiplier(params) * config.cql_weight * (gap - config.lagrange_gap)
 
@@ -720,7 +728,7 @@ def scalar_optimizer(learning_rate):
 def update_critics(config, state, batch, samples):
     """Update the critics once; return the new state and a dictionary of scalars."""
     key, dropout_key, noise_key = jax.random.split(state.key, 3)
-    target = critic_target(config, state, batch, samples.actions[2])
+    target = critic_target(config, state, batch, samples.actions[NEXT])
     grad_fn = jax.grad(critic_loss, has_aux=True)
     grads, (critic, info) = grad_fn(
         state.critic["params"], config, state, batch, target, samples, dropout_key
@@ -773,7 +781,7 @@ def update_temperature(config, state, samples):
     """
     action_dim = samples.actions.shape[-1]
     grads = jax.grad(temperature_loss)(
-        state.temperature["params"], samples.log_densities[1], action_dim
+        state.temperature["params"], samples.log_densities[NOW], action_dim
     )
     variables, opt_state = optimize(
         scalar_optimizer(config.actor_learning_rate),
@@ -788,9 +796,10 @@ def update_temperature(config, state, samples):
 
 
 def update(config, state, batch):
-    """Update the critics, then the actor by the new critics, then alpha, then the targets.
+    """Update the critics, alpha' (with lagrange_gap), the actor, alpha, and the critics' target.
 
-    A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
+    The actor is updated by the new critics. A pure function of a TrainState and Transitions.
+    Returns the new state and scalars to log.
     """
     key, sample_key = jax.random.split(state.key)
     samples = draw_samples(config, state, batch, sample_key)
@@ -1018,8 +1027,9 @@ def clone_further(config, data, state, batch):
 
 # --- Appendix: hyperparameters ---
 
-# Names of `regularisers` -> flags, at the strengths that the paper chose for IQL. BCN's is that for
-# ReBRAC, whose noise is on actions, too
+# Names of `regularisers` -> flags, at the strengths that the paper chose for IQL, whose policy is
+# stochastic, too. IQL's learning rate is 3e-4. At the lower ones here an update's weight decay does
+# less. BCN's strength is that for ReBRAC, whose noise is on actions, too.
 CHOSEN = {
     "DO": dict(actor_dropout=0.1),
     "LN": dict(actor_ln=True),
