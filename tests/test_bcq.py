@@ -71,7 +71,7 @@ def draw_noises(config, state, batch):
     ],
 )
 def test_updates_are_those_of_a_numpy_rederivation(regularise, fields):
-    """Of each choice, which changes nothing without regularisers but the layers' names."""
+    """Of each choice. Without regularisers it changes the layers' names and the first weights."""
     config = replace(
         SMALL,
         regularise=regularise,

@@ -30,6 +30,7 @@ from tools.report_tables import (
 REPS = 2000  # of the bootstrap
 MOST_SHOWN = 8  # measures of an explanation
 TENTH = 0.1  # the share of the episodes that most parts train on
+MOST = 0.9  # the largest share
 
 
 @functools.cache  # since it is read for each of many tables
@@ -150,6 +151,7 @@ def place_rows(algorithm, name):
     fields = (field, field.replace("actor", "critic"))
     off_or_chosen = (0, load_script(algorithm).CHOSEN[name][field])
     runs = varied(algorithm, dict.fromkeys(fields, off_or_chosen))
+    runs = runs[runs["share"].isin([TENTH, MOST])]
     label = [PLACES[tuple(bool(config[key]) for key in fields)] for config in runs["config"]]
     return runs.assign(label=pd.Categorical(label, PLACES.values(), ordered=True))
 
@@ -246,12 +248,15 @@ SETS = {  # of runs on 10 % of the episodes -> datasets, and regularisers that a
 
 @functools.cache
 def explanation_of(name):
-    """Return the Explanation of a set of IQL's runs."""
+    """Return the Explanation of a set of IQL's runs, whose critics are not regularised."""
     datasets, left_out = SETS[name]
     runs = finished("iql")
     rows = by_label(runs[(runs["share"] == TENTH) & runs["dataset"].isin(datasets)])
-    kept = [set(left_out).isdisjoint(label.split("+")) for label in rows["label"]]
-    return effects.explain(rows[kept], load_script("iql").CHOSEN, REPS)
+    is_kept = [
+        set(left_out).isdisjoint(label.split("+")) and "critic_" not in label
+        for label in rows["label"]
+    ]
+    return effects.explain(rows[is_kept], load_script("iql").CHOSEN, REPS)
 
 
 def explanation():
