@@ -305,7 +305,9 @@ def about_room(programs, processes, found):
     if unknown:
         names = ", ".join(sorted(unknown))
         yield f"finished runs aren't counted, since their names need a file's checksum: {names}"
-    yield f"memory: of a program on each device, where {found['free'] / 1e9:.1f} GB are free"
+    on_top = "" if found["accelerator"] else "; the process itself takes 0.5 GB more"
+    free = f"{found['free'] / 1e9:.1f} GB are free"
+    yield f"memory: of a program on each device, where {free}{on_top}"
     host = max(program.host for program in programs) / 1e9
     free = found["free_host"] / 1e9
     yield f"a program's evaluation: up to {host:.2f} GB on the host, where {free:.1f} GB are free"
