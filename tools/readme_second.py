@@ -30,7 +30,7 @@ from tools.report_tables import (
 REPS = 2000  # of the bootstrap
 MOST_SHOWN = 8  # measures of an explanation
 TENTH = 0.1  # the share of the episodes that most parts train on
-MOST = 0.9  # the largest share
+CHEETAH = "halfcheetah-medium-replay-v2"
 
 
 @functools.cache  # since it is read for each of many tables
@@ -41,7 +41,7 @@ def finished(algorithm):
     """
     seeds, _ = read_results([path_of("data", "second.csv")])
     table = pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm])
-    share = [round(1 - config["validation_frac"], 6) for config in table["config"]]
+    share = table["config"].map(shares.share_of)
     return table.assign(final=table["score"], share=share, settings=[()] * len(table))
 
 
@@ -95,7 +95,7 @@ def less_data_figure(algorithm):
     return shares.share_figure(rows, in_order(rows))
 
 
-# --- Strength; the actor or the critics ---
+# --- Strengths ---
 
 
 def varied(algorithm, values):
@@ -136,58 +136,6 @@ def strengths(field, values):
     return markdown([f"`{field}`", *cells], cells.reset_index().to_numpy())
 
 
-# Where a regulariser acts: (actor, critics) -> label
-PLACES = {
-    (False, False): BASELINE,
-    (True, False): "actor",
-    (False, True): "critics",
-    (True, True): "both",
-}
-
-
-def place_rows(algorithm, name):
-    """Return the runs with a regulariser in the actor, in the critics, in both and in neither."""
-    field, *_ = load_script(algorithm).CHOSEN[name]
-    fields = (field, field.replace("actor", "critic"))
-    off_or_chosen = (0, load_script(algorithm).CHOSEN[name][field])
-    runs = varied(algorithm, dict.fromkeys(fields, off_or_chosen))
-    runs = runs[runs["share"].isin([TENTH, MOST])]
-    label = [PLACES[tuple(bool(config[key]) for key in fields)] for config in runs["config"]]
-    return runs.assign(label=pd.Categorical(label, PLACES.values(), ordered=True))
-
-
-def places(algorithm):
-    """The differences that a regulariser of the actor, the critics and both makes from neither.
-
-    Holm corrects p over the means, and apart from them over the single datasets.
-    """
-    of_datasets = {}
-    of_means = {}
-    for name in ("LN", "DO", "L2"):
-        rows = place_rows(algorithm, name)
-        datasets = in_order(rows)
-        of_means[name] = shares.gains(rows, datasets)
-        for dataset in datasets:
-            of_datasets[dataset, name] = shares.gains(rows, [dataset])
-    columns = {}  # (share, title) -> texts
-    of_datasets = pd.concat(of_datasets, names=["dataset", "name"])
-    texts, _ = shares.texts_and_p(of_datasets)
-    for (dataset, share), own in pd.Series(texts, of_datasets.index).groupby(["dataset", "share"]):
-        columns[share, STUDIED[dataset]] = own.droplevel(["dataset", "share"])
-    of_means = pd.concat(of_means, names=["name"])
-    texts, p = shares.texts_and_p(of_means)
-    found = pd.DataFrame({"mean": texts, "p of the mean": map(p_text, p)}, of_means.index)
-    for share, own in found.groupby("share"):
-        for title, cells in own.droplevel("share").items():
-            columns[share, title] = cells
-    order = [STUDIED[dataset] for dataset in datasets] + list(found)
-    shares_of_all = sorted({share for share, _ in columns})
-    table = pd.DataFrame({(s, title): columns[s, title] for s in shares_of_all for title in order})
-    header = [f"{title}, {100 * share:g} %" for share, title in table]
-    lines = [[name, label, *cells] for (name, label), *cells in table.itertuples()]
-    return markdown(["regulariser", "of", *header], lines)
-
-
 # --- Pairs, and what explains the scores ---
 
 
@@ -195,8 +143,7 @@ def places(algorithm):
 def pair_rows():
     """Return IQL's runs on 10 % of HalfCheetah's episodes, of the seeds that pairs have."""
     runs = finished("iql")
-    dataset = next(iter(STUDIED))
-    own = runs[(runs["share"] == TENTH) & (runs["dataset"] == dataset) & (runs["seed"] < 3)]
+    own = runs[(runs["share"] == TENTH) & (runs["dataset"] == CHEETAH) & (runs["seed"] < 3)]
     return by_label(own)
 
 
@@ -234,7 +181,6 @@ def interaction_figure():
 
 
 STRONG = ["DO(0.3)", "DO(0.5)"]
-CHEETAH = "halfcheetah-medium-replay-v2"
 SETS = {  # of runs on 10 % of the episodes -> datasets, and regularisers that are left out
     "all three": (list(STUDIED), []),
     "without strong dropout": (list(STUDIED), STRONG),
@@ -286,7 +232,10 @@ def explanation():
 def explanation_tests():
     """The p values of some measures, corrected by Holm, where the runs are enough for a test."""
     tests = {
-        "between": ("between regularisers", [name for name in SETS if "Cheetah" in name]),
+        "between": (
+            "between regularisers",
+            [name for name in SETS if name.startswith("HalfCheetah")],
+        ),
         "within": ("same regulariser, other seeds", list(SETS)[:2]),
     }
     columns = ["evaluation/action_distance", "validation/action_error", "train/action_error"]

@@ -28,7 +28,7 @@ def groups(seeds):
     seeds = seeds[seeds["final"].notna()]
     seeds = seeds.assign(
         settings=[without_share(*pair) for pair in zip(seeds["settings"], seeds["config"])],
-        share=[round(1 - config["validation_frac"], 6) for config in seeds["config"]],
+        share=seeds["config"].map(share_of),
     )
     for settings, own in by_settings(seeds):
         rows = by_label(own)
@@ -37,6 +37,11 @@ def groups(seeds):
         rows = rows[rows["label"].isin(with_shares(rows, "label"))]
         if rows["label"].nunique() > 1:
             yield settings, rows
+
+
+def share_of(config):
+    """Return the share of the episodes that a run was to train on."""
+    return round(1 - config["validation_frac"], 6)
 
 
 def without_share(settings, config):
