@@ -98,10 +98,8 @@ class Config:
     rl_start: int = 0  # first updates, in which the VAE alone is trained
     # Networks
     hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400, for GroupNorm 384
-    last_hidden_dim: Optional[int] = (
-        None  # of the last; default: hidden_dim if given, else 300 (288)
-    )
-    vae_hidden_dim: Optional[int] = None  # of the VAE; default: hidden_dim if given, else 750 (736)
+    last_hidden_dim: Optional[int] = None  # the last's; default: hidden_dim if given, or 300 (288)
+    vae_hidden_dim: Optional[int] = None  # the VAE's; default: hidden_dim if given, or 750 (736)
     actor_layers: int = 2  # hidden layers of the encoder, the decoder, the perturbation network
     critic_layers: int = 2  # hidden layers of each critic
     # Regularisers of the actor; 0 or false is exactly off

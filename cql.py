@@ -83,13 +83,9 @@ class Config:
     critic_learning_rate: float = 3e-4  # learning rate of the critics' Adam
     reward_scale: Optional[float] = None  # on top of normalize_reward; default: 1 (AntMaze 10)
     reward_shift: Optional[float] = None  # then this is added; default: 0 (AntMaze -5)
-    cql_weight: Optional[float] = (
-        None  # CQL's alpha: the gap's weight; default: 10 (AntMaze 5, Adroit 1)
-    )
-    n_actions: int = 10  # samples from each of three sources, by which the gap is estimated
-    lagrange_gap: Optional[float] = (
-        None  # CQL's tau, target of the gap; default: none (AntMaze 0.8)
-    )
+    cql_weight: Optional[float] = None  # alpha: the gap's weight; default: 10 (AntMaze 5, Adroit 1)
+    n_actions: int = 10  # samples from each of three sources, which estimate CQL's gap
+    lagrange_gap: Optional[float] = None  # tau: the gap's target; default: none (AntMaze 0.8)
     gap_clip: Optional[float] = None  # gap >= -gap_clip; default: 0, no bound (AntMaze 200)
     max_backup: Optional[bool] = None  # targets take the best of n_actions; default: on AntMaze
     bc_steps: int = 0  # first updates in which the actor clones the data in place of raising Q
