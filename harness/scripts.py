@@ -45,8 +45,17 @@ def load_script(name):
 
 
 def scripts():
-    """Return the algorithms' modules by the names of their files, {"rebrac": <module>, ...}."""
-    return {name: load_script(name) for name in names_in(ROOT)}
+    """Return the algorithms' modules by the names of their files, {"rebrac": <module>, ...}.
+
+    Raises UserError if two have one NAME, by which tables tell them apart.
+    """
+    found = {name: load_script(name) for name in names_in(ROOT)}
+    files = {}  # NAME -> file
+    for name, script in found.items():
+        other = files.setdefault(script.NAME, f"{name}.py")
+        if other != f"{name}.py":
+            raise UserError(f'{name}.py has the NAME "{script.NAME}" of {other}; give it its own')
+    return found
 
 
 def read_config(script, words, add_checksum=with_checksum):

@@ -25,6 +25,7 @@ import rebrac
 from harness import datasets, download
 from harness.datasets import dataset_file
 from harness.environments import d4rl, gym
+from tools import sweep
 
 NAME = "halfcheetah_medium_replay-v2.hdf5"
 OTHER = os.path.join(ROOT, "data", "hopper_medium-v2.hdf5")
@@ -504,3 +505,19 @@ def test_a_task_without_a_file_of_d4rls_gets_one_line(monkeypatch):
     arguments = gym.spec(rebrac.Config().dataset_name).kwargs
     monkeypatch.delitem(arguments, "dataset_url")
     fails("use --dataset_path", dataset_file, rebrac.Config())
+
+
+def test_a_sweep_only_downloads_its_datasets(server, content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(d4rl.offline_env, "DATASET_PATH", str(tmp_path / "cache"))
+    monkeypatch.setenv("D4RL_DATASET_URL", server.url)
+    grid = "method: grid\nprogram: iql.py\nparameters: {seed: {values: [0, 1]}}\n"
+    (tmp_path / "sweep.yaml").write_text(grid)
+    flags = ["--dataset_name", "halfcheetah-medium-replay-v2"]
+    monkeypatch.setattr(sys, "argv", ["sweep", "sweep.yaml", "--download", *flags])
+    sweep.main()
+    path = tmp_path / "cache" / NAME
+    assert path.read_bytes() == content
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    assert server.asked == [(f"/{NAME}", 0)]
+    assert not (tmp_path / "results").exists()

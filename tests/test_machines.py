@@ -329,6 +329,15 @@ def test_a_file_that_only_has_a_name_is_not_executed(tmp_path):
     assert harness.scripts.names_in(str(tmp_path)) == ["own_script"]
 
 
+def test_two_scripts_of_one_name_get_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.scripts, "ROOT", str(tmp_path))
+    for name in ("one_script", "two_script"):
+        (tmp_path / f"{name}.py").write_text(SCRIPT)
+        monkeypatch.setitem(sys.modules, name, None)  # which takes it out again in the end
+        del sys.modules[name]
+    fails('two_script.py has the NAME "Own" of one_script.py; give it', harness.scripts.scripts)
+
+
 def test_a_script_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(harness.scripts, "ROOT", str(tmp_path))
     path = tmp_path / "own_script.py"

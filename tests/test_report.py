@@ -30,6 +30,7 @@ import rebrac
 from harness.directory import read_fields, run_directory, saved_fields
 from harness.environments import registered_names
 from harness.errors import UserError
+from harness.scripts import scripts
 from harness.tables import Tables
 from harness.wandb_log import WandB
 from tools import report, report_figures, report_runs, report_shares, report_tables
@@ -216,7 +217,7 @@ def make_rows(scores):
     ],
 )
 def test_runs_are_named_after_their_regularisers(algorithm, flags, settings, labels):
-    script = report_runs.SCRIPTS[algorithm]
+    script = scripts()[algorithm]
     config = script.tuned(script.Config(**{"dataset_name": HOPPER, **flags}))
     about = report_runs.describe(algorithm, saved_fields(vars(config)))
     assert about["dataset"] == flags.get("dataset_name", HOPPER)
@@ -235,7 +236,7 @@ def test_a_regulariser_that_only_iql_has_labels_its_runs(monkeypatch):
     vars(script).update(vars(iql), Config=config_class)
     own = {"OFN": {"actor_of_a_fork": True}, "WN": {"weight_noise": 0.2}}
     script.CHOSEN = {**iql.CHOSEN, **own}
-    monkeypatch.setitem(report_runs.SCRIPTS, "iql", script)
+    monkeypatch.setitem(sys.modules, "iql", script)
     for flags, label in (
         (dict(actor_of_a_fork=True), "OFN"),
         (dict(actor_of_a_fork=True, actor_ln=True, weight_noise=0.2), "LN+OFN+WN"),

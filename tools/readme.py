@@ -281,8 +281,8 @@ BLOCKS = {
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
     "pairs-iql": second.pairs,
-    "explanation-iql": second.explanation,
-    "explanation-tests-iql": second.explanation_tests,
+    "explanation-iql": lambda: second.explanation("iql"),
+    "explanation-tests-iql": lambda: second.explanation_tests("iql"),
     "strengths-dropout": lambda: second.strengths("actor_dropout", (0, 0.1, 0.3, 0.5)),
     "strengths-l2": lambda: second.strengths("actor_wd", (0, 0.001, 0.01, 0.1)),
 }

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from tools.report_tables import (
 REPS = 2000  # of the bootstrap
 MOST_SHOWN = 8  # measures of an explanation
 TENTH = 0.1  # the share of the episodes that most parts train on
+MOST = 0.9  # the largest share
 CHEETAH = "halfcheetah-medium-replay-v2"
 
 
@@ -136,6 +138,69 @@ def strengths(field, values):
     return markdown([f"`{field}`", *cells], cells.reset_index().to_numpy())
 
 
+# --- Actor or critics ---
+
+
+PLACED = ["LN", "DO", "L2"]  # the regularisers that are tried in the actor and in the critics
+PLACES = {  # what it is on in: (actor, critics) -> label
+    (False, False): BASELINE,
+    (True, False): "actor",
+    (False, True): "critics",
+    (True, True): "both",
+}
+
+
+def place_rows(algorithm, name):
+    """Return the runs with a regulariser in the actor, the critics, both and neither.
+
+    `label` says in which. All else is the baseline's.
+    """
+    actor, strength = next(iter(load_script(algorithm).CHOSEN[name].items()))
+    fields = (actor, actor.replace("actor", "critic"))
+    runs = varied(algorithm, dict.fromkeys(fields, (0, strength)))
+    runs = runs[runs["share"].isin([TENTH, MOST])]
+    label = [PLACES[tuple(bool(config[key]) for key in fields)] for config in runs["config"]]
+    return runs.assign(label=pd.Categorical(label, PLACES.values(), ordered=True))
+
+
+def places(algorithm):
+    """The differences that a regulariser of the actor, the critics and both makes from neither.
+
+    Holm corrects p over the means, and apart from them over the single datasets.
+    """
+    scores = {}
+    for name in PLACED:
+        rows = place_rows(algorithm, name)
+        datasets = in_order(rows)
+        columns = {STUDIED[dataset]: [dataset] for dataset in datasets}
+        columns["mean"] = datasets
+        for title, own in columns.items():
+            scores[title, name] = shares.by_label_and_share(rows, "final", own)
+    scores = pd.concat(scores, names=["column", "name"])
+    of_neither = scores.xs(BASELINE, level="label")
+    same = scores.index.droplevel("label")
+    gained = (scores - of_neither.reindex(same).to_numpy()).drop(BASELINE, level="label")
+
+    means, halves = mean_and_interval(of_neither)
+    neither = [interval_text(*pair, "") for pair in zip(means, halves)]
+    neither = pd.Series(neither, of_neither.index).unstack("column")
+    is_mean = gained.index.get_level_values("column") == "mean"
+    texts = pd.Series("", gained.index)
+    texts[~is_mean], _ = shares.texts_and_p(gained[~is_mean])
+    texts[is_mean], p = shares.texts_and_p(gained[is_mean])
+    p = pd.Series(p, gained.loc["mean"].index)
+    texts = texts.unstack("column")
+
+    lines = []
+    for share, name in itertools.product(gained.index.unique("share"), PLACED):
+        start = [f"{100 * share:g} %", name]
+        lines.append([*start, "neither", *neither.loc[(name, share), list(columns)], ""])
+        for label in gained.index.unique("label"):
+            key = (name, label, share)
+            lines.append([*start, label, *texts.loc[key, list(columns)], p_text(p[key])])
+    return markdown(["episodes", "regulariser", "in", *columns, "p of the mean"], lines)
+
+
 # --- Pairs, and what explains the scores ---
 
 
@@ -182,37 +247,44 @@ def interaction_figure():
 
 STRONG = ["DO(0.3)", "DO(0.5)"]
 SETS = {  # of runs on 10 % of the episodes -> datasets, and regularisers that are left out
-    "all three": (list(STUDIED), []),
-    "without strong dropout": (list(STUDIED), STRONG),
-    "HalfCheetah": ([CHEETAH], []),
-    "HalfCheetah, without strong dropout": ([CHEETAH], STRONG),
-    "HalfCheetah, also without GN": ([CHEETAH], [*STRONG, "GN"]),
-    "Hopper": (["hopper-medium-v2"], []),
-    "Pen": (["pen-expert-v1"], []),
+    "iql": {
+        "all three": (list(STUDIED), []),
+        "without strong dropout": (list(STUDIED), STRONG),
+        "HalfCheetah": ([CHEETAH], []),
+        "HalfCheetah, without strong dropout": ([CHEETAH], STRONG),
+        "HalfCheetah, also without GN": ([CHEETAH], [*STRONG, "GN"]),
+        "Hopper": (["hopper-medium-v2"], []),
+        "Pen": (["pen-expert-v1"], []),
+    },
+    "rebrac": {
+        "both": ([CHEETAH, "pen-expert-v1"], []),
+        "HalfCheetah": ([CHEETAH], []),
+        "Pen": (["pen-expert-v1"], []),
+    },
 }
 
 
 @functools.cache
-def explanation_of(name):
-    """Return the Explanation of a set of IQL's runs, whose critics are not regularised."""
-    datasets, left_out = SETS[name]
-    runs = finished("iql")
+def explanation_of(algorithm, name):
+    """Return the Explanation of a set of an algorithm's runs, whose critics are the baseline's."""
+    datasets, left_out = SETS[algorithm][name]
+    runs = finished(algorithm)
     rows = by_label(runs[(runs["share"] == TENTH) & runs["dataset"].isin(datasets)])
     is_kept = [
         set(left_out).isdisjoint(label.split("+")) and "critic_" not in label
         for label in rows["label"]
     ]
-    return effects.explain(rows[is_kept], load_script("iql").CHOSEN, REPS)
+    return effects.explain(rows[is_kept], load_script(algorithm).CHOSEN, REPS)
 
 
-def explanation():
+def explanation(algorithm):
     """The share of the score's variance that each measure explains alone, by sets of runs (%).
 
     The sign is that of the slope. Shown are the measures with the largest shares in any set.
     """
     cells = {}
-    for name in SETS:
-        found = explanation_of(name)
+    for name in SETS[algorithm]:
+        found = explanation_of(algorithm, name)
         quantities = found.estimates.set_index(["quantity", "label"])
         own = quantities.loc["alone"].assign(slope=quantities.loc["slope", "point"])
         cells[f"{name}: {len(found.sample.about)} runs"] = own
@@ -229,26 +301,33 @@ def explanation():
     return markdown(["measure", *cells], lines)
 
 
-def explanation_tests():
+TESTS = {  # that the numbers of seeds and regularisers allow -> sets of runs
+    "iql": {
+        "between": [
+            "HalfCheetah",
+            "HalfCheetah, without strong dropout",
+            "HalfCheetah, also without GN",
+        ],
+        "within": ["all three", "without strong dropout"],
+    },
+    "rebrac": {"within": ["both"]},
+}
+QUESTIONS = {"between": "between regularisers", "within": "same regulariser, other seeds"}
+
+
+def explanation_tests(algorithm):
     """The p values of some measures, corrected by Holm, where the runs are enough for a test."""
-    tests = {
-        "between": (
-            "between regularisers",
-            [name for name in SETS if name.startswith("HalfCheetah")],
-        ),
-        "within": ("same regulariser, other seeds", list(SETS)[:2]),
-    }
     columns = ["evaluation/action_distance", "validation/action_error", "train/action_error"]
     titles = [effects.measure_title(column) for column in columns]
     lines = []
-    for column, (question, names) in tests.items():
+    for column, names in TESTS[algorithm].items():
         for name in names:
-            found = explanation_of(name)
+            found = explanation_of(algorithm, name)
             number = found.regularisers if column == "between" else ""
             p = found.p.loc[titles, column]
-            lines.append([question, name, number, *(bold(p_text(one), one) for one in p)])
+            lines.append([QUESTIONS[column], name, number, *(bold(p_text(one), one) for one in p)])
     return markdown(["question", "runs", "regularisers", *titles], lines)
 
 
 def explanation_figure():
-    return figures.explanation_figure(explanation_of("without strong dropout"))
+    return figures.explanation_figure(explanation_of("iql", "without strong dropout"))

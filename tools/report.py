@@ -31,11 +31,12 @@ from markdown_it import MarkdownIt
 from harness.config import parse
 from harness.datasets import DOMAINS
 from harness.errors import UserError, one_line, one_line_errors
+from harness.scripts import scripts
 from tools import report_effects as effects
 from tools import report_figures as figures
 from tools import report_shares as shares
 from tools import report_tables as tables
-from tools.report_runs import BASELINE, SCRIPTS, by_label, by_settings, read_results, read_wandb
+from tools.report_runs import BASELINE, by_label, by_settings, read_results, read_wandb
 from tools.results import mean_of_last, write_results
 
 
@@ -172,7 +173,7 @@ def add_settings(report, config, seeds):
     """Add the tables and figures of the seeds with the same settings."""
     improvements = {}
     curves = {}
-    for algorithm, script in SCRIPTS.items():
+    for algorithm, script in scripts().items():
         own = seeds[seeds["algorithm"] == algorithm]
         if own.empty:
             continue
@@ -311,7 +312,7 @@ def add_explanation(report, config, script, rows):
 
 def add_less_data(report, config, seeds):
     """Add what regularisers gain where fewer episodes are trained on, if some runs had fewer."""
-    for algorithm, script in SCRIPTS.items():
+    for algorithm, script in scripts().items():
         own = seeds[seeds["algorithm"] == algorithm]
         for settings, rows in shares.groups(own):
             report.begin_section(f"{script.NAME}, less data. {settings_text(settings)}")
@@ -369,6 +370,7 @@ def add_published(report, published, seeds):
 def main(config):
     if config.final not in ("last", "mean") or config.reps < 1 or config.variants < 1:
         raise UserError("final must be last or mean, reps and variants 1 or more")
+    scripts()  # an error before any work if two have one name
     published = None if config.beside is None else read_published(config.beside)
     report = Report(config.output)  # an error before any work if it can't be written
     if config.wandb:

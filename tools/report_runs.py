@@ -33,8 +33,6 @@ from harness.scripts import scripts
 from harness.tables import Tables
 from tools.results import parse_row, read_table
 
-SCRIPTS = scripts()
-
 # --- Labels ---
 
 BASELINE = "baseline"  # the label of a run without regularisers
@@ -180,7 +178,7 @@ def paper(script, dataset, **loss):
 
 def describe(algorithm, config):
     """Return what the report says of a run, from its fields."""
-    script = SCRIPTS[algorithm]
+    script = scripts()[algorithm]
     dataset = config["dataset_name"]
     loss = {key: config[key] for key in ("critic_loss",) if key in config}
     default, tuned, presets = paper(script, dataset, **loss)
@@ -212,7 +210,7 @@ def split_seeds(algorithm, config, rows, state):
 
     Raises UserError if the evaluations make no sense.
     """
-    script = SCRIPTS[algorithm]
+    script = scripts()[algorithm]
     usual = script.tuned(script.Config(dataset_name=config["dataset_name"]))
     config = {**saved_fields(vars(usual)), **config}  # older runs lack newer fields
     about = {**describe(algorithm, config), "state": state}
@@ -240,7 +238,7 @@ def check_evaluations(seed):
 def read_directory(path):
     """Return the seeds of a run's directory, and why they have no final score, if so."""
     algorithm = os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(path))))
-    if algorithm not in SCRIPTS:
+    if algorithm not in scripts():
         raise UserError(f"{algorithm} is no algorithm of this project")
     run = status(path)
     config = read_fields(path)
@@ -276,7 +274,7 @@ def read_wandb_run(run):
     """Return the seeds of a W&B run, and why they have no final score, if so."""
     config = {key: value for key, value in run.config.items() if not key.startswith("_")}
     algorithm = config.pop("algorithm", None)
-    if algorithm not in SCRIPTS:
+    if algorithm not in scripts():
         raise UserError("it is no run of this project")
     if run.state != "finished":
         state = "failed" if run.state in ("failed", "crashed") else "unfinished"
@@ -484,7 +482,7 @@ def by_label(seeds):
 
     The column `label` is categorical. A label is left out if all its runs have another, too.
     """
-    script = SCRIPTS[seeds["algorithm"].iloc[0]]
+    script = scripts()[seeds["algorithm"].iloc[0]]
     rows = seeds.explode("labels").rename(columns={"labels": "label"})
     runs = {name: set(own) for name, own in rows.groupby("label").groups.items()}
     kept = []

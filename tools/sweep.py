@@ -6,6 +6,7 @@
     python -m tools.sweep sweeps/iql/gym/pairs.yaml --together 64  # on a GPU: 64 in one program
     python -m tools.sweep sweeps/iql/gym/pairs.yaml --together  # on a GPU: as many as fit
     python -m tools.sweep sweeps/iql/gym/pairs.yaml --plan  # only what it takes here (plan.py)
+    python -m tools.sweep sweeps/iql/gym/pairs.yaml --download  # only its datasets
 
 W&B's own engine expands the grids. Finished runs are skipped. Ctrl-C and SIGTERM stop with
 checkpoints, and the same command resumes. Each run's output is in the output.txt of its directory.
@@ -40,6 +41,7 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which ta
 
 from tqdm import tqdm
 
+from harness.datasets import dataset_file
 from harness.directory import status
 from harness.errors import DeviceError, UserError, one_line, one_line_errors
 from tools.jobs import AS_MANY_AS_FIT, make_groups, read_jobs, share_of
@@ -412,7 +414,7 @@ class Parser(argparse.ArgumentParser):
 def main():
     parser = Parser(
         usage="python -m tools.sweep FILE.yaml ... [--processes N] [--together [N]] "
-        "[--plan] [any flag of the scripts]",
+        "[--plan | --download] [any flag of the scripts]",
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+")
@@ -425,11 +427,13 @@ def main():
         const=AS_MANY_AS_FIT,
         help="runs in one program, for a GPU; without a number as many as fit",
     )
-    parser.add_argument("--plan", action="store_true", help="only print what it takes here")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="only print what it takes here")
+    only.add_argument("--download", action="store_true", help="only download the datasets")
     given, flags = parser.parse_known_args()
     words = ["", *sys.argv[1:]]
     before = words[words.index(given.files[0]) - 1]
-    is_scripts = re.fullmatch(r"--\w+", before) and before != "--plan"
+    is_scripts = re.fullmatch(r"--\w+", before) and before not in ("--plan", "--download")
     if is_scripts:  # then what was taken for a file is this flag's value
         raise UserError(f"name the files first, then {before} and other flags of the scripts")
     for name in ("processes", "together"):
@@ -439,7 +443,11 @@ def main():
     if given.plan:
         jobs = read_jobs(given.files, flags, add_checksum=with_known_checksum)
         return print_plan(jobs, given.processes, given.together)
-    jobs = own_share(read_jobs(given.files, flags), given.together)
+    jobs = read_jobs(given.files, flags)  # which downloads their datasets
+    if given.download:
+        paths = {dataset_file(job.config) for job in jobs}
+        return print(*sorted(paths), sep="\n")
+    jobs = own_share(jobs, given.together)
     most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a lock of each run of a group
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     pool = Pool(jobs, given.processes, given.together)
