@@ -380,7 +380,7 @@ def forward_train(network, variables, key, *inputs):
 
 
 def decayed(learning_rate, decay, num_steps):
-    """Return a learning rate as it decays over a number of steps, or as it is.
+    """Return a schedule of the learning rate over num_steps, or the constant rate for none.
 
     cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
     """
@@ -757,13 +757,13 @@ def update_multiplier(config, state, gap):
 
 def update_actor(config, state, batch):
     """Update the actor once; return the new state and a dictionary of scalars."""
-    key, noise_key, *keys = jax.random.split(state.key, 6)
+    key, noise_key, *loss_keys = jax.random.split(state.key, 6)
     params = state.actor["params"]
     grad_fn = jax.grad(actor_loss, has_aux=True)
-    grads, (actor, info) = grad_fn(params, config, state, batch, keys)
+    grads, (actor, info) = grad_fn(params, config, state, batch, loss_keys)
     if is_on(config.actor_sam):
         uphill = ascend(params, grads, config.actor_sam)
-        grads, _ = grad_fn(uphill, config, state, batch, keys)
+        grads, _ = grad_fn(uphill, config, state, batch, loss_keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -1001,8 +1001,8 @@ def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
     The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
-    So neither the loss's unit nor what came before sets the size of its steps, but the actor's
-    learning rate does.
+    With fresh moments the size of its steps depends on the learning rate alone, and not on the
+    loss's unit or on what came before.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)

@@ -83,7 +83,7 @@ class Config:
     actor_learning_rate: Optional[float] = None  # default: 1e-3; Adroit, AntMaze (mse) 3e-4
     critic_learning_rate: Optional[float] = None  # default: 1e-3; Adroit 3e-4; AntMaze (mse) 5e-5
     actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss; tuned
-    critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2 in targets; mse: tuned
+    critic_bc_coef: Optional[float] = None  # of ||a' - a'_data||^2 in targets; 0.001 (mse: tuned)
     actor_q_coef: float = 1.0  # weight of Q / mean |Q| in the actor's loss; 0: cloning only
     policy_freq: int = 2  # critic updates for each update of the actor and the targets
     target_noise: float = 0.2  # standard deviation of the noise on the target actor's actions
@@ -93,7 +93,7 @@ class Config:
     v_max: Optional[float] = None  # hl_gauss: highest value; default: the data's (AntMaze: 100)
     v_expand: Optional[float] = None  # hl_gauss: v_max - v_min grows by this fraction; tuned
     sigma_frac: float = 0.75  # hl_gauss: standard deviation of a target's Gaussian, in bin widths
-    clip_targets: bool = True  # hl_gauss: move targets outside to the end; false: paper's code
+    clip_targets: bool = True  # hl_gauss: clip targets to the support; false: as the paper's code
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 3  # hidden layers of the actor
@@ -161,7 +161,7 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
 }
 
 # Floats that are also read outside compiled code. Runs trained in one program have the same ones.
-HOST_FLOATS = ("validation_frac", "gamma", "v_min", "v_max", "v_expand")
+HOST_FLOATS = ("validation_frac", "gamma", "v_min", "v_max")
 
 
 def constraints(config):
@@ -387,7 +387,7 @@ def forward_train(network, variables, key, *inputs):
 
 
 def decayed(learning_rate, decay, num_steps):
-    """Return a learning rate as it decays over a number of steps, or as it is.
+    """Return a schedule of the learning rate over num_steps, or the constant rate for none.
 
     cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
     """
@@ -677,13 +677,13 @@ def update_critics(config, state, batch):
 
 def update_actor(config, state, batch):
     """Update the actor and both targets once; return the new state and a dictionary of scalars."""
-    key, noise_key, *keys = jax.random.split(state.key, 5)
+    key, noise_key, *loss_keys = jax.random.split(state.key, 5)
     params = state.actor["params"]
     grad_fn = jax.grad(actor_loss, has_aux=True)
-    grads, (actor, info) = grad_fn(params, config, state, batch, keys)
+    grads, (actor, info) = grad_fn(params, config, state, batch, loss_keys)
     if is_on(config.actor_sam):
         uphill = ascend(params, grads, config.actor_sam)
-        grads, _ = grad_fn(uphill, config, state, batch, keys)
+        grads, _ = grad_fn(uphill, config, state, batch, loss_keys)
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
@@ -921,8 +921,8 @@ def clone_further(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
     The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
-    So neither the loss's unit nor what came before sets the size of its steps, but the actor's
-    learning rate does.
+    With fresh moments the size of its steps depends on the learning rate alone, and not on the
+    loss's unit or on what came before.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)
@@ -1078,6 +1078,7 @@ def tuned(config):
     is_mse = config.critic_loss == "mse"
     is_antmaze = domain(config.dataset_name) == "antmaze"
     is_adroit = domain(config.dataset_name) == "adroit"
+    is_scaled = is_antmaze and config.normalize_reward is not False  # the returns are 0 to 100
     if is_antmaze and is_mse:
         batch_size, actor_learning_rate, critic_learning_rate = 256, 3e-4, 5e-5
     elif is_adroit:
@@ -1094,8 +1095,8 @@ def tuned(config):
         critic_bc_coef=row["critic_bc"] if is_mse else 0.001,  # with HL-Gauss the same for all
         n_classes=row["bins"],
         v_expand=row["expand"],
-        v_min=0.0 if is_antmaze else None,
-        v_max=100.0 if is_antmaze else None,
+        v_min=0.0 if is_scaled else None,
+        v_max=100.0 if is_scaled else None,
         eval_every=50_000 if is_antmaze else 10_000,
         eval_episodes=100 if is_antmaze else 10,
     )
@@ -1106,7 +1107,7 @@ def tuned(config):
 def presets(config, best, best_l2):
     """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`.
 
-    TD3+BC minimises the mean over an action's entries of (pi(s) - a)^2, minus 2.5 Q / mean |Q|.
+    TD3+BC minimises the mean over action dimensions of (pi(s) - a)^2, minus 2.5 Q / mean |Q|.
     Here that is divided by 2.5, which Adam does not see. These differences are left: Q is the
     smaller critic's, not the first one's; networks start as ReBRAC's do; on AntMaze rewards are
     multiplied by 100, not lowered by 1, and states are as they are.
@@ -1144,7 +1145,7 @@ def presets(config, best, best_l2):
     elif config.preset == "td3-bc" and config.actor_bc_coef is None:
         raise UserError(
             f"td3-bc on {config.dataset_name} needs --actor_bc_coef: "
-            "1 / (2.5 times the entries of an action)"
+            "1 / (2.5 times the action's dimension)"
         )
     return {
         "as-run": {**as_run, **published_best},

@@ -4,15 +4,15 @@
     python -m harness.group rebrac fit < flags.json  # at once as many as the memory has room for
 
 flags.json has a list of each run's flags. The runs differ in seeds and numbers alone, as
-`in_common` in members.py has it. Each has its own directory, as if it had been trained alone. What
-it prints is in its output.txt. A run that diverges ends alone, with its error. When the device's
-memory runs out, half of the runs go on, and the others follow.
+`in_common` in members.py has it. Each has its own directory, as if it had been trained alone, and
+its own output.txt. What is printed of the data is in the first run's. A run that diverges ends
+alone, with its error. When the device's memory runs out, half of the runs go on, and the others
+follow.
 """
 
 import contextlib
 import gc
 import io
-import itertools
 import json
 import math
 import os
@@ -48,7 +48,7 @@ class Group(Run):
         self.later = []  # configs of runs that are trained after these
         self.at_once = len(configs)  # as many as the memory has had room for
         self.problem = None  # the error of a run that can't begin
-        positions = {}  # of records: update and last evaluation
+        positions = {}  # record -> update of its checkpoint, and of the last evaluation before
         for config in configs:
             record = Record(name, config, tuned)
             with self.printing(record):
@@ -65,17 +65,18 @@ class Group(Run):
                     self.problem = error
         if not positions:
             raise self.problem or BusyError("other processes are training all of these runs")
-        at = {}  # position -> records
+        records_at = {}  # position -> records
         earliest = min(positions.values())
         for record, position in positions.items():
             # A kill may have come when some of them had saved and others not yet
             if position != earliest and record.go_back(earliest):
                 position = earliest
-            at.setdefault(position, []).append(record)
-        records, *others = at.values()
-        for record in itertools.chain(*others):
-            record.close()
-            self.later.append(record.config)
+            records_at.setdefault(position, []).append(record)
+        records, *later = records_at.values()
+        for group in later:
+            for record in group:
+                record.close()
+                self.later.append(record.config)
         for record in records:
             with self.printing(record):
                 print(f"one of {len(records)} runs that are trained together")
@@ -98,7 +99,7 @@ class Group(Run):
         self.close(broken, 1)
 
     def take(self, records):
-        """Train these."""
+        """Make these the group's, with one config for all their members."""
         self.begin(records, stack_configs([record.config for record in records]))
 
     def printing(self, record):
@@ -107,10 +108,9 @@ class Group(Run):
     def give_up(self, broken, states=None, update=None):
         """Save the others, if there are `states`, and end the broken ones.
 
-        Raises FewerRuns, or the last error if none is left.
+        Raises FewerRuns, or an error of theirs if no run is left.
         """
-        if self.pending:
-            self.end_evaluation()
+        self.send_last(broken)
         parts = [(record, part) for record, part in self.parts() if record not in broken]
         if states is not None:
             self.save(parts, states, update)

@@ -39,7 +39,7 @@ class Record:
         self.is_finished = os.path.exists(self.path("finished.json"))
         self.score = {}  # to show
         self.losses = {}  # to show
-        self.saved = 0  # the last checkpoint's update; None until it was read
+        self.saved = 0  # the last checkpoint's update; None: there is one, not read yet
         self.lock = None  # the file, once the directory is this process's
         self.wandb = None
         self.held = None  # rows that W&B gets after an evaluation that is still played
@@ -59,7 +59,7 @@ class Record:
             yield
         except OSError as error:
             raise UserError(
-                f"can't write to {self.directory} ({error.strerror}); once that is mended, the "
+                f"can't write to {self.directory} ({error.strerror}); once that is fixed, the "
                 f"same command resumes from {self.checkpoint_text()}"
             ) from error
 
@@ -171,7 +171,7 @@ class Record:
             self.wandb.end(exit_code, preempted)
 
     def close(self):
-        """Wait for the end of the W&B run, and give the directory free."""
+        """Wait for the end of the W&B run, and release the directory."""
         if self.wandb:
             self.wandb.close()
         self.tables.close()

@@ -60,8 +60,8 @@ def copied(tree):
 class Run:
     """What `train` is given: a run. A `Group` is several that are trained in one program.
 
-    In a `with` statement it handles SIGTERM, Ctrl-C, and SIGHUP unless nohup has it ignored: they
-    save a checkpoint and exit.
+    In a `with` statement it handles SIGTERM, Ctrl-C, and SIGHUP unless nohup has it ignored: see
+    `stop`.
     """
 
     stopping = 0  # the signal that asked for the end
@@ -84,6 +84,7 @@ class Run:
         self.phase = "starting"
         self.update = 0  # at which it has resumed
         self.evaluated = 0  # the last evaluation's update
+        self.timed_until = (0, 0.0)  # the last evaluation's update, the seconds of training to it
         self.saved_at = -np.inf  # when the last checkpoint was made
         self.save_seconds = 0.0  # how long that took
         self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)  # of this process
@@ -127,8 +128,6 @@ class Run:
     def __exit__(self, kind, cause, _):
         if self.finished_before:
             return
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         self.bar.close()
         error = self.explain(cause)
         # A run that has lost its device goes on elsewhere
@@ -136,9 +135,13 @@ class Run:
         if error is not None and not is_stopped:
             for record in self.records:
                 record.fail(error)
-        self.close(self.records, 0 if error is None else 1, preempted=is_stopped)
-        # Python's own end would crash in an evaluation's thread. It would also wait for wandb's
-        # process, which may wait for that end if its W&B run was just beginning.
+        try:
+            self.close(self.records, 0 if error is None else 1, preempted=is_stopped)
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        # A normal exit would crash in an evaluation's thread. Where wandb.init was cut short, it
+        # would also hang: Python waits for wandb's process, and that process for Python.
         if self.stopping and (self.is_evaluating() or self.is_wandb_beginning()):
             sys.stdout.flush()
             os._exit(128 + self.stopping)
@@ -245,6 +248,7 @@ class Run:
                 print(f"resuming from update {about['update']}")
                 self.update = about["update"]
                 self.evaluated = about["evaluated"]
+                self.timed_until = (self.update, 0.0)
         if broken:
             self.give_up(broken)
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in initial}
@@ -302,8 +306,10 @@ class Run:
         """
         self.evaluated = update
         self.speed = {}  # to show, once this process has trained
-        if update > self.update:
-            pace = (update - self.update) / self.seconds["train"]
+        start, seconds = self.timed_until
+        self.timed_until = (update, self.seconds["train"])
+        if update > start:
+            pace = (update - start) / (self.seconds["train"] - seconds)
             self.speed = {"updates/s": f"{pace:.0f}"}
         self.losses = [record.losses for record in self.records]  # to show
         if not has_accelerator():
@@ -358,8 +364,16 @@ class Run:
         if broken:
             self.give_up(broken, states, update)
         self.bar.update(self.config.log_every)
-        self.bar.set_postfix({**record.score, **record.losses})
+        self.bar.set_postfix({**self.records[0].score, **self.records[0].losses})
 
     def give_up(self, broken, states=None, update=None):
         """End the run, which has failed: `broken` are records and their errors."""
+        self.send_last(broken)
         raise next(iter(broken.values()))
+
+    def send_last(self, broken):
+        """Log an evaluation that is still played, and send W&B the last step of broken runs."""
+        if self.pending:
+            self.end_evaluation()
+        for record in broken:
+            record.wandb.send_last()

@@ -14,7 +14,7 @@ from harness.errors import one_line
 
 TIME_LIMIT = 30  # seconds to reach W&B, and to send the rest at the end
 ANSWER_LIMIT = 5  # seconds for the answer to a question
-PAUSE = 600  # seconds in which no other run of this process waits after one has in vain
+PAUSE = 600  # seconds after a start in vain, in which other runs of this process don't wait
 
 
 def wandb_mode():
@@ -68,8 +68,8 @@ def has_account(settings):
 class WandB:
     """A W&B run for a run's directory. A resumed run continues in the same W&B run.
 
-    wandb sends from a process of its own, so that only the start and the end wait for it, and
-    not for longer than TIME_LIMIT each. Nor do many runs of one process wait for longer: once one
+    wandb sends from a process of its own, so that only the start and the end wait for it, each for
+    about TIME_LIMIT at most. Nor do many runs of one process wait for longer: once one
     has started in vain the others don't try to, and they end at the same time.
     """
 
@@ -88,7 +88,7 @@ class WandB:
         self.run = None
         self.is_beginning = False
         self.ending = None  # once it has begun
-        self.first_step = 0  # that W&B doesn't have from before
+        self.first_step = 0  # the first one that W&B lacks
         self.step = 0
         self.sent = 0  # the last step that was sent whole
         self.values = {}  # of this step, not sent yet: its losses and its evaluation come apart
@@ -136,8 +136,9 @@ class WandB:
             print(f"W&B: offline after all ({one_line(error)[:200]}); {self.later}")
             if time.monotonic() - started >= TIME_LIMIT:
                 WandB.waited_at = time.monotonic()
-            if not WandB.live:  # it would end theirs
-                wandb.teardown()  # or what is left of this start may keep the next from its id
+            # A failed start may still hold the id. This frees it, but would also end live runs.
+            if not WandB.live:
+                wandb.teardown()
             self.mode = "offline"
             return self.init()
 
@@ -196,8 +197,14 @@ class WandB:
             if self.mode == "offline":
                 self.remember()
 
+    def send_last(self):
+        """Send the last step, to which nothing will be added."""
+        if self.run is not None:
+            with self.never_fatal():
+                self.flush()
+
     def remember(self):
-        """Keep in a file which steps W&B needn't get again, from a later offline run."""
+        """Write down the last step sent, so that a later offline run leaves out what W&B has."""
         with open(os.path.join(self.directory, "wandb_sent"), "w") as file:
             file.write(f"{self.id} {self.sent}\n")
 
@@ -280,7 +287,7 @@ def sent_step(directory, run_id):
 
 
 def is_whole_there(directory, update):
-    """Return whether W&B has a run's rows up to an update, as far as it was meant to get them."""
+    """Return whether W&B has a run's rows up to an update, if it was meant to get any."""
     if not os.access(os.path.join(directory, "wandb_id"), os.W_OK):
         return True  # it wasn't meant to, or it is another user's run
     return sent_step(directory, own_id(directory)) >= update

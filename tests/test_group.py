@@ -644,6 +644,7 @@ def test_divergence_beside_an_evaluation_costs_neither(start, start_alone, besid
             at3=threading.Timer(1, beside.open.set).start,
         )
         fails("critic_loss is nan after update 23 .*, of update 20$", start_alone, PLAIN)
+    assert updates(start.directory, "evaluations.csv") == [20]
     beside.finish()
     assert differences(contents(start_alone(PLAIN)), whole) == []
 

@@ -257,6 +257,16 @@ def test_all_presets_are_named():
     assert list(known) == list(rebrac.PRESETS)
 
 
+def test_antmazes_range_of_values_is_that_of_its_scaled_rewards():
+    ranges = {}
+    for scaled in (None, True, False):
+        given = rebrac.Config(dataset_name="antmaze-umaze-v2", normalize_reward=scaled)
+        config = rebrac.tuned(given)
+        ranges[scaled] = (config.v_min, config.v_max)
+    # None is the data's
+    assert ranges == {None: (0, 100), True: (0, 100), False: (None, None)}
+
+
 def test_what_the_user_sets_wins():
     chosen = dict(
         actor_bc_coef=0.0,
@@ -269,6 +279,6 @@ def test_what_the_user_sets_wins():
     config = rebrac.tuned(rebrac.Config(dataset_name="antmaze-umaze-v2", **chosen))
     for key, value in chosen.items():
         assert getattr(config, key) == value
-    assert config.v_max == 100.0
+    assert config.v_max is None  # the data's, since its rewards stay as they are
     assert config.eval_every == 50_000
     assert config.critic_bc_coef == 0.001

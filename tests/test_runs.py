@@ -461,6 +461,26 @@ def test_two_sigterms_of_a_machine_that_shuts_down_are_one(start, monkeypatch, c
     assert "stopped; the same command goes on from the last " in capsys.readouterr().out
 
 
+def test_the_second_of_two_sigterms_leaves_the_end_of_a_run_alone(start, monkeypatch):
+    """It comes while the run, which the first one has ended, waits for W&B."""
+    close = harness.record.Record.close
+    closed = []
+
+    def late(record):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(record)
+        closed.append(record)
+
+    signal_in_evaluation(monkeypatch, rebrac)
+    monkeypatch.setattr(harness.record.Record, "close", late)
+    handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would be killed"))
+    try:
+        exits(128 + signal.SIGTERM, start)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert len(closed) == 1
+
+
 def test_an_evaluation_ends_at_once_and_is_made_again(start, monkeypatch, capsys):
     whole = contents(start(results="whole"))
     with monkeypatch.context() as patch:
@@ -747,7 +767,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(start, monkeypatc
     half = os.path.getsize(path) // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (half, limits[1]))  # a write beyond is refused
     try:
-        message = fails("can't write to .* \\(File too large\\); once that is mended, ", start)
+        message = fails("can't write to .* \\(File too large\\); once that is fixed, ", start)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert message.endswith("resumes from the last checkpoint, of update 30")

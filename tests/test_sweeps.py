@@ -730,7 +730,7 @@ def test_nothing_more_is_started_on_a_device_that_has_failed(run_jobs, tmp_path)
     lines = [f"{failing}; {ending(tmp_path / f'job{i}', 2)}" for i in range(3)]
     printed, end = run_jobs(1, *lines)
     assert printed[1:] == ["a device has failed: gone"]
-    expected = "JAX's devices have failed, with 3 runs to go; once they are mended, "
+    expected = "JAX's devices have failed, with 3 runs to go; once they are fixed, "
     assert str(end).startswith(expected)
     path.rmdir()
     printed, end = run_jobs(2, *lines)
@@ -774,7 +774,7 @@ def test_a_kill_and_a_full_disk_are_told_where_the_run_could_not_say_it(run_jobs
     end = "the same command resumes from the last checkpoint"
     assert lines[2:7:2] == [
         f"    killed, perhaps since memory had run out; {end}",
-        f"    can't write to {tmp_path}/job1 (No space left on device); once that is mended, {end}",
+        f"    can't write to {tmp_path}/job1 (No space left on device); once that is fixed, {end}",
         f"    Segmentation fault; {end}",
     ]
 

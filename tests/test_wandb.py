@@ -18,11 +18,13 @@ import wandb
 from conftest import ROOT
 from runs_helpers import (
     FAST,
+    after_epochs,
     before_epochs,
     command_line,
     contents,
     differences,
     exits,
+    fails,
     signal_in_epoch,
     signal_in_evaluation,
     stopped,
@@ -141,6 +143,24 @@ def test_a_failed_run_has_failed_there(start, wandb_server, monkeypatch):
     (run,) = wandb_server.runs.values()
     assert run["exit"] == 1
     assert run["state"] != "preempting"
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_a_diverged_run_has_its_last_score_there(start, wandb_server, monkeypatch, is_beside):
+    log_in(monkeypatch, wandb_server)
+    monkeypatch.setattr(harness.run, "has_accelerator", lambda: is_beside)
+
+    def act(number, states, infos):
+        if number == 3:
+            infos["critic_loss"] = infos["critic_loss"].at[0, 2].set(np.nan)
+
+    after_epochs(monkeypatch, rebrac, act)
+    fails("critic_loss is nan after update 26", start)
+    (name,) = wandb_server.runs
+    history = wandb_server.history(name)
+    assert steps(history) == [10, 20]
+    (row,) = table(start.directory, "evaluations.csv")
+    assert history[1]["score"] == pytest.approx(float(row["score"]))
 
 
 def assert_history_is_that_of(directory, history):

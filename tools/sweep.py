@@ -345,7 +345,7 @@ def why_it_failed(job, now, code):
             output.write(b"\n")
     except OSError as error:
         return (
-            f"can't write to {job.directory} ({error.strerror}); once that is mended, the same "
+            f"can't write to {job.directory} ({error.strerror}); once that is fixed, the same "
             "command resumes from the last checkpoint"
         )
     return job.last_words()
@@ -467,7 +467,7 @@ def main():
     if len(pool.lost) == pool.slots:
         raise UserError(
             f"JAX's devices have failed, with {len(pool.unfinished) - len(pool.done)} runs to go; "
-            "once they are mended, or on another machine, the same command resumes"
+            "once they are fixed, or on another machine, the same command resumes"
         )
     if pool.failed:
         raise UserError(
