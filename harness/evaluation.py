@@ -93,7 +93,7 @@ def evaluate(config, policy, envs, update):
     draws = normal_draws([numbers[i] for i in noisy], state_dim + action_dim)
     running = np.arange(len(numbers))
     visited = []  # pairs of episodes and their states
-    gained = []  # each step's rewards, 0 where an episode has ended
+    step_rewards = []  # of all episodes, 0 for those that have ended
     while len(running):
         visited.append((running, observations[running]))
         seen = observations.copy()  # by the policy
@@ -105,21 +105,22 @@ def evaluate(config, policy, envs, update):
         actions[noisy] = actions[noisy].clip(-1, 1)  # D4RL's environments clip, too
         rewards = np.zeros(len(numbers))
         observations[running], rewards[running], done = envs.step(running, actions[running])
-        gained.append(rewards)
+        step_rewards.append(rewards)
         running = running[~done]
 
     shape = (num_seeds, num_episodes)
     samples = sample_visited(visited, ~has_noise.reshape(shape), update)
-    padding = -len(gained) % 1000
-    rewards = np.pad(np.transpose(gained), [(0, 0), (0, padding)])
+    padding = -len(step_rewards) % 1000
+    rewards = np.pad(np.transpose(step_rewards), [(0, 0), (0, padding)])
+    # An episode is there once for each of its steps
     lengths = np.bincount(np.concatenate([running for running, _ in visited]))
-    first = slice(0, config.eval_episodes)  # those without noise
+    without_noise = slice(0, config.eval_episodes)
     return Episodes(
-        returns=sum(gained).reshape(shape),
+        returns=sum(step_rewards).reshape(shape),
         visited=samples,
-        starts=starts.reshape(*shape, -1)[:, first],
-        rewards=rewards.reshape(*shape, -1)[:, first].astype(np.float32),
-        lengths=lengths.reshape(shape)[:, first],
+        starts=starts.reshape(*shape, -1)[:, without_noise],
+        rewards=rewards.reshape(*shape, -1)[:, without_noise].astype(np.float32),
+        lengths=lengths.reshape(shape)[:, without_noise],
     )
 
 
@@ -141,7 +142,7 @@ def sample_visited(visited, is_clean, update):
 
 
 def normal_draws(numbers, size):
-    """Yield the standard normal draws (E, size) of each step.
+    """Yield the standard normal draws (len(numbers), size) of each step.
 
     Those of an episode depend on its row of `numbers` alone. They are drawn for 50 steps at once,
     which is quicker and gives the same.
@@ -172,7 +173,7 @@ def print_scores(config, policy, envs, update):
         print(f"{name} {summary(scores[:, index])}")
 
 
-def record(path, policy, env, *numbers):
+def write_video(path, policy, env, *numbers):
     """Write a video, .mp4 or .gif, of an episode of a policy from states (S,) to actions (A,).
 
     It needs OpenGL. The episode's start depends on `numbers`.

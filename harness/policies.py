@@ -11,7 +11,7 @@ from harness.config import check, given_words
 from harness.devices import host
 from harness.directory import load_config
 from harness.errors import UserError
-from harness.evaluation import make_envs, print_scores, record
+from harness.evaluation import make_envs, print_scores, write_video
 from harness.members import check_device, seeds
 
 EVALUATION_FLAGS = ("evaluate", "video", "eval_episodes", "eval_noise")
@@ -88,4 +88,4 @@ def evaluate_run(given, policy, constraints, bounds):
     print_scores(config, policies, envs, update)
     if config.video:
         first = one_policy(config, policies, config.seed)
-        record(config.video, first, envs.own[0], config.seed, update, 0)
+        write_video(config.video, first, envs.own[0], config.seed, update, 0)

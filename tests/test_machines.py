@@ -85,11 +85,11 @@ import sys
 sys.modules.update(OpenGL=None, glfw=None)  # as if their libraries were not there
 from harness.environments import make_env
 from harness.errors import one_line_errors
-from harness.evaluation import record
+from harness.evaluation import write_video
 env = make_env("hopper-medium-v2")
 print(env.reset().shape, flush=True)
 with one_line_errors():
-    record(sys.argv[1], None, env, 0)
+    write_video(sys.argv[1], None, env, 0)
 """
 
 
