@@ -19,11 +19,13 @@ from conftest import (
     both_scripts,
     init_states,
     lowered_epoch,
+    run_epochs,
     same_bits,
     small_batch,
     small_config,
     small_data,
     small_state,
+    to_numpy,
 )
 
 import rebrac
@@ -146,6 +148,20 @@ def test_the_target_averages_the_actors_running_statistics():
     jax.tree.map(np.testing.assert_allclose, after.target_actor["batch_stats"], expected)
     after_critics, _ = update_critics(config, before, BATCH)
     assert same_bits(after_critics.actor, before.actor)
+
+
+@both_scripts
+def test_each_networks_running_statistics_move_in_training(script):
+    config = small_config(script, actor_bn=True, critic_bn=True)
+    before = to_numpy(init_states(script, config, small_data()))
+    after = run_epochs(script, config, epochs=1)
+    moved = {}
+    for name, variables in before._asdict().items():
+        if isinstance(variables, dict) and variables.get("batch_stats"):
+            new = getattr(after, name)["batch_stats"]
+            moved[name] = not same_bits(new, variables["batch_stats"])
+    assert {"actor", "critic"} < set(moved)
+    assert all(moved.values()), moved
 
 
 @both_networks
