@@ -924,11 +924,14 @@ def signed(mean, half):
     return f"{mean:+.1f} ({mean - half:+.1f} – {mean + half:+.1f})"
 
 
-def test_a_label_needs_no_share_that_only_others_have(make_run, make_report):
+@pytest.mark.parametrize("of_all, of_less", [(None, None), (0, None), (None, 0), (0, 0), (1, 0)])
+def test_a_label_needs_no_share_that_only_others_have(make_run, make_report, of_all, of_less):
+    """Where nothing is held out validation_seed means nothing."""
     make_runs_on_less_data(make_run)
     for seed in range(3):
         for validation_frac, gain in ((0.0, 0), (0.5, 2), (0.75, 4)):
             flags = dict(seed=seed, validation_frac=validation_frac)
+            flags["validation_seed"] = of_less if validation_frac else of_all
             make_run([[1.0, 45 + gain + seed / 10]], "iql", **flags)
             if validation_frac:
                 make_run([[1.0, 45 + 2 * gain + seed / 10]], "iql", **flags, actor_ln=True)

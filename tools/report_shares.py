@@ -26,9 +26,11 @@ def groups(seeds):
     without a regulariser among them is left out.
     """
     seeds = seeds[seeds["final"].notna()]
+    pairs = [without_share(*pair) for pair in zip(seeds["settings"], seeds["config"])]
     seeds = seeds.assign(
-        settings=[without_share(*pair) for pair in zip(seeds["settings"], seeds["config"])],
         share=seeds["config"].map(share_of),
+        settings=[settings for settings, _ in pairs],
+        config=[config for _, config in pairs],
     )
     for settings, own in by_settings(seeds):
         rows = by_label(own)
@@ -45,11 +47,12 @@ def share_of(config):
 
 
 def without_share(settings, config):
-    """Return settings without validation_frac, and without the seed where nothing is held out."""
+    """Return settings and a config without the share, and without validation_seed if it is 1."""
     skipped = ["validation_frac"]
     if config["validation_frac"] == 0:
         skipped.append("validation_seed")
-    return tuple(pair for pair in settings if pair[0] not in skipped)
+    settings = tuple(pair for pair in settings if pair[0] not in skipped)
+    return settings, {key: config[key] for key in config if key not in skipped}
 
 
 def with_shares(rows, column):
