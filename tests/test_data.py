@@ -5,10 +5,21 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BUNDLED, ROOT, both_scripts, random_columns
+from conftest import (
+    BUNDLED,
+    ROOT,
+    both_scripts,
+    init_states,
+    random_columns,
+    same_bits,
+    small_config,
+    small_data,
+    to_numpy,
+)
 
 import rebrac
 from harness.datasets import episode_ends, episode_returns, read_dataset
@@ -246,6 +257,23 @@ def test_rewards_are_scaled_as_the_paper_does(read):
         data = rebrac.make_dataset(config, raw)
         np.testing.assert_allclose(data["rewards"], scale * rewards, rtol=1e-4)
         np.testing.assert_allclose(data["reward_scale"], scale, rtol=1e-4)
+
+
+@both_scripts
+def test_held_out_steps_are_never_trained_on(script):
+    config = small_config(script)
+    index = np.arange(50, dtype=np.int32)
+    data = {**small_data(), "train": index[:20], "validation": index[20:]}
+    other = small_data(seed=1)
+    for key in ("observations", "actions", "rewards", "terminals"):
+        # Those after a step for training, of which the next state and action are also seen
+        other[key][:22] = data[key][:22]
+    states = init_states(script, config, data)
+    found = []
+    for own in (data, {**data, **{key: other[key] for key in other if key != "train"}}):
+        trained, _ = script.epoch(config, jax.tree.map(jnp.copy, states), own)
+        found.append(to_numpy(trained))
+    assert same_bits(*found)
 
 
 def maze_columns(length=101, count=20, near=40):

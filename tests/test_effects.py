@@ -194,8 +194,18 @@ def test_terms_are_those_of_least_squares():
     found = report_effects.interactions(with_scores(rows, scores), CHOSEN, 200)
     assert list(found.index) == TRIPLES[4:]
     np.testing.assert_allclose(found["point"], expected, atol=1e-8)
-    assert (found["low"] < found["point"]).all()
-    assert (found["point"] < found["high"]).all()
+
+
+def test_intervals_of_terms_are_of_95_percent():
+    """Of many normal blocks they are those of a normal mean."""
+    rng = np.random.default_rng(0)
+    rows = make_rows([BASELINE, "DO", "LN", "DO+LN"], datasets=10, seeds=20)
+    rows = with_scores(rows, rng.normal(size=len(rows)))
+    terms, _ = report_effects.contrasts(rows, CHOSEN)
+    found = report_effects.interactions(rows, CHOSEN, 5000).loc["DO+LN"]
+    half = 1.96 * terms.loc["DO+LN"].std(ddof=0) / np.sqrt(200)
+    bounds = np.array([found["low"], found["high"]]) - found["point"]
+    np.testing.assert_allclose(bounds, [-half, half], rtol=0.08)
 
 
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
@@ -293,6 +303,12 @@ def test_a_planted_explanation_is_found_where_it_is_and_nothing_else(
     found = report_effects.explain(rows, CHOSEN, 20)
     assert told_from_chance(found.p["between"]) == between
     assert told_from_chance(found.p["within"]) == within
+    axes = report_figures.explanation_figure(found).axes
+    starred = {}
+    for axis, quantity in zip(axes, report_effects.QUANTITIES):
+        stars = [text for text in axis.texts if text.get_text() == "*"]
+        starred[quantity] = {text.get_position()[1] for text in stars}
+    assert starred == {"slope": between, "alone": set(), "beside": set(), "within": within}
 
 
 def test_what_an_explanation_rests_on_is_told():
@@ -358,6 +374,58 @@ def test_estimates_are_those_of_least_squares():
         points = found.estimates[is_own].set_index("quantity")["point"]
         points = points[["slope", "alone", "beside", "within"]]
         np.testing.assert_allclose(points, expected, rtol=1e-5)
+
+
+def test_intervals_of_slopes_are_those_of_a_bootstrap_of_blocks():
+    rng = np.random.default_rng(0)
+    rows = with_measures(make_rows(SINGLES, datasets=2, seeds=10), rng, 1)
+    rows = with_scores(rows, rng.normal(size=len(rows)) + rows["train/pca_rank"])
+    found = report_effects.explain(rows, CHOSEN, 4000)
+    *others, scores = found.sample.values.T
+    x = others[found.sample.columns.index("train/pca_rank")]
+    blocks = pd.DataFrame({"xy": x * scores, "xx": x * x})
+    blocks = blocks.groupby(found.sample.about["block"].to_numpy()).sum().to_numpy()
+    sums = blocks[rng.integers(0, len(blocks), (4000, len(blocks)))].sum(1)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    own = found.estimates.set_index(["quantity", "label"]).loc[("slope", PCA_RANK)]
+    assert own["low"] == pytest.approx(low, abs=0.04 * (high - low))
+    assert own["high"] == pytest.approx(high, abs=0.04 * (high - low))
+
+
+def test_a_run_of_two_labels_counts_once():
+    rng = np.random.default_rng(0)
+    rows = with_measures(make_rows(SINGLES), rng, 1)
+    rows = with_scores(rows, rng.normal(size=len(rows)))
+    again = rows[rows["label"] == "DO"].assign(label="LN")
+    twice = pd.concat([rows, again]).astype({"label": rows["label"].dtype})
+    once = report_effects.explain(rows, CHOSEN, 5)
+    pd.testing.assert_frame_equal(
+        report_effects.explain(twice, CHOSEN, 5).estimates, once.estimates
+    )
+
+
+def test_p_between_and_within_are_corrected_together():
+    rng = np.random.default_rng(0)
+    rows = with_measures(make_rows(SINGLES), rng, 1)
+    rows = with_scores(rows, rng.normal(size=len(rows)) + rows["train/pca_rank"])
+    sample = report_effects.make_sample(rows)
+    products = report_effects.block_products(sample)
+    found = report_effects.rectangles(sample)
+    between, _ = report_effects.between_p(sample, products, CHOSEN)
+    within = report_effects.within_p(found)
+    p, _ = report_effects.corrected_p(sample, products, found, CHOSEN)
+    _, expected, *_ = multipletests([*between, *within], method="holm")
+    np.testing.assert_allclose([*p[:, 0], *p[:, 1]], expected)
+
+
+def test_a_seed_with_few_labels_costs_no_other_its_labels():
+    rows = make_rows(SINGLES, datasets=1, seeds=3)
+    is_kept = (rows["seed"] < 2) | rows["label"].isin(SINGLES[:2])
+    rng = np.random.default_rng(0)
+    rows = with_measures(rows[is_kept], rng, 1)
+    sample = report_effects.make_sample(with_scores(rows, rng.normal(size=len(rows))))
+    (found,) = report_effects.rectangles(sample)
+    assert found.values.shape[1:] == (2, len(SINGLES))
 
 
 def draw_null(rng, rows, tails, by_label, by_kind):

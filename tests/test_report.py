@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -950,6 +951,61 @@ def test_runs_on_the_same_share_make_no_section_on_less_data(make_run, make_repo
         make_run([[1.0, 60]], seed=seed, validation_frac=0.75, batch_size=64)
     make_report("results")
     assert "less data" not in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_features_are_compared_with_the_baselines_of_the_same_seed_and_dataset(make_run, tmp_path):
+    """Also where a run has two seeds."""
+    rng = np.random.default_rng(0)
+    features = {}  # (dataset, label, seed) -> features
+    for dataset in (HOPPER, WALKER):
+        for label, flags in (("baseline", {}), ("LN", dict(actor_ln=True))):
+            path = make_run([[1.0], [1.0]], dataset_name=dataset, seed=3, **flags)
+            own = rng.normal(size=(2, 20, 4))
+            np.save(os.path.join(path, "features.npy"), own)
+            features |= {(dataset, label, 3 + i): own[i] for i in range(2)}
+    seeds, _ = report_runs.read_results([str(tmp_path / "results")])
+    assert len(seeds) == len(features) == 8
+    for seed in seeds:
+        key = (seed["dataset"], "baseline", seed["seed"])
+        x = features[seed["dataset"], seed["labels"][0], seed["seed"]]
+        x, y = (x - x.mean(0) for x in (x, features[key]))
+        products = [np.sum((a.T @ b) ** 2) for a, b in ((x, y), (x, x), (y, y))]
+        cka = products[0] / np.sqrt(products[1] * products[2])
+        assert seed["cka_to_baseline"] == pytest.approx(cka, rel=1e-4)
+
+
+def test_a_ratio_of_a_score_that_is_not_positive_is_left_empty():
+    rows = pd.DataFrame({"score": [50.0, 0.0, -2.0], "score/action_noise=0.2": [40.0, 1.0, -3.0]})
+    ratios = report_tables.with_ratios(rows)["ratio/score/action_noise=0.2"]
+    np.testing.assert_array_equal(ratios, [0.8, np.nan, np.nan])
+
+
+def test_expected_online_performance_tunes_each_dataset_on_its_own(
+    make_run, make_report, monkeypatch
+):
+    """The best of two drawn labels is 40 on average, where they have 10 and 50."""
+    drawn = {}
+    draw = report_figures.online_performance
+
+    def keep(curves):
+        drawn.update(curves)
+        return draw(curves)
+
+    monkeypatch.setattr("tools.report_figures.online_performance", keep)
+    for dataset, scores in ((HOPPER, (10, 50)), (WALKER, (50, 10))):
+        for score, flags in zip(scores, ({}, dict(actor_ln=True))):
+            for seed in (0, 1):
+                make_run([[score]], seed=seed, dataset_name=dataset, **flags)
+    make_report("results")
+    np.testing.assert_allclose(drawn["ReBRAC, Gym-MuJoCo"], [30, 40])
+
+
+def test_a_line_is_drawn_at_the_mean_of_the_seeds():
+    rows = pd.DataFrame({"dataset": HOPPER, "place": 0, "x": [0.0, 0.0, 3.0]})
+    axis = plt.figure().add_subplot()
+    report_figures.draw_seeds(axis, rows, "x", [HOPPER])
+    (line,) = axis.collections
+    assert [y for _, y in line.get_segments()[0]] == [1, 1]
 
 
 def test_the_gap_is_drawn_below_the_gain():
