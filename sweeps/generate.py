@@ -95,6 +95,8 @@ SECOND_PARTS = {
     "both_ln": "LayerNorm in the actor, in the critics, in both",
     "both_dropout": "dropout in the actor, in the critics, in both",
     "both_l2": "weight decay in the actor, in the critics, in both",
+    "repeat_critics": "LayerNorm in the critics once more, with new seeds",
+    "repeat_hopper": "LayerNorm in the actor on 2 % of Hopper once more, with new seeds",
     "pairs": "all pairs on 10 % of the episodes",
     "curves": "learning curves",
     "pen": "Adroit",
@@ -104,6 +106,7 @@ SECOND_PARTS = {
     "antmaze": "AntMaze, on a full file of the project's own",
     "long": "one long run",
 }
+NEW_SEEDS = [20, 21, 22, 23, 24]  # of repetitions
 SECOND = dict(
     STUDY,
     num_updates=[10_000],
@@ -278,6 +281,13 @@ def parts_for_iql(script):
         "long": LONG,
         "dropout": dict(actor_dropout=[0, 0.1, 0.3, 0.5], validation_frac=[0.9]),
         "l2": dict(actor_wd=[0, 0.001, 0.01, 0.1], validation_frac=[0.9]),
+        "repeat_critics": dict(critic_ln=[False, True], validation_frac=[0.1], seed=NEW_SEEDS),
+        "repeat_hopper": dict(
+            regularisers=["none", "LN"],
+            validation_frac=[0.98],
+            seed=NEW_SEEDS,
+            dataset_name=STUDY_DATASETS[1:2],
+        ),
         "pairs": dict(
             regularisers=all_pairs,
             validation_frac=[0.9],

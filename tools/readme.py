@@ -280,6 +280,7 @@ BLOCKS = {
     "networks-bcq": results.networks,
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
+    "critics-iql": lambda: second.places("iql"),
     "pairs-iql": second.pairs,
     "explanation-iql": lambda: second.explanation("iql"),
     "explanation-tests-iql": lambda: second.explanation_tests("iql"),
