@@ -82,16 +82,13 @@ class Group(Run):
                 print(f"one of {len(records)} runs that are trained together")
         self.take(records)
 
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception):
-            explained = self.explain(error)
-            for record in self.records:
-                with self.printing(record):
-                    print(f"error: {explained}")
-        super().__exit__(kind, error, trace)
+    def print_error(self, error):
+        for record in self.records:
+            with self.printing(record):
+                print(f"error: {error}")
 
     def end(self, broken):
-        """End some runs, {record: error}."""
+        """End runs that have failed, {record: error}."""
         for record, error in broken.items():
             with self.printing(record):
                 print(f"error: {error}")

@@ -130,6 +130,8 @@ class Run:
             return
         self.bar.close()
         error = self.explain(cause)
+        if isinstance(error, Exception):
+            self.print_error(error)
         # A run that has lost its device goes on elsewhere
         is_stopped = bool(self.stopping) or isinstance(error, DeviceError)
         if error is not None and not is_stopped:
@@ -149,6 +151,9 @@ class Run:
             self.pending.ended.wait()
         if error is not cause:
             raise error from cause
+
+    def print_error(self, error):
+        """Print the error that ends the run where nobody else does. A script's `main` prints it."""
 
     def is_wandb_beginning(self):
         """Return whether the start of a W&B run was cut short."""

@@ -1,4 +1,4 @@
-"""The second study's tables and figures in data/README.md, from data/second.csv.
+"""The second study's tables and figures in data/README.md, from second.csv and repeat.csv there.
 
 `rows` is a DataFrame with a row for each finished run and label of one algorithm.
 """
@@ -36,12 +36,12 @@ CHEETAH = "halfcheetah-medium-replay-v2"
 
 
 @functools.cache  # since it is read for each of many tables
-def finished(algorithm):
-    """Return an algorithm's finished runs, a row for each.
+def finished(algorithm, file="second.csv"):
+    """Return an algorithm's finished runs in a table of data/, a row for each.
 
     ReBRAC has other coefficients on each dataset. That is no setting here.
     """
-    seeds, _ = read_results([path_of("data", "second.csv")])
+    seeds, _ = read_results([path_of("data", file)])
     table = pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm])
     share = table["config"].map(shares.share_of)
     return table.assign(final=table["score"], share=share, settings=[()] * len(table))
@@ -100,12 +100,11 @@ def less_data_figure(algorithm):
 # --- Strengths ---
 
 
-def varied(algorithm, values):
-    """Return the runs that differ from the baseline in these fields alone, beside share and seed.
+def varied(runs, values):
+    """Return those that differ from the baseline in these fields alone, beside share and seed.
 
     `values` is {field: those that it may have}. On Adroit IQL's baseline has dropout.
     """
-    runs = finished(algorithm)
     configs = {}
     for dataset, labels, config in zip(runs["dataset"], runs["labels"], runs["config"]):
         if BASELINE in labels:
@@ -124,7 +123,7 @@ def strengths(field, values):
 
     Beside them is the action error on held-out data, a mean over the seeds.
     """
-    runs = varied("iql", {field: values})
+    runs = varied(finished("iql"), {field: values})
     runs = runs[runs["share"] == TENTH]
     names = {value: f"{value:g}" if value else BASELINE for value in values}
     label = [names[config[field]] for config in runs["config"]]
@@ -157,7 +156,7 @@ def place_rows(algorithm, name):
     """
     actor, strength = next(iter(load_script(algorithm).CHOSEN[name].items()))
     fields = (actor, actor.replace("actor", "critic"))
-    runs = varied(algorithm, dict.fromkeys(fields, (0, strength)))
+    runs = varied(finished(algorithm), dict.fromkeys(fields, (0, strength)))
     runs = runs[runs["share"].isin([TENTH, MOST])]
     label = [PLACES[tuple(bool(config[key]) for key in fields)] for config in runs["config"]]
     return runs.assign(label=pd.Categorical(label, PLACES.values(), ordered=True))
@@ -199,6 +198,35 @@ def places(algorithm):
             key = (name, label, share)
             lines.append([*start, label, *texts.loc[key, list(columns)], p_text(p[key])])
     return markdown(["episodes", "regulariser", "in", *columns, "p of the mean"], lines)
+
+
+def repeated():
+    """What LN changes in IQL's critics, and on 2 % of Hopper, by the first seeds and by new ones.
+
+    p is the new seeds', corrected by Holm over the table.
+    """
+    single = {STUDIED[dataset]: [dataset] for dataset in STUDIED}
+    critics = {("critic_ln", 0.9, name): own for name, own in single.items()}
+    mean = {("critic_ln", 0.9, "mean"): list(STUDIED)}
+    actor = {("actor_ln", 0.02, "Hopper"): single["Hopper"]}
+    texts = []  # of each file
+    for file in ("second.csv", "repeat.csv"):
+        gained = {}
+        for question, datasets in {**critics, **mean, **actor}.items():
+            field, share, _ = question
+            runs = varied(finished("iql", file), {field: (False, True)})
+            runs = runs[runs["share"] == share]
+            label = ["LN" if config[field] else BASELINE for config in runs["config"]]
+            scores = by_seed(runs.assign(label=label), "final", datasets)
+            gained[question] = scores.loc["LN"] - scores.loc[BASELINE]
+        gained = pd.DataFrame(gained).T
+        own, p = shares.texts_and_p(gained)
+        texts.append(own)
+    lines = []
+    for (field, share, name), *cells in zip(gained.index, *texts, map(p_text, p)):
+        lines.append([f"`{field}`", f"{100 * share:g} %", name, *cells])
+    titles = ["LN in", "episodes", "dataset", "seeds 0 to 4", "seeds 20 to 24", "p of the latter"]
+    return markdown(titles, lines)
 
 
 # --- Pairs, and what explains the scores ---
