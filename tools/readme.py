@@ -281,6 +281,7 @@ BLOCKS = {
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
     "critics-iql": lambda: second.places("iql"),
+    "repeat-iql": second.repeated,
     "pairs-iql": second.pairs,
     "explanation-iql": lambda: second.explanation("iql"),
     "explanation-tests-iql": lambda: second.explanation_tests("iql"),
