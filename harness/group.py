@@ -61,7 +61,7 @@ class Group(Run):
                 except BusyError as error:
                     print(error)
                 except UserError as error:
-                    self.end({record: error})
+                    self.fail({record: error})
                     self.problem = error
         if not positions:
             raise self.problem or BusyError("other processes are training all of these runs")
@@ -87,7 +87,7 @@ class Group(Run):
             with self.printing(record):
                 print(f"error: {error}")
 
-    def end(self, broken):
+    def fail(self, broken):
         """End runs that have failed, {record: error}."""
         for record, error in broken.items():
             with self.printing(record):
@@ -111,7 +111,7 @@ class Group(Run):
         parts = [(record, part) for record, part in self.parts() if record not in broken]
         if states is not None:
             self.save(parts, states, update)
-        self.end(broken)
+        self.fail(broken)
         self.bar.close()
         self.records = [record for record, _ in parts]
         if not self.records:

@@ -124,8 +124,8 @@ class Record:
         if os.getenv("WANDB_SWEEP_ID") or not whole:
             wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
             wandb.start(self.tables.updates())
-            wandb.end(0, preempted=False)
-            wandb.close()
+            wandb.start_finish(0, preempted=False)
+            wandb.wait()
 
     def position(self):
         """Return the last checkpoint's update, and the last evaluation's before it."""
@@ -168,12 +168,12 @@ class Record:
     def end_wandb(self, exit_code, preempted):
         """Begin to end the W&B run. `close` waits for that."""
         if self.wandb:
-            self.wandb.end(exit_code, preempted)
+            self.wandb.start_finish(exit_code, preempted)
 
     def close(self):
         """Wait for the end of the W&B run, and release the directory."""
         if self.wandb:
-            self.wandb.close()
+            self.wandb.wait()
         self.tables.close()
         if self.lock:
             self.lock.close()

@@ -214,8 +214,8 @@ class WandB:
         for path in glob.glob(f"{folder}/offline-run-*-{self.id}/*.wandb"):
             open(f"{path}.synced", "w").close()
 
-    def end(self, exit_code, preempted):
-        """Begin to end the W&B run, in a thread. `close` waits for that."""
+    def start_finish(self, exit_code, preempted):
+        """Begin to end the W&B run, in a thread. `wait` waits for that."""
         if self.run is not None:
             self.ending = ThreadPoolExecutor(1).submit(self.finish, exit_code, preempted)
 
@@ -230,7 +230,7 @@ class WandB:
         if self.mode != "offline":
             self.mark_as_synced()
 
-    def close(self):
+    def wait(self):
         """Wait until the W&B run has ended."""
         if self.ending is None:
             return
