@@ -292,6 +292,7 @@ FIGURES = {  # in data/
     "curves-cql": lambda: results.curves_figure(results.curves_of("cql")),
     "curves-bcq": lambda: results.curves_figure(results.second_study_of_bcq()),
     "less-data-iql": lambda: second.less_data_figure("iql"),
+    "second-study": second.front_figure,
     "pairs-iql": second.pair_figure,
     "interactions-iql": second.interaction_figure,
     "explanation-iql": second.explanation_figure,

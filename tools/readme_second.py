@@ -6,6 +6,7 @@
 import functools
 import itertools
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import scipy.stats
@@ -141,6 +142,7 @@ def strengths(field, values):
 
 
 PLACED = ["LN", "DO", "L2"]  # the regularisers that are tried in the actor and in the critics
+MEAN = "mean"
 PLACES = {  # what it is on in: (actor, critics) -> label
     (False, False): BASELINE,
     (True, False): "actor",
@@ -162,42 +164,85 @@ def place_rows(algorithm, name):
     return runs.assign(label=pd.Categorical(label, PLACES.values(), ordered=True))
 
 
-def places(algorithm):
-    """The differences that a regulariser of the actor, the critics and both makes from neither.
+@functools.cache
+def place_scores(algorithm):
+    """Return scores by (dataset, name, label, share), with columns of seeds.
 
-    Holm corrects p over the means, and apart from them over the single datasets.
+    The datasets have the titles of STUDIED, in order, and last there is their mean.
     """
     scores = {}
     for name in PLACED:
         rows = place_rows(algorithm, name)
         datasets = in_order(rows)
-        columns = {STUDIED[dataset]: [dataset] for dataset in datasets}
-        columns["mean"] = datasets
-        for title, own in columns.items():
-            scores[title, name] = shares.by_label_and_share(rows, "final", own)
-    scores = pd.concat(scores, names=["column", "name"])
-    of_neither = scores.xs(BASELINE, level="label")
-    same = scores.index.droplevel("label")
-    gained = (scores - of_neither.reindex(same).to_numpy()).drop(BASELINE, level="label")
+        for dataset in datasets:
+            scores[STUDIED[dataset], name] = shares.by_label_and_share(rows, "final", [dataset])
+        scores[MEAN, name] = shares.by_label_and_share(rows, "final", datasets)
+    titles = [*(STUDIED[dataset] for dataset in datasets), MEAN]
+    return pd.concat(scores, names=["dataset", "name"]).loc[titles]
 
-    means, halves = mean_and_interval(of_neither)
+
+def place_gains(algorithm):
+    """Return the scores minus those of the same seed with the regulariser in neither."""
+    scores = place_scores(algorithm)
+    neither = scores.xs(BASELINE, level="label")
+    same = scores.index.droplevel("label")
+    return (scores - neither.reindex(same).to_numpy()).drop(BASELINE, level="label")
+
+
+def places(algorithm):
+    """The differences that a regulariser of the actor, the critics and both makes from neither.
+
+    Holm corrects p over the means, and apart from them over the single datasets.
+    """
+    scores = place_scores(algorithm).xs(BASELINE, level="label")
+    means, halves = mean_and_interval(scores)
     neither = [interval_text(*pair, "") for pair in zip(means, halves)]
-    neither = pd.Series(neither, of_neither.index).unstack("column")
-    is_mean = gained.index.get_level_values("column") == "mean"
+    neither = pd.Series(neither, scores.index).unstack("dataset", sort=False)
+
+    gained = place_gains(algorithm)
+    is_mean = gained.index.get_level_values("dataset") == MEAN
     texts = pd.Series("", gained.index)
     texts[~is_mean], _ = shares.texts_and_p(gained[~is_mean])
     texts[is_mean], p = shares.texts_and_p(gained[is_mean])
-    p = pd.Series(p, gained.loc["mean"].index)
-    texts = texts.unstack("column")
+    p = pd.Series(p, gained.loc[MEAN].index)
+    texts = texts.unstack("dataset", sort=False)
 
     lines = []
     for share, name in itertools.product(gained.index.unique("share"), PLACED):
         start = [f"{100 * share:g} %", name]
-        lines.append([*start, "neither", *neither.loc[(name, share), list(columns)], ""])
+        lines.append([*start, "neither", *neither.loc[(name, share)], ""])
         for label in gained.index.unique("label"):
             key = (name, label, share)
-            lines.append([*start, label, *texts.loc[key, list(columns)], p_text(p[key])])
-    return markdown(["episodes", "regulariser", "in", *columns, "p of the mean"], lines)
+            lines.append([*start, label, *texts.loc[key], p_text(p[key])])
+    return markdown(["episodes", "regulariser", "in", *texts, "p of the mean"], lines)
+
+
+def front_figure():
+    """Draw IQL's mean gains on less data, and those of regularisers in the actor and the critics.
+
+    All are means over the datasets, with 95 % intervals.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.2), layout="constrained")
+    rows = less_data_rows("iql")
+    shares.draw_bands(left, shares.gains(rows, in_order(rows)), shares.label_styles(rows))
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set(title="IQL: the actor regularised", xlabel="episodes trained on (%)")
+    left.set(ylabel="score − baseline's")
+    left.legend(fontsize="small", ncols=2)
+
+    gained = place_gains("iql").loc[MEAN]
+    for j, (share, style) in enumerate(zip(gained.index.unique("share"), figures.STYLES)):
+        own = gained.xs(share, level="share")
+        own = own.loc[[(name, place) for name in PLACED for place in own.index.unique("label")]]
+        means, halves = mean_and_interval(own)
+        places = np.arange(len(own))[::-1] + 0.2 * (0.5 - j)
+        style = {**style, "linestyle": ""}
+        right.errorbar(means, places, xerr=halves, label=f"{100 * share:g} %", **style)
+    right.set_yticks(np.arange(len(own))[::-1], [f"{name}: {place}" for name, place in own.index])
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set(title="IQL: actor, critics, or both", xlabel="score − that with it in neither")
+    right.legend(title="episodes", fontsize="small")
+    return figure
 
 
 def repeated():

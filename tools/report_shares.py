@@ -151,9 +151,7 @@ def share_figure(rows, datasets):
 
     Lines are means over the seeds, bands their 95 % intervals.
     """
-    labels = [label for label in rows["label"].sort_values().unique() if label != BASELINE]
-    styles = dict(zip(labels, itertools.cycle(figures.STYLES)))
-    styles[BASELINE] = BASELINE_STYLE
+    styles = label_styles(rows)
     has_gap = GAP in rows and rows[GAP].notna().any()
     lines = 2 if has_gap else 1
     size = (3.4 * len(datasets), 2.6 * lines)
@@ -169,6 +167,13 @@ def share_figure(rows, datasets):
         axes[-1, column].set(xlabel="episodes trained on (%)")
     figures.add_legend(figure)
     return figure
+
+
+def label_styles(rows):
+    """Return how each label is drawn: {label: the arguments of a line}."""
+    labels = [label for label in rows["label"].sort_values().unique() if label != BASELINE]
+    styles = dict(zip(labels, itertools.cycle(figures.STYLES)))
+    return {**styles, BASELINE: BASELINE_STYLE}
 
 
 def draw_bands(axis, values, styles):
