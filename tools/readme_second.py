@@ -248,13 +248,13 @@ def front_figure():
 def repeated():
     """What LN changes in IQL's critics, and on 2 % of Hopper, by the first seeds and by new ones.
 
-    p is the new seeds', corrected by Holm over the table.
+    p and bold are of the new seeds, corrected by Holm over the table.
     """
     single = {STUDIED[dataset]: [dataset] for dataset in STUDIED}
     critics = {("critic_ln", 0.9, name): own for name, own in single.items()}
     mean = {("critic_ln", 0.9, "mean"): list(STUDIED)}
     actor = {("actor_ln", 0.02, "Hopper"): single["Hopper"]}
-    texts = []  # of each file
+    found = []  # gains by each file
     for file in ("second.csv", "repeat.csv"):
         gained = {}
         for question, datasets in {**critics, **mean, **actor}.items():
@@ -264,11 +264,12 @@ def repeated():
             label = ["LN" if config[field] else BASELINE for config in runs["config"]]
             scores = by_seed(runs.assign(label=label), "final", datasets)
             gained[question] = scores.loc["LN"] - scores.loc[BASELINE]
-        gained = pd.DataFrame(gained).T
-        own, p = shares.texts_and_p(gained)
-        texts.append(own)
+        found.append(pd.DataFrame(gained).T)
+    first, new = found
+    first_texts = [interval_text(*pair, "+") for pair in zip(*mean_and_interval(first))]
+    texts, p = shares.texts_and_p(new)
     lines = []
-    for (field, share, name), *cells in zip(gained.index, *texts, map(p_text, p)):
+    for (field, share, name), *cells in zip(new.index, first_texts, texts, map(p_text, p)):
         lines.append([f"`{field}`", f"{100 * share:g} %", name, *cells])
     titles = ["LN in", "episodes", "dataset", "seeds 0 to 4", "seeds 20 to 24", "p of the latter"]
     return markdown(titles, lines)
