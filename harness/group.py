@@ -72,8 +72,8 @@ class Group(Run):
             if position != earliest and record.go_back(earliest):
                 position = earliest
             records_at.setdefault(position, []).append(record)
-        records, *later = records_at.values()
-        for group in later:
+        records, *others = records_at.values()
+        for group in others:
             for record in group:
                 record.close()
                 self.later.append(record.config)
