@@ -98,7 +98,7 @@ def test_the_bundled_datasets_are_as_described():
         ("batch", 20),
         ("curves", 73),
         ("coefficients", 96),
-        ("second", 863),
+        ("second", 923),
         ("repeat", 40),
     ],
 )

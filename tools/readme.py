@@ -285,6 +285,8 @@ BLOCKS = {
     "pairs-iql": second.pairs,
     "explanation-iql": lambda: second.explanation("iql"),
     "explanation-tests-iql": lambda: second.explanation_tests("iql"),
+    "explanation-rebrac": lambda: second.explanation("rebrac"),
+    "explanation-tests-rebrac": lambda: second.explanation_tests("rebrac"),
     "strengths-dropout": lambda: second.strengths("actor_dropout", (0, 0.1, 0.3, 0.5)),
     "strengths-l2": lambda: second.strengths("actor_wd", (0, 0.001, 0.01, 0.1)),
 }
