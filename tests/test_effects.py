@@ -392,6 +392,18 @@ def test_intervals_of_slopes_are_those_of_a_bootstrap_of_blocks():
     assert own["high"] == pytest.approx(high, abs=0.04 * (high - low))
 
 
+@pytest.mark.parametrize("number, is_tested", [(3, False), (4, True)])
+def test_three_regularisers_are_too_few_to_compare(number, is_tested):
+    """They would have p of 1/6 at least, and count among what the others' p are corrected for."""
+    rng = np.random.default_rng(0)
+    rows = with_measures(make_rows(SINGLES[: number + 1]), rng, 1)
+    rows = with_scores(rows, rng.normal(size=len(rows)))
+    found = report_effects.explain(rows, CHOSEN, 5)
+    assert found.regularisers == number
+    assert found.p["between"].notna().all() == is_tested
+    assert ("too few regularisers" in report_effects.explained(found)) != is_tested
+
+
 def test_a_run_of_two_labels_counts_once():
     rng = np.random.default_rng(0)
     rows = with_measures(make_rows(SINGLES), rng, 1)

@@ -280,6 +280,7 @@ BLOCKS = {
     "networks-bcq": results.networks,
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
+    "tenth-rebrac": lambda: second.tenth("rebrac"),
     "critics-iql": lambda: second.places("iql"),
     "repeat-iql": second.repeated,
     "pairs-iql": second.pairs,

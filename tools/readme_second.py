@@ -98,6 +98,16 @@ def less_data_figure(algorithm):
     return shares.share_figure(rows, in_order(rows))
 
 
+def tenth(algorithm):
+    """The differences from the baseline on 10 % of the episodes, where no other share is there."""
+    runs = finished(algorithm)
+    rows = by_label(runs[runs["share"] == TENTH])
+    datasets = in_order(rows)
+    columns = {STUDIED[dataset]: [dataset] for dataset in datasets}
+    cells = difference_table("", rows, {**columns, "mean": datasets}).cells
+    return markdown(["regularisers", *cells], cells.reset_index().to_numpy())
+
+
 # --- Strengths ---
 
 
@@ -354,7 +364,8 @@ def explanation_of(algorithm, name):
 def explanation(algorithm):
     """The share of the score's variance that each measure explains alone, by sets of runs (%).
 
-    The sign is that of the slope. Shown are the measures with the largest shares in any set.
+    The sign is that of the slope. Shown are the measures with the largest shares, as means over
+    the sets.
     """
     cells = {}
     for name in SETS[algorithm]:
@@ -363,7 +374,7 @@ def explanation(algorithm):
         own = quantities.loc["alone"].assign(slope=quantities.loc["slope", "point"])
         cells[f"{name}: {len(found.sample.about)} runs"] = own
     points = pd.DataFrame({name: own["point"] for name, own in cells.items()})
-    shown = points.max(axis=1).sort_values(ascending=False).index[:MOST_SHOWN]
+    shown = points.mean(axis=1).sort_values(ascending=False).index[:MOST_SHOWN]
     lines = []
     for measure in shown:
         line = [measure]

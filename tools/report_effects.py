@@ -176,6 +176,7 @@ BATCHES = {  # -> titles
 NO_MEASURES = ("score", "seconds", "ratio/score", "evaluation/overestimation")
 MOST_MISSING = 0.05  # of a measure's runs; it is left out if more lack it
 PERMUTATIONS = 9999
+FEWEST = 4  # regularisers for a test between them: three have 6 permutations, and p of 1/6 or more
 
 
 def kind(column):
@@ -414,7 +415,7 @@ def between_p(sample, products, chosen):
     """
     means = regulariser_means(sample, chosen)
     number = means.shape[1]
-    if number < 3:
+    if number < FEWEST:
         return np.full(len(sample.columns), np.nan), number
     means = means - means.mean(1, keepdims=True)
     by_regulariser = permuted_p([np.einsum("cud,vd->cuv", means[:-1], means[-1])])
@@ -630,8 +631,8 @@ def titles(columns):
 
 def between_text(regularisers):
     """Return a sentence on p between regularisers, given how many there are."""
-    if regularisers < 3:
-        return "p between regularisers needs three that are alone in runs on every dataset."
+    if regularisers < FEWEST:
+        return f"p between regularisers needs {FEWEST} that are alone in runs on every dataset."
     return (
         "Between regularisers it is the larger of two: by permuting the "
         f"{regularisers} that are alone in runs on every dataset, and by Student's t over the "
@@ -650,7 +651,7 @@ def explained(found):
         between.append(text)
     within = found.p.index[found.p["within"] < tables.LEVEL]
     nothing = "no measure beyond chance"
-    if found.regularisers < 3:
+    if found.regularisers < FEWEST:
         first = "There are too few regularisers to test what explains the score between them."
     else:
         first = f"What explains the score between regularisers: {', '.join(between) or nothing}."
