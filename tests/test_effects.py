@@ -110,6 +110,18 @@ def test_holms_correction_is_that_of_its_definition():
     np.testing.assert_allclose(report_tables.holm(p), expected)
 
 
+def test_a_planted_main_effect_is_found_and_nothing_else():
+    rng = np.random.default_rng(0)
+    rows = make_rows(SINGLES)
+    planted = 12 * has(rows, "DO") - 10 * has(rows, "GN")
+    rows = with_scores(rows, planted + rng.normal(size=len(rows)))
+    columns = {dataset: [dataset] for dataset in ("d0", "d1", "d2")}
+    cells = report_tables.difference_table("", rows, {**columns, "mean": list(columns)}).cells
+    assert told_from_chance(pd.to_numeric(cells["p, mean"].replace("<0.001", 0))) == {"DO", "GN"}
+    for name in (*columns, "mean"):
+        assert set(cells.index[cells[name].str.startswith("**")]) == {"DO", "GN"}
+
+
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
 def test_differences_are_found_in_5_of_100_tables_without_any(tails):
     rng = np.random.default_rng(0)
