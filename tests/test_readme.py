@@ -144,6 +144,7 @@ ELSEWHERE = {  # beginnings of commands, and the files of the tests that run the
     "python rebrac.py --help": "test_config.py",
     "python -m tools.sweep ": "test_sweeps.py",
     "D4RL_DATASET_DIR=data python -m tools.sweep ": "test_sweeps.py",
+    "D4RL_DATASET_DIR=datasets python -m tools.sweep ": "test_download.py",
     "D4RL_DATASET_DIR=antmaze python ": None,  # a full file, which takes minutes to make
     "wandb sweep ": "test_sweeps.py",
     "wandb agent ": "test_sweeps.py",

@@ -1298,8 +1298,8 @@ def test_a_wandb_project_gives_the_same_report(make_run, make_report, tmp_path, 
             is_finished = os.path.exists(os.path.join(path, "finished.json"))
             run = WandB(path, "rebrac", read_fields(path))
             run.start(Tables(path).updates())
-            run.end(0 if is_finished else 1, preempted=False)
-            run.close()
+            run.start_finish(0 if is_finished else 1, preempted=False)
+            run.wait()
         server.runs["other"] = dict(config={}, history=[], state="crashed", exit=1, started=True)
         wandb.teardown()  # which keeps its server's address
         found = make_report(wandb="team/project")
