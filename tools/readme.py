@@ -298,7 +298,8 @@ FIGURES = {  # in data/
     "second-study": second.front_figure,
     "pairs-iql": second.pair_figure,
     "interactions-iql": second.interaction_figure,
-    "explanation-iql": second.explanation_figure,
+    "explanation-iql": lambda: second.explanation_figure("iql", "without strong dropout"),
+    "explanation-rebrac": lambda: second.explanation_figure("rebrac", "both"),
 }
 
 

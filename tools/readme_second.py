@@ -414,5 +414,5 @@ def explanation_tests(algorithm):
     return markdown(["question", "runs", "regularisers", *titles], lines)
 
 
-def explanation_figure():
-    return figures.explanation_figure(explanation_of("iql", "without strong dropout"))
+def explanation_figure(algorithm, name):
+    return figures.explanation_figure(explanation_of(algorithm, name))
