@@ -84,7 +84,7 @@ class Run:
         self.phase = "starting"
         self.update = 0  # at which it has resumed
         self.evaluated = 0  # the last evaluation's update
-        self.timed_until = (0, 0.0)  # the last evaluation's update, the seconds of training to it
+        self.timed_until = (0, 0.0)  # update and seconds of training at the last evaluation
         self.saved_at = -np.inf  # when the last checkpoint was made
         self.save_seconds = 0.0  # how long that took
         self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)  # of this process

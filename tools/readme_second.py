@@ -245,9 +245,9 @@ def front_figure():
         own = gained.xs(share, level="share")
         own = own.loc[[(name, place) for name in PLACED for place in own.index.unique("label")]]
         means, halves = mean_and_interval(own)
-        places = np.arange(len(own))[::-1] + 0.2 * (0.5 - j)
+        heights = np.arange(len(own))[::-1] + 0.2 * (0.5 - j)
         style = {**style, "linestyle": ""}
-        right.errorbar(means, places, xerr=halves, label=f"{100 * share:g} %", **style)
+        right.errorbar(means, heights, xerr=halves, label=f"{100 * share:g} %", **style)
     right.set_yticks(np.arange(len(own))[::-1], [f"{name}: {place}" for name, place in own.index])
     right.axvline(0, color="black", linewidth=0.8)
     right.set(title="IQL: actor, critics, or both", xlabel="score − that with it in neither")
@@ -255,32 +255,37 @@ def front_figure():
     return figure
 
 
+REPEATED = [  # the flag of LN, the share of the episodes, the datasets
+    *(("critic_ln", MOST, [dataset]) for dataset in STUDIED),
+    ("critic_ln", MOST, list(STUDIED)),
+    ("actor_ln", 0.02, ["hopper-medium-v2"]),
+]
+
+
+def repeated_gains(file):
+    """Return what LN gains IQL by the runs in a file: a row for each of REPEATED."""
+    gained = []
+    for flag, share, datasets in REPEATED:
+        runs = varied(finished("iql", file), {flag: (False, True)})
+        runs = runs[runs["share"] == share]
+        label = ["LN" if config[flag] else BASELINE for config in runs["config"]]
+        scores = by_seed(runs.assign(label=label), "final", datasets)
+        gained.append(scores.loc["LN"] - scores.loc[BASELINE])
+    return pd.DataFrame(gained)
+
+
 def repeated():
     """What LN changes in IQL's critics, and on 2 % of Hopper, by the first seeds and by new ones.
 
     p and bold are of the new seeds, corrected by Holm over the table.
     """
-    single = {STUDIED[dataset]: [dataset] for dataset in STUDIED}
-    critics = {("critic_ln", 0.9, name): own for name, own in single.items()}
-    mean = {("critic_ln", 0.9, "mean"): list(STUDIED)}
-    actor = {("actor_ln", 0.02, "Hopper"): single["Hopper"]}
-    found = []  # gains by each file
-    for file in ("second.csv", "repeat.csv"):
-        gained = {}
-        for question, datasets in {**critics, **mean, **actor}.items():
-            field, share, _ = question
-            runs = varied(finished("iql", file), {field: (False, True)})
-            runs = runs[runs["share"] == share]
-            label = ["LN" if config[field] else BASELINE for config in runs["config"]]
-            scores = by_seed(runs.assign(label=label), "final", datasets)
-            gained[question] = scores.loc["LN"] - scores.loc[BASELINE]
-        found.append(pd.DataFrame(gained).T)
-    first, new = found
-    first_texts = [interval_text(*pair, "+") for pair in zip(*mean_and_interval(first))]
-    texts, p = shares.texts_and_p(new)
+    means, halves = mean_and_interval(repeated_gains("second.csv"))
+    first = [interval_text(*pair, "+") for pair in zip(means, halves)]
+    new, p = shares.texts_and_p(repeated_gains("repeat.csv"))
     lines = []
-    for (field, share, name), *cells in zip(new.index, first_texts, texts, map(p_text, p)):
-        lines.append([f"`{field}`", f"{100 * share:g} %", name, *cells])
+    for (flag, share, datasets), *cells in zip(REPEATED, first, new, map(p_text, p)):
+        name = STUDIED[datasets[0]] if len(datasets) == 1 else MEAN
+        lines.append([f"`{flag}`", f"{100 * share:g} %", name, *cells])
     titles = ["LN in", "episodes", "dataset", "seeds 0 to 4", "seeds 20 to 24", "p of the latter"]
     return markdown(titles, lines)
 
