@@ -12,9 +12,10 @@ for continuous actions.
 The actor is two networks. The decoder of a variational autoencoder (VAE) clones the data's
 actions. The perturbation network then changes an action by at most phi, to raise Q. So one clones
 and the other improves. `regularise` says on which of them the actor's regularisers act. They never
-act on the encoder. In the analysis features, their ranks and dead neurons are of that network, and
-if they act on both of the perturbation network. All else is of the decoder and the perturbation
-network together: weight norms, Jacobian, action errors, Q and the plasticity probe.
+act on the encoder. The analysis has the features, their ranks and the dead neurons of that network.
+Where the regularisers act on both, these are the perturbation network's. All else is of the decoder
+and the perturbation network together: weight norms, Jacobian, action errors, Q and the plasticity
+probe.
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
 features, I inputs, L numbers in a latent, n candidates. A prime marks what belongs to the next
