@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, random_columns
+from matplotlib.testing.compare import compare_images
 
 from harness.config import parse
 from harness.datasets import episode_returns, normalized_score, read_dataset
@@ -47,6 +48,21 @@ def test_a_stale_table_is_noticed_and_an_unknown_one_is_an_error():
 def test_each_generated_block_stands_in_one_readme():
     texts = "".join(read(path) for path in readme.readmes())
     assert sorted(re.findall(r"<!-- begin (\S+) -->", texts)) == sorted(readme.BLOCKS)
+
+
+def assert_same_picture(expected, drawn):
+    """Processors may differ in a pixel. One run that scores 2 points higher is an error of 4."""
+    assert compare_images(expected, str(drawn), tol=2) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", readme.FIGURES)
+def test_a_figure_of_the_readmes_is_that_of_the_data(name, tmp_path):
+    """If not: `python -m tools.readme` draws it anew."""
+    expected = readme.path_of("data", f"{name}.png")
+    drawn = tmp_path / "drawn.png"
+    readme.draw_figure(name, drawn)
+    assert_same_picture(expected, drawn)
 
 
 def test_the_front_page_is_short():
@@ -123,6 +139,8 @@ def test_the_studys_report_is_that_of_its_table(tmp_path, monkeypatch):
     assert text == read(os.path.join("data", "study", "tables.md"))
     figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert sorted(figures) == sorted(os.path.basename(p) for p in glob.glob("data/study/*.png"))
+    for name in figures:
+        assert_same_picture(os.path.join("data", "study", name), tmp_path / name)
 
 
 # --- Commands: each is run, by a test or by CI ---

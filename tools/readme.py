@@ -323,10 +323,9 @@ def renew(text):
     return re.sub(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
 
 
-def draw_figures():
-    for name, draw in FIGURES.items():
-        path = path_of("data", f"{name}.png")
-        draw().savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
+def draw_figure(name, path):
+    """Write a figure of FIGURES. The same data and packages make the same file."""
+    FIGURES[name]().savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
 
 
 def main():
@@ -339,7 +338,8 @@ def main():
             changed.append(os.path.relpath(path, ROOT))
             with open(path, "w", encoding="utf-8") as file:
                 file.write(new)
-    draw_figures()
+    for name in FIGURES:
+        draw_figure(name, path_of("data", f"{name}.png"))
     print(f"changed: {', '.join(changed) or 'nothing'}")
 
 
