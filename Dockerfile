@@ -1,4 +1,4 @@
-# JAX=jax[cuda12]==0.10.2 as a build argument adds JAX's build for NVIDIA's GPUs. See the README.
+# JAX=jax[cuda12]==0.10.2 as a build argument adds JAX's build for NVIDIA's GPUs. See tests/README.md.
 FROM python:3.11.13-slim-bookworm
 RUN apt-get update && apt-get install --yes --no-install-recommends make libegl1 libosmesa6 \
     && rm -rf /var/lib/apt/lists/* \

@@ -10,12 +10,11 @@ for continuous actions.
     python bcq.py --dataset_name hopper-medium-v2 --regularisers DO --regularise decoder
 
 The actor is two networks. The decoder of a variational autoencoder (VAE) clones the data's
-actions. The perturbation network then changes an action by at most phi, to raise Q. So one clones
-and the other improves. `regularise` says on which of them the actor's regularisers act. They never
-act on the encoder. The analysis has the features, their ranks and the dead neurons of that network.
-Where the regularisers act on both, these are the perturbation network's. All else is of the decoder
-and the perturbation network together: weight norms, Jacobian, action errors, Q and the plasticity
-probe.
+actions. The perturbation network then changes an action by at most phi, to raise Q. `regularise`
+names the network on which the actor's regularisers act. They never act on the encoder. The analysis
+measures features, their ranks and dead neurons in that network, or with both in the perturbation
+network. All else is measured in the decoder and the perturbation network together: weight norms,
+Jacobian, action errors, Q and the plasticity probe.
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
 features, I inputs, L numbers in a latent, n candidates. A prime marks what belongs to the next
@@ -72,7 +71,7 @@ NAME = "BCQ"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None: the default that the comment names, else the original's."""
+    """Every field is a flag. None: the default in its comment, else the original's."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -81,12 +80,12 @@ class Config:
     normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step size of the targets' Polyak average
     batch_size: int = 100  # transitions per update
-    actor_learning_rate: float = 1e-3  # of the Adams of the VAE and the perturbation network
+    actor_learning_rate: float = 1e-3  # of the VAE and the perturbation network
     critic_learning_rate: float = 1e-3  # learning rate of the critics' Adam
     kl_coef: float = 0.5  # weight of the KL divergence in the VAE's loss
     log_std_min: float = -4.0  # lower bound of the encoder's log standard deviation
@@ -149,7 +148,7 @@ class Config:
     video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
+BOUNDS = {  # by field; integers that aren't listed must be 1 or more, floats 0 or more
     "seed": "0 or more",
     "validation_seed": "0 or more",
     "validation_frac": "at least 0 and below 1",
@@ -165,12 +164,12 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_l1_ratio": "between 0 and 1",
 }
 
-# Floats that are also read outside compiled code. Runs trained in one program have the same ones.
+# Floats that uncompiled code reads, too. Runs trained in one program must agree in these.
 HOST_FLOATS = ("validation_frac",)
 
 
 def constraints(config):
-    """Return {requirement: whether the config meets it}. One that isn't met is the error's text."""
+    """Return {requirement: whether it holds}. The first that doesn't is the error's message."""
     in_vae, in_others = group_norms(config)
     widths = [config.vae_hidden_dim] if in_vae else []
     widths += [config.hidden_dim, config.last_hidden_dim] if in_others else []
@@ -291,19 +290,19 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Ask `is_on(config.x)` of a strength, not `if config.x`. In compiled code a config's float is a
-# traced array (harness/members.py), unless it is 0: that stays 0, and its term isn't compiled. Runs
-# that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term must
-# do nothing. Bools, integers and strings are as they were given. Those on which no program depends,
-# such as `seed`, are None.
+# Test a strength by `is_on(config.x)`, not by `if config.x` (see harness/members.py). Compiled code
+# sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
+# compiled. Only where runs that are trained together mix 0 and other strengths is the 0 traced, and
+# its term must then do nothing. Bools, integers and strings are never traced. Fields on which no
+# program depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
-    """The actor's hidden layers, states (B, S) to features (B, F).
+    """The actor's hidden layers, inputs (B, I) to features (B, F).
 
-    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
-    and Dropout, in the paper's order. RMSNorm stands before Dropout. SpectralNorm acts on the
-    last Dense.
+    Each layer is a Dense and a ReLU. Then follow, where they are on and in the paper's order,
+    LayerNorm, FeatureNorm, GroupNorm, BatchNorm and dropout. RMSNorm comes before dropout.
+    SpectralNorm acts on the last Dense.
     """
 
     config: Config
@@ -394,7 +393,7 @@ def forward_train(network, variables, key, *inputs):
 # --- Optimiser ---
 
 
-def decayed(learning_rate, decay, num_steps):
+def lr_schedule(learning_rate, decay, num_steps):
     """Return a schedule of the learning rate over num_steps, or the constant rate for none.
 
     cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
@@ -478,8 +477,8 @@ def hidden_dense(config, is_last):
 def network_config(config, network):
     """Return the config of the encoder, the decoder or the perturbation network.
 
-    It has the actor's regularisers only if they act on this network. It has the network's widths,
-    and the VAE's learns from the first update on.
+    It has the actor's regularisers only if they act on this network. It has the network's own
+    widths. The VAE's has no rl_start, since it learns from the first update on.
     """
     both = ("decoder", "perturbation")
     regularised = both if config.regularise == "both" else (config.regularise,)
@@ -583,7 +582,7 @@ class Actor(nn.Module):
 class Critics(nn.Module):
     """Critics: states (B, S) and actions (B, A) to Q values (num_critics, B).
 
-    There are two. With num_critics=1 the first one alone reads its part of the variables of both.
+    There are two. With num_critics=1 only the first is evaluated, by its part of the variables.
     """
 
     config: Config
@@ -739,7 +738,7 @@ def critic_target(config, state, batch, key):
 def critic_loss(params, config, state, batch, target, key):
     """Return the squared error of both Q(s, a) to the target.
 
-    It is summed over both critics; the logged one is their mean. Also returns the critics'
+    The loss is the sum over both critics. The logged one is their mean. Also returns the critics'
     variables and scalars to log.
     """
     critic = {**state.critic, "params": params}
@@ -780,7 +779,7 @@ def actor_loss(params, config, state, batch, keys):
 def actor_optimizer(config):
     """Return the optimiser of a network that has this config, see `network_config`."""
     num_steps = config.num_updates - config.rl_start
-    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -789,7 +788,7 @@ def actor_optimizer(config):
 def critic_optimizer(config):
     """Return the critics' optimiser."""
     num_steps = config.num_updates - config.rl_start
-    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -798,7 +797,7 @@ def critic_optimizer(config):
 def update_vae(config, state, batch):
     """Update the encoder and the decoder once; return the new state and scalars.
 
-    With SAM both gradients are taken where the decoder's parameters alone are moved.
+    With SAM only the decoder's parameters move uphill. Both networks' gradients are taken there.
     """
     own = network_config(config, "decoder")
     key, noise_key, *loss_keys = jax.random.split(state.key, 6)
@@ -854,7 +853,7 @@ def update_critics(config, state, batch):
 
 
 def update_actor(config, state, batch):
-    """Update the perturbation network and both targets once; return the new state and scalars."""
+    """Update the perturbation network once; return the new state and a dictionary of scalars."""
     own = network_config(config, "perturbation")
     key, noise_key, *loss_keys = jax.random.split(state.key, 6)
     params = own_params(config, state.actor, "perturbation")
@@ -875,22 +874,34 @@ def update_actor(config, state, batch):
         # The critics are there for `policy`, which ranks the candidates by them
         actor={**with_params(actor, perturbation["params"]), "critic": state.critic},
         actor_opt=actor_opt,
-        target_actor=optax.incremental_update(perturbation, state.target_actor, config.tau),
-        target_critic=optax.incremental_update(state.critic, state.target_critic, config.tau),
         key=key,
     ), info
 
 
-def update(config, state, batch):
-    """Update the VAE, then the critics, the perturbation network by them, and the targets.
+def update_targets(config, state):
+    """Move the targets by tau towards the perturbation network and the critics (Polyak average)."""
+    perturbation = {
+        "params": own_params(config, state.actor, "perturbation"),
+        "batch_stats": state.actor["batch_stats"],
+    }
+    return state._replace(
+        target_actor=optax.incremental_update(perturbation, state.target_actor, config.tau),
+        target_critic=optax.incremental_update(state.critic, state.target_critic, config.tau),
+    )
 
-    In the first `rl_start` updates all but the VAE stay as they are. A pure function of a
-    TrainState and Transitions. Returns the new state and scalars to log.
+
+def update(config, state, batch):
+    """Update the VAE, the critics, the perturbation network by the new critics, then the targets.
+
+    In the first `rl_start` updates all but the VAE stay as they are. What the others log is then
+    of updates that are undone. A pure function of a TrainState and Transitions. Returns the new
+    state and scalars to log.
     """
     state, vae_info = update_vae(config, state, batch)
     cloned = state
     state, critic_info = update_critics(config, state, batch)
     state, actor_info = update_actor(config, state, batch)
+    state = update_targets(config, state)
     if config.rl_start > 0:
         has_started = state.decoder_opt[0].count > config.rl_start
         state = jax.tree.map(lambda new, old: jnp.where(has_started, new, old), state, cloned)
@@ -953,9 +964,9 @@ def policy(config, actor, data, observations):
 def train(config, run):
     """Train to the end, from the last checkpoint if there is one.
 
-    In turn: make `log_every` updates, then evaluate if that is due. All arrays of states, infos,
-    returns and measurements have a first axis of members here: the run's seeds, or those of
-    several runs that are trained together (harness/members.py).
+    In turn: make `log_every` updates, then evaluate if that is due. Here states, infos, returns
+    and measurements have a leading axis of members: the run's seeds, or those of several runs that
+    are trained together (harness/members.py).
     """
     data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
@@ -979,10 +990,10 @@ def train(config, run):
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
         if is_due and num_updates > run.evaluated:
-            # So that a kill in the evaluation costs no training
+            # A kill during the evaluation then costs no training
             run.checkpoint(states, num_updates, now=True)
             run.evaluate(evaluation, states, num_updates)
-        # After an evaluation, once a minute and on a signal, which then ends the run
+        # This saves after an evaluation, once a minute and on a signal, which also ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -1071,7 +1082,7 @@ def analyse(config, state, data, samples, episodes):
         for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
-        cloned = clone_further(config, data, state, probe)
+        cloned = plasticity_probe(config, data, state, probe)
         error_before = action_error(config, data, state.actor, probe)
         info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
     states = observations["evaluation"][:NUM_COMPARED]
@@ -1093,10 +1104,10 @@ def q_gain(config, data, state, batch):
     return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
 
 
-def clone_further(config, data, state, batch):
+def plasticity_probe(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
+    A new optimiser starts, without decay of its rate or of the weights, and without noise.
     With fresh moments the size of its steps depends on the learning rate alone, and not on the
     loss's unit or on what came before.
     """

@@ -7,11 +7,11 @@ which is CQL(H) on Soft Actor-Critic (SAC, arXiv 1812.05905).
 
     python cql.py --dataset_name hopper-medium-v2  # the baseline, with CORL's values
     python cql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
-    python cql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
+    python cql.py --dataset_name antmaze-umaze-v2 --regularisers DO+LN --seed 3
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
 features, I inputs, n samples. A prime marks what belongs to the next step, or to a target network,
-but alpha' is Lagrange's.
+but alpha' is the Lagrange multiplier.
 
 Two CPU cores make about 14 updates a second (Hopper's sizes).
 """
@@ -65,7 +65,7 @@ NAME = "CQL"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None: the default that the comment names, else CORL's value."""
+    """Every field is a flag. None: the default in its comment, else CORL's value."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -74,22 +74,22 @@ class Config:
     normalize_states: Optional[bool] = None  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step size of the targets' Polyak average
     batch_size: int = 256  # transitions per update
-    actor_learning_rate: Optional[float] = None  # of Adam; default: 1e-4 (Gym-MuJoCo 3e-5)
+    actor_learning_rate: Optional[float] = None  # default: 1e-4 (Gym-MuJoCo 3e-5)
     critic_learning_rate: float = 3e-4  # learning rate of the critics' Adam
     reward_scale: Optional[float] = None  # on top of normalize_reward; default: 1 (AntMaze 10)
     reward_shift: Optional[float] = None  # then this is added; default: 0 (AntMaze -5)
     cql_weight: Optional[float] = None  # alpha: the gap's weight; default: 10 (AntMaze 5, Adroit 1)
     n_actions: int = 10  # samples from each of three sources, which estimate CQL's gap
-    lagrange_gap: Optional[float] = None  # tau: the gap's target; default: none (AntMaze 0.8)
+    lagrange_gap: Optional[float] = None  # the gap's target, CQL's tau; default: none (AntMaze 0.8)
     gap_clip: Optional[float] = None  # gap >= -gap_clip; default: 0, no bound (AntMaze 200)
     max_backup: Optional[bool] = None  # targets take the best of n_actions; default: on AntMaze
     bc_steps: int = 0  # first updates in which the actor clones the data in place of raising Q
-    log_std_min: float = -20.0  # lower bound of the log standard deviation
+    log_std_min: float = -20.0  # lower bound of the policy's log standard deviation
     log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
@@ -140,7 +140,7 @@ class Config:
     video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
+BOUNDS = {  # by field; integers that aren't listed must be 1 or more, floats 0 or more
     "seed": "0 or more",
     "validation_seed": "0 or more",
     "validation_frac": "at least 0 and below 1",
@@ -156,12 +156,12 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_l1_ratio": "between 0 and 1",
 }
 
-# Floats that are also read outside compiled code. Runs trained in one program have the same ones.
+# Floats that uncompiled code reads, too. Runs trained in one program must agree in these.
 HOST_FLOATS = ("validation_frac",)
 
 
 def constraints(config):
-    """Return {requirement: whether the config meets it}. One that isn't met is the error's text."""
+    """Return {requirement: whether it holds}. The first that doesn't is the error's message."""
     has_group_norm = config.actor_gn or config.critic_gn
     schedules = ("none", "cosine", "linear", "exponential")
     return {
@@ -276,19 +276,19 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Ask `is_on(config.x)` of a strength, not `if config.x`. In compiled code a config's float is a
-# traced array (harness/members.py), unless it is 0: that stays 0, and its term isn't compiled. Runs
-# that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term must
-# do nothing. Bools, integers and strings are as they were given. Those on which no program depends,
-# such as `seed`, are None.
+# Test a strength by `is_on(config.x)`, not by `if config.x` (see harness/members.py). Compiled code
+# sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
+# compiled. Only where runs that are trained together mix 0 and other strengths is the 0 traced, and
+# its term must then do nothing. Bools, integers and strings are never traced. Fields on which no
+# program depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
-    """The actor's hidden layers, states (B, S) to features (B, F).
+    """The actor's hidden layers, inputs (B, I) to features (B, F).
 
-    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
-    and Dropout, in the paper's order. RMSNorm stands before Dropout. SpectralNorm acts on the
-    last Dense.
+    Each layer is a Dense and a ReLU. Then follow, where they are on and in the paper's order,
+    LayerNorm, FeatureNorm, GroupNorm, BatchNorm and dropout. RMSNorm comes before dropout.
+    SpectralNorm acts on the last Dense.
     """
 
     config: Config
@@ -379,7 +379,7 @@ def forward_train(network, variables, key, *inputs):
 # --- Optimiser ---
 
 
-def decayed(learning_rate, decay, num_steps):
+def lr_schedule(learning_rate, decay, num_steps):
     """Return a schedule of the learning rate over num_steps, or the constant rate for none.
 
     cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
@@ -452,7 +452,7 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 def hidden_dense(config):
     """Return a hidden Dense: orthogonal weights, biases 0.
 
-    So are CORL's critics, but not its actor.
+    CORL initialises its critics so, but not its actor.
     """
     return nn.Dense(config.hidden_dim, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
 
@@ -498,14 +498,14 @@ class Critics(nn.Module):
 def draw_actions(key, means, log_stds, num):
     """Return `num` actions of the policy at each state, (num, B, A), and log pi of them (num, B).
 
-    They have a gradient by means and log_stds (B, A).
+    Gradients flow to means and log_stds (B, A).
     """
     noise = jax.random.normal(key, (num, *means.shape))
     unbounded = means + jnp.exp(log_stds) * noise
-    return jnp.tanh(unbounded), log_density(unbounded, means, log_stds)
+    return jnp.tanh(unbounded), log_prob(unbounded, means, log_stds)
 
 
-def log_density(unbounded, means, log_stds):
+def log_prob(unbounded, means, log_stds):
     """Return log pi(a|s) of a = tanh(unbounded), summed over its dimensions (SAC, appendix C).
 
     log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2 u)), which is finite for all u.
@@ -515,10 +515,10 @@ def log_density(unbounded, means, log_stds):
     return (gaussian - slope).sum(-1)
 
 
-def log_density_of_data(actions, means, log_stds):
-    """Return log pi(a|s) of actions in [-1, 1]. Those at the ends are taken for a bit less."""
+def log_prob_of_data(actions, means, log_stds):
+    """Return log pi(a|s) of actions, clipped to +-(1 - 1e-5), where arctanh is finite."""
     bound = 1 - 1e-5
-    return log_density(jnp.arctanh(jnp.clip(actions, -bound, bound)), means, log_stds)
+    return log_prob(jnp.arctanh(jnp.clip(actions, -bound, bound)), means, log_stds)
 
 
 UNIFORM, NOW, NEXT = range(3)  # sources of samples: uniform, pi(.|s), pi(.|s')
@@ -526,23 +526,23 @@ UNIFORM, NOW, NEXT = range(3)  # sources of samples: uniform, pi(.|s), pi(.|s')
 
 class Samples(NamedTuple):
     actions: jax.Array  # (3, n, B, A), by source
-    log_densities: jax.Array  # (3, n, B), of what each was drawn from
+    log_probs: jax.Array  # (3, n, B), of what each was drawn from
 
 
 def draw_samples(config, state, batch, key):
-    """Return the actions by which the gap is estimated, by the actor without dropout."""
+    """Return the actions by which the gap is estimated. The actor has no dropout here."""
     key, uniform_key = jax.random.split(key)
     shape = (config.n_actions, *batch.actions.shape)
     actions = [jax.random.uniform(uniform_key, shape, minval=-1, maxval=1)]
-    log_densities = [jnp.full(shape[:-1], -shape[-1] * math.log(2))]
+    log_probs = [jnp.full(shape[:-1], -shape[-1] * math.log(2))]
     network = Actor(config, batch.actions.shape[-1])
     for observations in (batch.observations, batch.next_observations):
         key, action_key = jax.random.split(key)
         means, log_stds = forward(network, state.actor, observations)
-        drawn, log_probs = draw_actions(action_key, means, log_stds, config.n_actions)
+        drawn, log_pi = draw_actions(action_key, means, log_stds, config.n_actions)
         actions.append(drawn)
-        log_densities.append(log_probs)
-    return Samples(jnp.stack(actions), jnp.stack(log_densities))
+        log_probs.append(log_pi)
+    return Samples(jnp.stack(actions), jnp.stack(log_probs))
 
 
 # --- Losses and update ---
@@ -583,10 +583,11 @@ def repeated(observations, actions):
 
 
 def critic_target(config, state, batch, next_actions):
-    """Return r + gamma (1 - d) min_k Q'_k(s', a'), (B,), of scaled rewards, without an entropy.
+    """Return r + gamma (1 - d) min_k Q'_k(s', a'), (B,).
 
-    a' is the first of next_actions (n, B, A), which are also the gap's samples. With max_backup it
-    is the best of them: it has the largest min_k Q'_k(s', a'), as in CORL.
+    r is scaled and shifted. There is no term of entropy. a' is the first of next_actions
+    (n, B, A), which are also the gap's samples. With max_backup it is the best of them: it has the
+    largest min_k Q'_k(s', a'), as in CORL.
     """
     if not config.max_backup:
         next_actions = next_actions[:1]
@@ -597,15 +598,15 @@ def critic_target(config, state, batch, next_actions):
     return rewards + config.gamma * (1 - batch.terminals) * next_values
 
 
-def conservative_gap(config, values, log_densities, data_values):
+def conservative_gap(config, values, log_probs, data_values):
     """Return log sum_j [exp(Q(s, a_j)) / mu_j(a_j)] - Q(s, a), (2, B) (CQL, equation 4).
 
     The samples a_j have the densities mu_j: values (2, num, B), log densities (num, B) (CQL,
     appendix F). Those of pi(.|s') are judged at s, too, as in CORL and the authors' code. As there,
-    this is a sum and not a mean. So it is larger by log num, also against lagrange_gap: if Q is
-    constant in the action, the gap isn't 0.
+    this is a sum and not a mean, which adds log num to the gap and makes lagrange_gap a bound on
+    more. For a Q that is constant in the action the gap is log num + A log 2.
     """
-    gap = jax.nn.logsumexp(values - log_densities, axis=1) - data_values
+    gap = jax.nn.logsumexp(values - log_probs, axis=1) - data_values
     if is_on(config.gap_clip):
         gap = jnp.maximum(gap, -config.gap_clip)
     return gap
@@ -626,8 +627,8 @@ def critic_loss(params, config, state, batch, target, samples, key):
     values, critic = forward_train(Critics(config), critic, key, *inputs)
     values = values.reshape(2, len(actions), -1)
     data_values = values[:, 0]
-    log_densities = samples.log_densities.reshape(len(sampled), -1)
-    gap = conservative_gap(config, values[:, 1:], log_densities, data_values).mean(1)
+    log_probs = samples.log_probs.reshape(len(sampled), -1)
+    gap = conservative_gap(config, values[:, 1:], log_probs, data_values).mean(1)
     weight = config.cql_weight
     if is_on(config.lagrange_gap):
         weight = weight * multiplier(state.multiplier["params"])
@@ -646,7 +647,7 @@ def multiplier_loss(params, config, gap):
     """Return -alpha' cql_weight (gap - lagrange_gap): alpha' rises while the gap is too large.
 
     (CQL, appendix F.) The gap is the mean of both critics'. As in CORL the weight multiplies both
-    terms. The original's code has alpha' (cql_weight gap - lagrange_gap).
+    terms. The authors' code has alpha' (cql_weight gap - lagrange_gap).
     """
     return -multiplier(params) * config.cql_weight * (gap - config.lagrange_gap)
 
@@ -654,10 +655,10 @@ def multiplier_loss(params, config, gap):
 def actor_loss(params, config, state, batch, keys):
     """Return alpha log pi(a|s) - min_k Q_k(s, a) of one a of pi(.|s) (CQL, algorithm 1, step 4).
 
-    It is a mean over the batch. The actor is regularised. The critics see clean states. The
+    It is a mean over the batch. The actor has dropout and noise. The critics see clean states. The
     objective's noise is on the action that they judge, which smooths Q around the policy: noise
-    on Q itself would have no gradient. log pi is that of the action without it. Also returns the
-    actor's variables and scalars to log.
+    on Q itself would have no gradient. log pi is that of the action before this noise. Also
+    returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key, action_key = keys
     observations = batch.observations
@@ -685,7 +686,7 @@ def actor_objective(config, state, batch, distribution, log_probs, judged):
     values = q_values(config, state, batch.observations, judged)
     if config.bc_steps > 0:
         adam = state.actor_opt[0]
-        log_probs_of_data = log_density_of_data(batch.actions, *distribution)
+        log_probs_of_data = log_prob_of_data(batch.actions, *distribution)
         values = jnp.where(adam.count < config.bc_steps, log_probs_of_data, values)
     return jnp.mean(temperature(state.temperature["params"]) * log_probs - values)
 
@@ -693,7 +694,7 @@ def actor_objective(config, state, batch, distribution, log_probs, judged):
 def temperature_loss(params, log_probs, action_dim):
     """Return -log alpha (log pi(a|s) - |A|), whose target entropy is -|A| (SAC, equation 18).
 
-    log alpha is in place of alpha, as in the original's code.
+    As in the authors' code, log alpha replaces alpha.
     """
     return -params["log_alpha"] * (log_probs.mean() - action_dim)
 
@@ -701,7 +702,7 @@ def temperature_loss(params, log_probs, action_dim):
 def actor_optimizer(config):
     """Return the actor's optimiser."""
     num_steps = config.num_updates
-    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -710,7 +711,7 @@ def actor_optimizer(config):
 def critic_optimizer(config):
     """Return the critics' optimiser."""
     num_steps = config.num_updates
-    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -777,7 +778,7 @@ def update_temperature(config, state, samples):
     """
     action_dim = samples.actions.shape[-1]
     grads = jax.grad(temperature_loss)(
-        state.temperature["params"], samples.log_densities[NOW], action_dim
+        state.temperature["params"], samples.log_probs[NOW], action_dim
     )
     variables, opt_state = optimize(
         scalar_optimizer(config.actor_learning_rate),
@@ -789,6 +790,12 @@ def update_temperature(config, state, samples):
     )
     info = {"temperature": temperature(state.temperature["params"])}
     return state._replace(temperature=variables, temperature_opt=opt_state), info
+
+
+def update_targets(config, state):
+    """Move the critics' target by tau towards the critics (Polyak average)."""
+    target_critic = optax.incremental_update(state.critic, state.target_critic, config.tau)
+    return state._replace(target_critic=target_critic)
 
 
 def update(config, state, batch):
@@ -805,9 +812,8 @@ def update(config, state, batch):
         state, multiplier_info = update_multiplier(config, state, critic_info["gap"])
     state, actor_info = update_actor(config, state, batch)
     state, temperature_info = update_temperature(config, state, samples)
-    target_critic = optax.incremental_update(state.critic, state.target_critic, config.tau)
-    state = state._replace(target_critic=target_critic)
-    return state, {**critic_info, **multiplier_info, **actor_info, **temperature_info}
+    info = {**critic_info, **multiplier_info, **actor_info, **temperature_info}
+    return update_targets(config, state), info
 
 
 def init_state(config, batch, seed):
@@ -863,9 +869,9 @@ def policy(config, actor, data, observations):
 def train(config, run):
     """Train to the end, from the last checkpoint if there is one.
 
-    In turn: make `log_every` updates, then evaluate if that is due. All arrays of states, infos,
-    returns and measurements have a first axis of members here: the run's seeds, or those of
-    several runs that are trained together (harness/members.py).
+    In turn: make `log_every` updates, then evaluate if that is due. Here states, infos, returns
+    and measurements have a leading axis of members: the run's seeds, or those of several runs that
+    are trained together (harness/members.py).
     """
     data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
@@ -889,10 +895,10 @@ def train(config, run):
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
         if is_due and num_updates > run.evaluated:
-            # So that a kill in the evaluation costs no training
+            # A kill during the evaluation then costs no training
             run.checkpoint(states, num_updates, now=True)
             run.evaluate(evaluation, states, num_updates)
-        # After an evaluation, once a minute and on a signal, which then ends the run
+        # This saves after an evaluation, once a minute and on a signal, which also ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -975,7 +981,7 @@ def analyse(config, state, data, samples, episodes):
         for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
-        cloned = clone_further(config, data, state, probe)
+        cloned = plasticity_probe(config, data, state, probe)
         error_before = action_error(config, data, state.actor, probe)
         info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
     states = observations["evaluation"][:NUM_COMPARED]
@@ -997,10 +1003,10 @@ def q_gain(config, data, state, batch):
     return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
 
 
-def clone_further(config, data, state, batch):
+def plasticity_probe(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
+    A new optimiser starts, without decay of its rate or of the weights, and without noise.
     With fresh moments the size of its steps depends on the learning rate alone, and not on the
     loss's unit or on what came before.
     """

@@ -5,7 +5,7 @@ The algorithm: "Offline Reinforcement Learning with Implicit Q-Learning" (IQL, a
 
     python iql.py --dataset_name hopper-medium-v2  # the baseline
     python iql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
-    python iql.py --dataset_name antmaze-umaze-v2 --regularisers LN+DO --seed 3
+    python iql.py --dataset_name antmaze-umaze-v2 --regularisers DO+LN --seed 3
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
 features, I inputs. A prime marks what belongs to the next step, or to a target network.
@@ -64,7 +64,7 @@ NAME = "IQL"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None: the default that the comment names, else the paper's value."""
+    """Every field is a flag. None: the default in its comment, else the paper's value."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -73,7 +73,7 @@ class Config:
     normalize_states: bool = True  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
     preset: str = "none"  # a name in PRESETS; as-run: the paper's combination as published
     gamma: float = 0.99  # discount factor
@@ -86,14 +86,14 @@ class Config:
     max_weight: float = 100.0  # upper bound of the weights exp(temperature x advantage)
     reward_shift: float = 0.0  # added to the rewards; -1 on AntMaze in the original IQL
     state_dependent_std: bool = True  # let the policy's standard deviation depend on the state
-    log_std_min: float = -20.0  # lower bound of the log standard deviation; original IQL: -5
+    log_std_min: float = -20.0  # lower bound of the policy's log standard deviation; original: -5
     log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
     # Networks
     hidden_dim: int = 256  # units in a hidden layer
     actor_layers: int = 2  # hidden layers of the actor
     critic_layers: int = 2  # hidden layers of V and of each Q
     # Regularisers of the actor; 0 or false is exactly off
-    regularisers: str = "none"  # names joined by +, as DO+LN; or tuned ones: best, best-L1
+    regularisers: str = "none"  # names joined by +, such as DO+LN; or tuned ones: best, best-L1
     actor_dropout: Optional[float] = None  # DO: rate in the actor's loss; default: 0 (Adroit 0.1)
     actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
     actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
@@ -110,8 +110,8 @@ class Config:
     actor_sam: float = 0.0  # SAM: radius of sharpness-aware minimisation; beyond the paper
     actor_lr_decay: str = "cosine"  # none, cosine (to 0), linear (to 1/10), exponential (to 0.99)
     # Regularisers of Q and V, which the paper leaves alone
-    critic_dropout: float = 0.0  # dropout rate in the critics' loss
-    critic_wd: float = 0.0  # decoupled weight decay of the critics
+    critic_dropout: float = 0.0  # dropout rate in the losses of Q and V
+    critic_wd: float = 0.0  # decoupled weight decay of Q and V
     critic_l1_ratio: float = 0.0  # fraction of L1 in critic_wd
     critic_wd_kernels_only: bool = False  # spare biases and normalisation from critic_wd
     critic_ln: bool = False  # LayerNorm in Q and V
@@ -120,8 +120,8 @@ class Config:
     critic_bn: bool = False  # BatchNorm in Q and V
     critic_sn: bool = False  # SpectralNorm of the last hidden Dense of Q and V
     critic_rms: bool = False  # RMSNorm in Q and V
-    critic_grad_noise: float = 0.0  # noise on the critics' gradient, as actor_grad_noise
-    critic_lr_decay: str = "none"  # of the critics' learning rate, as actor_lr_decay
+    critic_grad_noise: float = 0.0  # noise on the gradients of Q and V, as actor_grad_noise
+    critic_lr_decay: str = "none"  # of the learning rate of Q and V, as actor_lr_decay
     # Run
     seed: int = 0  # of initialisation, batches, noise and evaluation
     num_seeds: int = 1  # seeds trained at once: seed, seed + 1, ...
@@ -137,7 +137,7 @@ class Config:
     video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
+BOUNDS = {  # by field; integers that aren't listed must be 1 or more, floats 0 or more
     "seed": "0 or more",
     "validation_seed": "0 or more",
     "validation_frac": "at least 0 and below 1",
@@ -153,12 +153,12 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_l1_ratio": "between 0 and 1",
 }
 
-# Floats that are also read outside compiled code. Runs trained in one program have the same ones.
+# Floats that uncompiled code reads, too. Runs trained in one program must agree in these.
 HOST_FLOATS = ("validation_frac",)
 
 
 def constraints(config):
-    """Return {requirement: whether the config meets it}. One that isn't met is the error's text."""
+    """Return {requirement: whether it holds}. The first that doesn't is the error's message."""
     has_group_norm = config.actor_gn or config.critic_gn
     schedules = ("none", "cosine", "linear", "exponential")
     return {
@@ -273,19 +273,19 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Ask `is_on(config.x)` of a strength, not `if config.x`. In compiled code a config's float is a
-# traced array (harness/members.py), unless it is 0: that stays 0, and its term isn't compiled. Runs
-# that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term must
-# do nothing. Bools, integers and strings are as they were given. Those on which no program depends,
-# such as `seed`, are None.
+# Test a strength by `is_on(config.x)`, not by `if config.x` (see harness/members.py). Compiled code
+# sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
+# compiled. Only where runs that are trained together mix 0 and other strengths is the 0 traced, and
+# its term must then do nothing. Bools, integers and strings are never traced. Fields on which no
+# program depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
-    """The actor's hidden layers, states (B, S) to features (B, F).
+    """The actor's hidden layers, inputs (B, I) to features (B, F).
 
-    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
-    and Dropout, in the paper's order. RMSNorm stands before Dropout. SpectralNorm acts on the
-    last Dense.
+    Each layer is a Dense and a ReLU. Then follow, where they are on and in the paper's order,
+    LayerNorm, FeatureNorm, GroupNorm, BatchNorm and dropout. RMSNorm comes before dropout.
+    SpectralNorm acts on the last Dense.
     """
 
     config: Config
@@ -376,7 +376,7 @@ def forward_train(network, variables, key, *inputs):
 # --- Optimiser ---
 
 
-def decayed(learning_rate, decay, num_steps):
+def lr_schedule(learning_rate, decay, num_steps):
     """Return a schedule of the learning rate over num_steps, or the constant rate for none.
 
     cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
@@ -548,7 +548,7 @@ def critic_target(config, state, batch):
 def critic_loss(params, config, state, batch, target, key):
     """Return the squared error of both Q(s, a) to the target.
 
-    It is summed over both critics; the logged one is their mean. Also returns the critics'
+    The loss is the sum over both critics. The logged one is their mean. Also returns the critics'
     variables and scalars to log.
     """
     critic = {**state.critic, "params": params}
@@ -561,8 +561,8 @@ def critic_loss(params, config, state, batch, target, key):
 def actor_loss(params, config, state, batch, target_q, keys):
     """Return -min(exp(temperature * A), max_weight) log pi(a|s) (IQL, equation 7).
 
-    It is a mean over the batch. A = min_k Q'_k(s, a) - V(s) is of clean states. The actor is
-    regularised. Also returns the actor's variables and scalars to log.
+    It is a mean over the batch. A = min_k Q'_k(s, a) - V(s) is of the states without noise. The
+    actor has dropout and noise. Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key = keys
     exponents = weight_exponents(config, state, batch, target_q)
@@ -596,16 +596,16 @@ def actor_objective(config, batch, means, log_stds, exponents):
 def actor_optimizer(config):
     """Return the actor's optimiser."""
     num_steps = config.num_updates
-    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
 
 
 def critic_optimizer(config):
-    """Return the critics' optimiser. V has the same one with a state of its own."""
+    """Return the critics' optimiser. V's has the same settings, and its own state."""
     num_steps = config.num_updates
-    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -645,7 +645,7 @@ def update_actor(config, state, batch, target_q):
 
 
 def update_critics(config, state, batch):
-    """Update the critics and their targets once; return the new state and scalars."""
+    """Update the critics once; return the new state and a dictionary of scalars."""
     key, dropout_key, noise_key = jax.random.split(state.key, 3)
     target = critic_target(config, state, batch)
     grad_fn = jax.grad(critic_loss, has_aux=True)
@@ -660,16 +660,17 @@ def update_critics(config, state, batch):
         config.critic_grad_noise,
         noise_key,
     )
-    return state._replace(
-        critic=critic,
-        critic_opt=critic_opt,
-        target_critic=optax.incremental_update(critic, state.target_critic, config.tau),
-        key=key,
-    ), info
+    return state._replace(critic=critic, critic_opt=critic_opt, key=key), info
+
+
+def update_targets(config, state):
+    """Move the critics' target by tau towards the critics (Polyak average)."""
+    target_critic = optax.incremental_update(state.critic, state.target_critic, config.tau)
+    return state._replace(target_critic=target_critic)
 
 
 def update(config, state, batch):
-    """Update V, then the actor and the critics by the new V, then the critics' targets.
+    """Update V, then by the new V the actor and the critics, then the critics' target.
 
     A pure function of a TrainState and Transitions. Returns the new state and scalars to log.
     """
@@ -677,7 +678,7 @@ def update(config, state, batch):
     state, value_info = update_value(config, state, batch, target_q)
     state, actor_info = update_actor(config, state, batch, target_q)
     state, critic_info = update_critics(config, state, batch)
-    return state, {**critic_info, **actor_info, **value_info}
+    return update_targets(config, state), {**critic_info, **actor_info, **value_info}
 
 
 def init_state(config, batch, seed):
@@ -730,9 +731,9 @@ def policy(config, actor, data, observations):
 def train(config, run):
     """Train to the end, from the last checkpoint if there is one.
 
-    In turn: make `log_every` updates, then evaluate if that is due. All arrays of states, infos,
-    returns and measurements have a first axis of members here: the run's seeds, or those of
-    several runs that are trained together (harness/members.py).
+    In turn: make `log_every` updates, then evaluate if that is due. Here states, infos, returns
+    and measurements have a leading axis of members: the run's seeds, or those of several runs that
+    are trained together (harness/members.py).
     """
     data = make_dataset(config, load_dataset(config))
     samples = make_samples(data)
@@ -756,10 +757,10 @@ def train(config, run):
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
         if is_due and num_updates > run.evaluated:
-            # So that a kill in the evaluation costs no training
+            # A kill during the evaluation then costs no training
             run.checkpoint(states, num_updates, now=True)
             run.evaluate(evaluation, states, num_updates)
-        # After an evaluation, once a minute and on a signal, which then ends the run
+        # This saves after an evaluation, once a minute and on a signal, which also ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -839,7 +840,7 @@ def analyse(config, state, data, samples, episodes):
         for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
-        cloned = clone_further(config, data, state, probe)
+        cloned = plasticity_probe(config, data, state, probe)
         error_before = action_error(config, data, state.actor, probe)
         info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
     states = observations["evaluation"][:NUM_COMPARED]
@@ -861,10 +862,10 @@ def q_gain(config, data, state, batch):
     return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
 
 
-def clone_further(config, data, state, batch):
+def plasticity_probe(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
+    A new optimiser starts, without decay of its rate or of the weights, and without noise.
     With fresh moments the size of its steps depends on the learning rate alone, and not on the
     loss's unit or on what came before.
     """

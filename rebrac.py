@@ -64,7 +64,7 @@ NAME = "ReBRAC"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None: the default that the comment names, else the paper's value."""
+    """Every field is a flag. None: the default in its comment, else the paper's value."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -73,7 +73,7 @@ class Config:
     normalize_states: bool = False  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; without: the file's last
+    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
     # Algorithm
     preset: str = "none"  # a name in PRESETS; as-run: the paper's combination as published
     critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (original)
@@ -83,7 +83,7 @@ class Config:
     actor_learning_rate: Optional[float] = None  # default: 1e-3; Adroit, AntMaze (mse) 3e-4
     critic_learning_rate: Optional[float] = None  # default: 1e-3; Adroit 3e-4; AntMaze (mse) 5e-5
     actor_bc_coef: Optional[float] = None  # weight of ||pi(s) - a||^2 in the actor's loss; tuned
-    critic_bc_coef: Optional[float] = None  # of ||a' - a'_data||^2 in targets; 0.001 (mse: tuned)
+    critic_bc_coef: Optional[float] = None  # weight of ||a' - a'_data||^2; 0.001 (mse: tuned)
     actor_q_coef: float = 1.0  # weight of Q / mean |Q| in the actor's loss; 0: cloning only
     policy_freq: int = 2  # critic updates for each update of the actor and the targets
     target_noise: float = 0.2  # standard deviation of the noise on the target actor's actions
@@ -99,7 +99,7 @@ class Config:
     actor_layers: int = 3  # hidden layers of the actor
     critic_layers: int = 3  # hidden layers of each critic
     # Regularisers of the actor; 0 or false is exactly off
-    regularisers: str = "none"  # names joined by +, as DO+LN; or tuned ones: best, best-L2
+    regularisers: str = "none"  # names joined by +, such as DO+LN; or tuned ones: best, best-L2
     actor_dropout: float = 0.0  # DO: dropout rate in the actor's loss
     actor_wd: float = 0.0  # L2, L1, EN: decoupled weight decay, multiplied by the learning rate
     actor_l1_ratio: float = 0.0  # fraction of L1 in actor_wd: 0 is L2, 1 is L1, 0.5 the elastic net
@@ -143,7 +143,7 @@ class Config:
     video: Optional[str] = None  # file for a video of an evaluated episode, .mp4 or .gif
 
 
-BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0 or more
+BOUNDS = {  # by field; integers that aren't listed must be 1 or more, floats 0 or more
     "seed": "0 or more",
     "validation_seed": "0 or more",
     "validation_frac": "at least 0 and below 1",
@@ -160,12 +160,12 @@ BOUNDS = {  # of fields; integers that aren't listed must be 1 or more, floats 0
     "critic_l1_ratio": "between 0 and 1",
 }
 
-# Floats that are also read outside compiled code. Runs trained in one program have the same ones.
+# Floats that uncompiled code reads, too. Runs trained in one program must agree in these.
 HOST_FLOATS = ("validation_frac", "gamma", "v_min", "v_max")
 
 
 def constraints(config):
-    """Return {requirement: whether the config meets it}. One that isn't met is the error's text."""
+    """Return {requirement: whether it holds}. The first that doesn't is the error's message."""
     has_group_norm = config.actor_gn or config.critic_gn
     has_range = config.v_min is not None and config.v_max is not None
     schedules = ("none", "cosine", "linear", "exponential")
@@ -283,19 +283,19 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Ask `is_on(config.x)` of a strength, not `if config.x`. In compiled code a config's float is a
-# traced array (harness/members.py), unless it is 0: that stays 0, and its term isn't compiled. Runs
-# that are trained together may mix 0 and other strengths. Then 0 is traced, too, and its term must
-# do nothing. Bools, integers and strings are as they were given. Those on which no program depends,
-# such as `seed`, are None.
+# Test a strength by `is_on(config.x)`, not by `if config.x` (see harness/members.py). Compiled code
+# sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
+# compiled. Only where runs that are trained together mix 0 and other strengths is the 0 traced, and
+# its term must then do nothing. Bools, integers and strings are never traced. Fields on which no
+# program depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):
-    """The actor's hidden layers, states (B, S) to features (B, F).
+    """The actor's hidden layers, inputs (B, I) to features (B, F).
 
-    Each layer is a Dense, a ReLU, and what is on of LayerNorm, FeatureNorm, GroupNorm, BatchNorm
-    and Dropout, in the paper's order. RMSNorm stands before Dropout. SpectralNorm acts on the
-    last Dense.
+    Each layer is a Dense and a ReLU. Then follow, where they are on and in the paper's order,
+    LayerNorm, FeatureNorm, GroupNorm, BatchNorm and dropout. RMSNorm comes before dropout.
+    SpectralNorm acts on the last Dense.
     """
 
     config: Config
@@ -386,7 +386,7 @@ def forward_train(network, variables, key, *inputs):
 # --- Optimiser ---
 
 
-def decayed(learning_rate, decay, num_steps):
+def lr_schedule(learning_rate, decay, num_steps):
     """Return a schedule of the learning rate over num_steps, or the constant rate for none.
 
     cosine ends at 0, linear at a tenth, exponential at 0.99 of it (as in the paper's code).
@@ -512,8 +512,8 @@ class Critics(nn.Module):
 def support(config):
     """Return the bins' edges, (n_classes + 1,).
 
-    They go from v_min to v_max, which `with_value_range` has set from the data. v_expand widens
-    that by a fraction of its length, half at each end.
+    The support is from v_min to v_max, which `with_value_range` has set. It is widened by v_expand
+    times its length, half at each end.
     """
     margin = config.v_expand * (config.v_max - config.v_min) / 2
     return jnp.linspace(config.v_min - margin, config.v_max + margin, config.n_classes + 1)
@@ -530,7 +530,7 @@ def hl_gauss(config, values):
     sigma = config.sigma_frac * (edges[1] - edges[0])
     if config.clip_targets:
         values = jnp.clip(values, edges[0], edges[-1])
-    # Twice the cumulative distribution at the edges, up to a constant
+    # erf is twice the cumulative distribution, minus 1
     cdf = jax.scipy.special.erf((edges - values[..., None]) / (math.sqrt(2) * sigma))
     total = cdf[..., -1:] - cdf[..., :1]
     if not config.clip_targets:
@@ -547,7 +547,8 @@ def critic_values(config, outputs):
         return outputs[..., 0]
     edges = support(config)
     centres = (edges[1:] + edges[:-1]) / 2
-    return jax.nn.softmax(outputs) @ centres
+    # Not in the 10 bits of TF32, which are a GPU's default: each target would have that error
+    return jnp.matmul(jax.nn.softmax(outputs), centres, precision="highest")
 
 
 # --- Losses and update ---
@@ -588,7 +589,7 @@ def critic_target(config, state, batch, key):
 def critic_loss(params, config, state, batch, target, key):
     """Return the cross-entropy of the critics' logits to HL-Gauss(target), or the squared error.
 
-    It is summed over both critics; the logged one is their mean. Also returns the critics'
+    The loss is the sum over both critics. The logged one is their mean. Also returns the critics'
     variables and scalars to log.
     """
     critic = {**state.critic, "params": params}
@@ -604,9 +605,8 @@ def critic_loss(params, config, state, batch, target, key):
 def actor_loss(params, config, state, batch, keys):
     """Return actor_bc_coef ||pi(s) - a||^2 - actor_q_coef min_k Q_k(s, pi(s)) / mean |min_k Q_k|.
 
-    It is a mean over the batch, without a gradient through the denominator. The actor is
-    regularised. The critics see clean states. Also returns the actor's variables and scalars to
-    log.
+    It is a mean over the batch, without a gradient through the denominator. The actor has dropout
+    and noise. The critics see clean states. Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key = keys
     observations = batch.observations
@@ -625,10 +625,7 @@ def actor_loss(params, config, state, batch, keys):
 
 
 def actor_objective(config, state, batch, actions, bc_targets):
-    """Return the actor's loss for its actions (B, A), and its term of behaviour cloning.
-
-    With BCN the targets are noisy, and the term is larger for that.
-    """
+    """Return the actor's loss for its actions (B, A), and the loss's cloning term."""
     bc = jnp.sum((actions - bc_targets) ** 2, -1).mean()
     loss = config.actor_bc_coef * bc
     if is_on(config.actor_q_coef):
@@ -641,7 +638,7 @@ def actor_objective(config, state, batch, actions, bc_targets):
 def actor_optimizer(config):
     """Return the actor's optimiser, whose schedule counts the actor's own steps."""
     num_steps = config.num_updates // config.policy_freq
-    learning_rate = decayed(config.actor_learning_rate, config.actor_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.actor_learning_rate, config.actor_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.actor_wd, config.actor_l1_ratio, config.actor_wd_kernels_only
     )
@@ -650,7 +647,7 @@ def actor_optimizer(config):
 def critic_optimizer(config):
     """Return the critics' optimiser."""
     num_steps = config.num_updates
-    learning_rate = decayed(config.critic_learning_rate, config.critic_lr_decay, num_steps)
+    learning_rate = lr_schedule(config.critic_learning_rate, config.critic_lr_decay, num_steps)
     return make_optimizer(
         learning_rate, config.critic_wd, config.critic_l1_ratio, config.critic_wd_kernels_only
     )
@@ -676,7 +673,7 @@ def update_critics(config, state, batch):
 
 
 def update_actor(config, state, batch):
-    """Update the actor and both targets once; return the new state and a dictionary of scalars."""
+    """Update the actor once; return the new state and a dictionary of scalars."""
     key, noise_key, *loss_keys = jax.random.split(state.key, 5)
     params = state.actor["params"]
     grad_fn = jax.grad(actor_loss, has_aux=True)
@@ -687,26 +684,28 @@ def update_actor(config, state, batch):
     actor, actor_opt = optimize(
         actor_optimizer(config), actor, state.actor_opt, grads, config.actor_grad_noise, noise_key
     )
+    return state._replace(actor=actor, actor_opt=actor_opt, key=key), info
+
+
+def update_targets(config, state):
+    """Move both targets by tau towards the networks (Polyak average)."""
     return state._replace(
-        actor=actor,
-        actor_opt=actor_opt,
-        target_actor=optax.incremental_update(actor, state.target_actor, config.tau),
+        target_actor=optax.incremental_update(state.actor, state.target_actor, config.tau),
         target_critic=optax.incremental_update(state.critic, state.target_critic, config.tau),
-        key=key,
-    ), info
+    )
 
 
 def update(config, state, batches):
-    """Update the critics on each batch (policy_freq, B), then the actor and targets on the last.
+    """Update the critics on each of `batches` (policy_freq, B, ...), the actor on the last one.
 
-    A pure function of a TrainState and Transitions. Returns the new state and scalars to log,
-    of the critics those of their last update.
+    Then update the targets. A pure function of a TrainState and Transitions. Returns the new state
+    and scalars to log. The critics' are those of their last update.
     """
     for k in range(config.policy_freq):
         batch = Transitions(*(x[k] for x in batches))
         state, critic_info = update_critics(config, state, batch)
     state, actor_info = update_actor(config, state, batch)
-    return state, {**critic_info, **actor_info}
+    return update_targets(config, state), {**critic_info, **actor_info}
 
 
 def init_state(config, batch, seed):
@@ -786,9 +785,9 @@ def policy(config, actor, data, observations):
 def train(config, run):
     """Train to the end, from the last checkpoint if there is one.
 
-    In turn: make `log_every` updates, then evaluate if that is due. All arrays of states, infos,
-    returns and measurements have a first axis of members here: the run's seeds, or those of
-    several runs that are trained together (harness/members.py).
+    In turn: make `log_every` updates, then evaluate if that is due. Here states, infos, returns
+    and measurements have a leading axis of members: the run's seeds, or those of several runs that
+    are trained together (harness/members.py).
     """
     data = make_dataset(config, load_dataset(config))
     config = with_value_range(config, data)
@@ -813,10 +812,10 @@ def train(config, run):
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
         if is_due and num_updates > run.evaluated:
-            # So that a kill in the evaluation costs no training
+            # A kill during the evaluation then costs no training
             run.checkpoint(states, num_updates, now=True)
             run.evaluate(evaluation, states, num_updates)
-        # After an evaluation, once a minute and on a signal, which then ends the run
+        # This saves after an evaluation, once a minute and on a signal, which also ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -895,7 +894,7 @@ def analyse(config, state, data, samples, episodes):
         for key in ("action_error", "actor_loss"):  # the generalisation gap
             info[f"gap/{key}"] = info[f"validation/{key}"] - info[f"train/{key}"]
         probe = jax.tree.map(lambda x: x[:NUM_PROBED], batches["validation"])
-        cloned = clone_further(config, data, state, probe)
+        cloned = plasticity_probe(config, data, state, probe)
         error_before = action_error(config, data, state.actor, probe)
         info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
     states = observations["evaluation"][:NUM_COMPARED]
@@ -917,10 +916,10 @@ def q_gain(config, data, state, batch):
     return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
 
 
-def clone_further(config, data, state, batch):
+def plasticity_probe(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
 
-    The actor's optimiser starts anew, without decay of its rate or of weights and without noise.
+    A new optimiser starts, without decay of its rate or of the weights, and without noise.
     With fresh moments the size of its steps depends on the learning rate alone, and not on the
     loss's unit or on what came before.
     """
@@ -1108,9 +1107,9 @@ def presets(config, best, best_l2):
     """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`.
 
     TD3+BC minimises the mean over action dimensions of (pi(s) - a)^2, minus 2.5 Q / mean |Q|.
-    Here that is divided by 2.5, which Adam does not see. These differences are left: Q is the
-    smaller critic's, not the first one's; networks start as ReBRAC's do; on AntMaze rewards are
-    multiplied by 100, not lowered by 1, and states are as they are.
+    Here that is divided by 2.5. Adam's steps don't depend on it. These differences are left: Q is
+    the smaller critic's, not the first one's; networks start as ReBRAC's do; on AntMaze rewards are
+    multiplied by 100, not lowered by 1, and states are not normalised, as its author advises.
     """
     large_batch = dict(batch_size=1024, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
     baseline = dict(clip_targets=False)

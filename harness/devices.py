@@ -2,9 +2,8 @@
 
 The arrays of members are split over the devices, and each has a copy of the other arguments. The
 program is the same on each device, for the members there. No member needs another, so the devices
-don't wait for each other. Where members don't divide, copies of the last one fill them up. The
-results then are longer than the members. Nothing that comes after them is evaluated, logged or
-saved.
+don't wait for each other. Where members don't divide, copies of the last one fill them up. These
+copies are at the end of the results, too. They are never evaluated, logged or saved.
 """
 
 import functools

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 
 
 class UserError(ValueError):
@@ -46,6 +47,23 @@ def one_line_errors():
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def disk_errors(path):
+    """Make a UserError about `path` of an error of the disk, as where it is full."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise UserError(f"can't write to {path} ({why})") from error
+
+
+def make_folder(path):
+    """Make a folder, unless it is there. Raise UserError if no file can be written into it."""
+    with disk_errors(path):
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def one_line(error):

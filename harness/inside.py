@@ -31,6 +31,11 @@ def make_samples(data):
     return samples
 
 
+def exact_matmul(x, y):
+    """Return the product of two matrices in float32. A GPU's default is TF32, with 10 bits."""
+    return jnp.matmul(x, y, precision="highest")
+
+
 def feature_statistics(features):
     """Return statistics of features (B, F), the last hidden Dense's outputs before the ReLU.
 
@@ -43,7 +48,7 @@ def feature_statistics(features):
         "feature_norm": jnp.mean(jnp.linalg.norm(features, axis=1)),
         "feature_mean": features.mean(),
         "feature_std": features.std(),
-        "gram": features.T @ features,
+        "gram": exact_matmul(features.T, features),
     }
 
 
@@ -119,7 +124,7 @@ def action_distance(observations, actions, batch):
     """
     # |x - y|^2 = |x|^2 + |y|^2 - 2 x y, but without |x|^2, which changes no order
     squares = jnp.sum(batch.observations**2, 1)
-    distances = squares - 2 * observations @ batch.observations.T
+    distances = squares - 2 * exact_matmul(observations, batch.observations.T)
     number = min(NUM_NEIGHBOURS, len(batch.actions))
     _, nearest = jax.lax.top_k(-distances, number)
     differences = actions[:, None] - batch.actions[nearest]

@@ -154,7 +154,7 @@ class Envs:
             self.own.append(make_copy(self.name))
 
     def rows(self, process):
-        """Return the rows of a process's environments: one in `processes`, from its number on."""
+        """Return the rows of a process's environments: each `processes`-th, from its number on."""
         return self.table[process :: self.processes]
 
     def __del__(self):

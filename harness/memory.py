@@ -59,7 +59,7 @@ def host_bytes(config, state_dim):
 
 
 def first_members(config, number):
-    """Return a config of so many members. Its program has all that the config's program has."""
+    """Return a config of so many members, whose program has all terms of the config's own."""
     own = {name: np.resize(x, number) for name, x in own_numbers(config).items()}
     return replace(config, num_seeds=number, **own)
 

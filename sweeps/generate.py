@@ -4,7 +4,7 @@
     python sweeps/generate.py --num_seeds 5 --directory five  # five in a run, for a GPU with room
 
 They go to sweeps/<algorithm>/<domain>/<experiment>.yaml, and the studies beside the domains. With
-seeds together the results differ by rounding alone.
+seeds together sums are rounded otherwise, and results differ by that.
 """
 
 import argparse
@@ -19,7 +19,7 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which ta
 import yaml
 
 from harness.datasets import DOMAINS, domain
-from harness.errors import one_line_errors
+from harness.errors import disk_errors, one_line_errors
 from harness.scripts import scripts
 
 # Experiments: what varies, and whether the paper has it
@@ -346,9 +346,10 @@ def write_sweep(path, name, program, title, grid):
         parameter = {"values": values} if len(values) > 1 else {"value": values[0]}
         text = yaml.safe_dump(parameter, default_flow_style=True, width=90).strip()
         lines.append(f"  {flag}: " + text.replace("\n", "\n  "))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+    with disk_errors(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write("\n".join(lines) + "\n")
 
 
 def write_sweeps(directory, algorithm, script, seeds_in_a_run):

@@ -242,6 +242,14 @@ def lowered_epoch(script, **flags):
     return lower_epoch(script, small_config(script, **flags)).as_text()
 
 
+def assert_in_full_precision(function, *arguments):
+    """Assert that a function's matrix products are not in TF32, which is a GPU's default."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def to_numpy(states):
     """Return states as NumPy arrays, their random keys included."""
     return jax.device_get(states._replace(key=jax.random.key_data(states.key)))

@@ -756,7 +756,7 @@ def cql_policy_back(config, params, observations, by_mean, by_log_std):
     return gaussian_back(params, observations, by_mean, by_log_std)
 
 
-def cql_log_density(u, means, log_stds):
+def cql_log_prob(u, means, log_stds):
     """Return log pi of tanh(u), where log(1 - tanh(u)^2) is -2 log cosh(u)."""
     log_gaussian = stats.norm.logpdf(u, means, np.exp(log_stds))
     log_slope = -2 * np.log(np.cosh(u))
@@ -767,7 +767,7 @@ def cql_draw(config, params, observations, noise):
     """Return actions and log pi for standard noise (n, B, A)."""
     means, log_stds, _ = cql_policy(config, params, observations)
     u = means + np.exp(log_stds) * noise
-    return np.tanh(u), cql_log_density(u, means, log_stds)
+    return np.tanh(u), cql_log_prob(u, means, log_stds)
 
 
 def cql_samples(config, state, batch, draws):
@@ -779,8 +779,8 @@ def cql_samples(config, state, batch, draws):
     now, log_now = cql_draw(config, actor, batch.observations, draws["now"])
     later, log_later = cql_draw(config, actor, batch.next_observations, draws["next"])
     actions = np.concatenate([uniform, now, later])
-    log_densities = np.concatenate([log_uniform, log_now, log_later])
-    return actions, log_densities
+    log_probs = np.concatenate([log_uniform, log_now, log_later])
+    return actions, log_probs
 
 
 def cql_target(config, state, batch, next_actions):
@@ -808,7 +808,7 @@ def cql_weight(config, state):
     return config.cql_weight * min(alpha, 1e6)
 
 
-def cql_critic_loss(config, values, log_densities, target, weight):
+def cql_critic_loss(config, values, log_probs, target, weight):
     """Return a critic's loss, its mean gap, and its gradient by the values (1 + 3 n, B).
 
     The values are Q of the data's action, then Q_j of the samples of densities mu_j. The gap is
@@ -819,7 +819,7 @@ def cql_critic_loss(config, values, log_densities, target, weight):
     """
     q = values[0]
     error = q - target
-    logits = values[1:] - log_densities
+    logits = values[1:] - log_probs
     log_sum = np.log(np.exp(logits).sum(0))
     gap = log_sum - q
     p = softmax(logits.T).T
@@ -834,7 +834,7 @@ def cql_critic_loss(config, values, log_densities, target, weight):
     return loss, gap.mean(), grad
 
 
-def cql_update_critics(config, state, batch, actions, log_densities):
+def cql_update_critics(config, state, batch, actions, log_probs):
     """Return the state after an update of both critics, and the means of their losses and gaps."""
     num = config.n_actions
     target = cql_target(config, state, batch, actions[2 * num :])
@@ -846,7 +846,7 @@ def cql_update_critics(config, state, batch, actions, log_densities):
     gaps = []
     for k in range(2):
         values = values_of(state["critic"], k, x).reshape(len(judged), -1)
-        loss, gap, grad = cql_critic_loss(config, values, log_densities, target, weight)
+        loss, gap, grad = cql_critic_loss(config, values, log_probs, target, weight)
         own, _ = network_back(state["critic"], k, x, grad.reshape(-1, 1))
         grads.update(own)
         losses.append(loss)
@@ -898,7 +898,7 @@ def cql_cloning_loss(config, state, batch, noise):
     inner = np.clip(batch.actions, -1 + 1e-5, 1 - 1e-5)
     u = np.arctanh(inner)
     z = (u - means) / stds
-    data_log_probs = cql_log_density(u, means, log_stds)
+    data_log_probs = cql_log_prob(u, means, log_stds)
     loss = (alpha * log_probs[0] - data_log_probs).mean()
     size = len(z)
     by_u = alpha * 2 * drawn[0] / size
@@ -941,11 +941,11 @@ def cql_update(config, state, batch, draws):
     `draws` are random numbers by their names, (n, B, A), and of "actor" (B, A).
     """
     num = config.n_actions
-    actions, log_densities = cql_samples(config, state, batch, draws)
-    state, critic_info = cql_update_critics(config, state, batch, actions, log_densities)
+    actions, log_probs = cql_samples(config, state, batch, draws)
+    state, critic_info = cql_update_critics(config, state, batch, actions, log_probs)
     if config.lagrange_gap:
         state = cql_update_multiplier(config, state, critic_info["gap"])
     state, actor_info = cql_update_actor(config, state, batch, draws["actor"])
-    state = cql_update_temperature(config, state, log_densities[num : 2 * num])
+    state = cql_update_temperature(config, state, log_probs[num : 2 * num])
     state = move_target(state, "critic", config.tau)
     return state, {**critic_info, **actor_info}

@@ -13,6 +13,7 @@ from conftest import (
     ACTOR_FLAGS,
     STATE_DIM,
     assert_close,
+    assert_in_full_precision,
     both_scripts,
     init_states,
     of_seed,
@@ -150,6 +151,13 @@ def test_an_action_is_held_against_the_data_in_the_nearest_states():
     assert action_distance(states, actions, batch) == pytest.approx(np.mean(gaps), rel=1e-5)
     same = action_distance(batch.observations, batch.actions, batch)
     assert same == pytest.approx(0, abs=1e-6)
+
+
+def test_neighbours_and_ranks_are_not_those_of_states_in_ten_bits():
+    batch = small_batch(60)
+    states = batch.observations[:7]
+    assert_in_full_precision(action_distance, states, batch.actions[:7], batch)
+    assert_in_full_precision(feature_statistics, states)
 
 
 def test_cka_sees_neither_rotation_nor_scale_nor_shift():

@@ -52,6 +52,9 @@ def test_all_algorithms_and_parts_are_timed():
         (dict(updates=3), "updates 2, 4, ..."),
         (dict(run_updates=1050), "run_updates must be 200, 400, ..."),
         (dict(run_updates=0), "run_updates must be 200, 400, ..."),
+        (dict(scripts=[]), "scripts must be some of rebrac, "),
+        (dict(members=[]), "members must be numbers of 1 or more"),
+        (dict(members=[0]), "members must be numbers of 1 or more"),
         (dict(transitions=[]), "transitions must be numbers of 1000 or more"),
     ],
 )

@@ -1,6 +1,7 @@
 """The benchmark's part `gpu`, small and on the CPU."""
 
 import re
+import threading
 import time
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import iql
+from harness.errors import UserError
 from tools import benchmark, benchmark_gpu
 from tools.timing import first_states, make_config, random_data
 
@@ -63,6 +65,37 @@ def test_a_run_that_takes_too_long_is_killed(tmp_path):
     with pytest.raises(benchmark_gpu.OutOfTime):
         benchmark_gpu.run_script("iql", str(tmp_path), end, num_updates=1_000_000)
     assert time.monotonic() < end + 5
+
+
+def test_a_run_that_is_killed_before_its_time_has_failed(tmp_path, monkeypatch):
+    class Killer(threading.Timer):
+        def __init__(self, seconds, kill):
+            super().__init__(0.5, kill)
+
+    monkeypatch.setattr(benchmark_gpu.threading, "Timer", Killer)
+    with pytest.raises(UserError, match="was killed, perhaps since memory had run out"):
+        benchmark_gpu.run_script("iql", str(tmp_path), time.monotonic() + 300)
+
+
+def test_a_cpu_prints_and_writes_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_gpu, "LIMIT", -1)
+    monkeypatch.setattr(benchmark_gpu, "ROOT", str(tmp_path))
+    benchmark_gpu.gpu_part(CONFIG, str(tmp_path))
+    assert "Left out for lack of time" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_interruption_leaves_the_earlier_file(tmp_path, monkeypatch):
+    file = tmp_path / "gpu.md"
+    file.write_text("measured before")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark_gpu, "machine", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_gpu.gpu_part(replace(CONFIG, gpu_file=str(file)), str(tmp_path))
+    assert file.read_text() == "measured before"
 
 
 def test_td3_bc_is_timed(capsys):

@@ -135,7 +135,7 @@ def test_the_log_density_is_that_of_a_squashed_gaussian():
     slopes = 1 - actions**2
     gaussian = stats.norm.logpdf(u, means, np.exp(log_stds))
     expected = (gaussian - np.log(slopes)).sum(-1)
-    ours = cql.log_density_of_data(actions, means, log_stds)
+    ours = cql.log_prob_of_data(actions, means, log_stds)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_the_integral_of_the_density_is_1():
     centres = (edges[1:] + edges[:-1]) / 2
     mean = jnp.full((1, 1), 0.3)
     log_std = jnp.zeros((1, 1))
-    density = np.exp(cql.log_density_of_data(centres[:, None], mean, log_std))
+    density = np.exp(cql.log_prob_of_data(centres[:, None], mean, log_std))
     integral = density.sum() * 1e-5
     assert integral == pytest.approx(1, abs=1e-3)
 
@@ -154,7 +154,7 @@ def test_the_density_of_drawn_actions_is_that_of_the_same_actions():
     log_stds = jnp.linspace(-1, 0, 32).reshape(16, 2)
     actions, log_probs = cql.draw_actions(KEYS[0], means, log_stds, 5)
     assert actions.shape == (5, 16, 2)
-    expected = cql.log_density_of_data(actions, means, log_stds)
+    expected = cql.log_prob_of_data(actions, means, log_stds)
     np.testing.assert_allclose(log_probs, expected, rtol=1e-3, atol=1e-3)
     assert len(np.unique(actions)) == actions.size
 
@@ -164,14 +164,14 @@ def test_the_density_of_the_datas_outermost_actions_is_finite(action):
     actions = jnp.full((1, 1), action)
     zeros = jnp.zeros((1, 1))
 
-    def log_density(means):
-        return cql.log_density_of_data(actions, means, log_stds=zeros)[0]
+    def log_prob(means):
+        return cql.log_prob_of_data(actions, means, log_stds=zeros)[0]
 
     u = np.arctanh(1 - 1e-5)
     slope = 1 - np.tanh(u) ** 2
     expected = stats.norm.logpdf(u) - np.log(slope)
-    np.testing.assert_allclose(log_density(zeros), expected, rtol=1e-3)
-    grad = jax.grad(log_density)(zeros)
+    np.testing.assert_allclose(log_prob(zeros), expected, rtol=1e-3)
+    grad = jax.grad(log_prob)(zeros)
     np.testing.assert_allclose(grad, action * u, rtol=1e-3)
 
 
@@ -181,7 +181,7 @@ def test_the_density_far_out_is_finite():
     expected = stats.norm.logpdf(0) - np.log(4) + 100
     for u in (-50.0, 50.0):
         outside = jnp.full((1, 1), u)
-        ours = cql.log_density(outside, outside, log_std)
+        ours = cql.log_prob(outside, outside, log_std)
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
@@ -211,13 +211,13 @@ def test_the_samples_estimate_the_integral_over_all_actions():
     data_q = batch.actions @ slopes
     expected = np.log(2 * np.sinh(slopes) / slopes).sum()
 
-    uniform = np.exp(q[0] - samples.log_densities[0])
+    uniform = np.exp(q[0] - samples.log_probs[0])
     by_uniform = np.log(uniform.mean(0))
     np.testing.assert_allclose(by_uniform, expected, atol=0.05)
 
     q = q.reshape(1, -1, 4)
-    log_densities = samples.log_densities.reshape(-1, 4)
-    gap = cql.conservative_gap(config, q, log_densities, data_q[None])
+    log_probs = samples.log_probs.reshape(-1, 4)
+    gap = cql.conservative_gap(config, q, log_probs, data_q[None])
     by_all = gap[0] + data_q - np.log(60_000)
     np.testing.assert_allclose(by_all, expected, atol=0.15)
 
@@ -230,7 +230,7 @@ def test_samples_are_of_the_policy_at_their_own_states_without_dropout():
     assert np.abs(uniform).max() <= 1
     assert np.abs(uniform.mean()) < 0.01
     log_uniform = ACTION_DIM * np.log(0.5)
-    np.testing.assert_allclose(samples.log_densities[0], log_uniform, rtol=1e-6)
+    np.testing.assert_allclose(samples.log_probs[0], log_uniform, rtol=1e-6)
 
     for i, observations in enumerate((BATCH.observations, BATCH.next_observations), start=1):
         means, log_stds = policy(state, observations)
@@ -240,10 +240,10 @@ def test_samples_are_of_the_policy_at_their_own_states_without_dropout():
         is_inside = np.abs(actions).max(0) < 0.999
         assert is_inside.sum() > 10
         np.testing.assert_allclose(sample_means[is_inside], means[is_inside], atol=0.1)
-        log_densities = samples.log_densities[i]
-        expected = cql.log_density_of_data(actions, means, log_stds)
+        log_probs = samples.log_probs[i]
+        expected = cql.log_prob_of_data(actions, means, log_stds)
         is_inside = np.abs(actions).max(-1) < 0.99
-        np.testing.assert_allclose(log_densities[is_inside], expected[is_inside], atol=0.01)
+        np.testing.assert_allclose(log_probs[is_inside], expected[is_inside], atol=0.01)
 
     config = replace(config, actor_dropout=0.9)
     with_dropout = cql.draw_samples(config, state, BATCH, KEYS[0])
@@ -275,8 +275,8 @@ def test_a_q_that_is_constant_in_the_action_has_no_gap():
         return grads, info
 
     grads, info = grads_and_info(10.0)
-    log_densities = np.asarray(samples.log_densities, np.float64).reshape(9, -1)
-    constants = np.log(np.exp(-log_densities).sum(0))
+    log_probs = np.asarray(samples.log_probs, np.float64).reshape(9, -1)
+    constants = np.log(np.exp(-log_probs).sum(0))
     np.testing.assert_allclose(info["gap"] - constants.mean(), 0, atol=1e-4)
     assert abs(info["q"]) > 0.1
     plain, _ = grads_and_info(1e-6)
@@ -320,9 +320,9 @@ def test_alpha_rises_while_the_entropy_is_below_its_target():
     samples = cql.draw_samples(SMALL, state, BATCH, KEYS[0])
     before = state.temperature["params"]["log_alpha"]
     for log_pi, sign in ((ACTION_DIM + 0.5, 1), (ACTION_DIM - 0.5, -1)):
-        log_densities = jnp.full_like(samples.log_densities, 99.0)
-        log_densities = log_densities.at[1].set(log_pi)
-        own = samples._replace(log_densities=log_densities)
+        log_probs = jnp.full_like(samples.log_probs, 99.0)
+        log_probs = log_probs.at[1].set(log_pi)
+        own = samples._replace(log_probs=log_probs)
         after, _ = cql.update_temperature(SMALL, state, own)
         change = after.temperature["params"]["log_alpha"] - before
         np.testing.assert_allclose(change, sign * SMALL.actor_learning_rate, rtol=2e-3)

@@ -239,6 +239,7 @@ def report_commands():
 def test_a_report_of_the_readmes_is_made(command, tmp_path, start):
     """As it stands, but of fewer runs."""
     start(results="results/study", seed=0)
+    os.symlink("study", tmp_path / "results" / "ofn")
     os.makedirs(tmp_path / "data")
     shutil.copy(os.path.join(ROOT, "data", "corl.csv"), tmp_path / "data")
     for name, algorithm in (("study", "iql"), ("curves", "bcq")):

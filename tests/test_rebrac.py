@@ -12,6 +12,7 @@ from conftest import (
     KEYS,
     REGULARISED,
     assert_close,
+    assert_in_full_precision,
     paper_rows,
     run_epochs,
     same_bits,
@@ -126,6 +127,11 @@ def test_hl_gauss_targets_sum_to_one_and_recover_their_mean():
     clipped = np.clip(values, edges[0], edges[-1])
     assert np.abs(means - clipped).max() < width
     np.testing.assert_array_equal(p[0], rebrac.hl_gauss(SMALL, edges[0]))
+
+
+def test_a_value_is_not_rounded_to_ten_bits_on_a_gpu():
+    outputs = jnp.zeros((2, 4, SMALL.n_classes))
+    assert_in_full_precision(lambda outputs: rebrac.critic_values(SMALL, outputs), outputs)
 
 
 def test_a_target_well_outside_gives_no_loss_unless_it_is_clipped():

@@ -380,6 +380,27 @@ def test_damaged_runs_are_left_out_with_the_reason(
     assert re.search(f"left out: {re.escape(path)}: .*{reason}", output)
 
 
+def test_validation_seed_is_no_setting_where_nothing_is_held_out(make_run, tmp_path):
+    paths = [make_run([[1.0, 50]], seed=0, validation_seed=number) for number in (None, 1)]
+    assert paths[0] != paths[1]
+    seeds, left_out = report_runs.read_results([str(tmp_path / "results")])
+    assert len(seeds) == len(left_out) == 1
+    assert seeds[0]["settings"] == (("eval_every", "1000"), ("num_updates", "2000"))
+    make_run([[1.0, 50]], seed=0, validation_seed=1, validation_frac=0.5)
+    seeds, _ = report_runs.read_results([str(tmp_path / "results")])
+    assert ("validation_seed", "1") in seeds[1]["settings"]
+
+
+def test_the_baseline_is_a_row_even_if_all_its_runs_have_another_label(make_run, tmp_path):
+    """IQL's on Adroit is also DO's."""
+    make_run([[1.0, 50]], "iql", dataset_name=PEN)
+    make_run([[1.0, 50]], "iql", actor_dropout=0.1)
+    make_run([[1.0, 50]], "iql", dataset_name=PEN, actor_ln=True)
+    seeds, _ = report_runs.read_results([str(tmp_path / "results")])
+    rows = report_runs.by_label(pd.DataFrame(seeds))
+    assert list(rows["label"].cat.categories) == ["baseline", "DO", "LN"]
+
+
 def test_a_row_that_is_being_written_does_not_hide_a_run(make_run):
     path = make_run([[1, 40]], finished=False)
     table = os.path.join(path, "evaluations.csv")
@@ -697,11 +718,29 @@ def test_differences_are_taken_seed_by_seed():
     assert rows_of(cells) == [
         ["baseline", bracketed(29.5, own), bracketed(59, 2 * own), bracketed(44.25, 1.5 * own)],
         ["L2", f"**+5.0 (+{5 - half:.1f} – +{5 + half:.1f})**", "the same runs", mean],
-        ["LN", "**-1.0 (-1.0 – -1.0)**", "incomplete", "incomplete"],
+        ["LN", "-1.0 (no spread)", "incomplete", "incomplete"],
     ]
     rows.loc[(rows["label"] == "L2") & (rows["final"] == 30), "final"] = 24.0  # -4, 4, 5, 9
     cells = report_tables.difference_table("", rows, {"a": ["a"]}).cells
     assert cells.loc["L2", "a"].startswith("+3.5 (-")
+
+
+def test_equal_differences_say_nothing_of_chance():
+    """Success on AntMaze is coarse, so that two or three seeds may gain the same."""
+    for values in ([[5.0, 5.0]], [[0.1 + 0.2, 0.3, 0.3]]):
+        assert report_tables.p_values(pd.DataFrame(values)).isna().all()
+    zeros = pd.DataFrame([[0.0, 0.0]])
+    assert report_tables.p_values(zeros).tolist() == [1.0]
+
+
+def test_a_mean_over_datasets_needs_each_of_them():
+    """Two runs on one are not one on each."""
+    rows = make_rows({"baseline": {"a": {0: 1.0}, "b": {0: 5.0, 1: 5.0}}})
+    twice = rows[(rows["dataset"] == "b") & (rows["seed"] == 1)]
+    rows = pd.concat([rows, twice.assign(final=7.0)])
+    scores = report_tables.by_seed(rows, "final", ["a", "b"])
+    assert scores.loc["baseline", 0] == 3.0
+    assert np.isnan(scores.loc["baseline", 1])
 
 
 def test_equal_scores_are_not_the_same_runs():
@@ -807,7 +846,7 @@ def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, 
             (dict(actor_ln=True, actor_fn=True), 20),
             (dict(actor_ln=True, actor_gn=True), 0),
         ):
-            score = 50 + gain + seed / 10 + (seed % 2) * len(flags) / 10
+            score = 50 + gain + seed / 10 + (seed % 2) * len(flags) ** 2 / 10
             add_measure(make_run([[1.0, score]], seed=seed, **flags), score / 3)
     found = make_report("results")
     cells = found["ReBRAC: interactions"]
@@ -817,12 +856,12 @@ def test_a_report_tells_what_interacts_and_what_explains(make_run, make_report, 
         "+20.1",
         "3",
     ]
-    assert cells.loc["LN+FN", "interaction"].startswith("**+15.0 (+15.0 – ")
+    assert cells.loc["LN+FN", "interaction"].startswith("**+15.1 (+15.0 – ")
     cells = found["ReBRAC: what explains the score"]
     assert list(cells.index) == ["new measure (training data)"]  # the others are constant
     assert cells["share alone (%)"].tolist() == ["100.0 (100.0 – 100.0)"]
     text = (tmp_path / "report" / "tables.md").read_text()
-    assert "The strongest synergy is LN+FN: +15.0" in text
+    assert "The strongest synergy is LN+FN: +15.1" in text
     assert "No conflict can be told from chance." in text
     assert "have all parts at the same strengths: LN+GN." in text
     assert "| measure | points per standard deviation |" in text
@@ -907,7 +946,7 @@ def test_a_report_tells_whether_a_gain_grows_as_the_data_shrinks(make_run, make_
     cells = cells[[*titles, "p, for each halving"]]
     half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
     expected = [f"**{signed(mean, half)}**" for mean in (12, 6, 3)]
-    assert cells.loc["LN"].tolist() == [*expected, "**+3.0 (+3.0 – +3.0)**", "<0.001"]
+    assert cells.loc["LN"].tolist() == [*expected, "+3.0 (no spread)", ""]
     p = [2 * stats.t.sf(mean / 0.1 * np.sqrt(3), 2) for mean in (0.5, 0.3)]
     expected = [f"**{signed(-1 - 0.5 * h, half * h)}**" for h in (4, 2, 1)]
     assert cells.loc["DO"].tolist() == [*expected, f"**{signed(-0.5, half)}**", f"{2 * p[0]:.3f}"]
@@ -940,8 +979,8 @@ def test_a_label_needs_no_share_that_only_others_have(make_run, make_report, of_
     tables = make_report("results")
     cells = tables["IQL: gain by share of the data"]
     cells = cells[["25 %", "50 %", "100 %", "for each halving"]]
-    expected = ["+4.0 (+4.0 – +4.0)", "+2.0 (+2.0 – +2.0)", "incomplete", "+2.0 (+2.0 – +2.0)"]
-    assert [cell.strip("*") for cell in cells.loc["LN"]] == expected
+    expected = ["+4.0 (no spread)", "+2.0 (no spread)", "incomplete", "+2.0 (no spread)"]
+    assert cells.loc["LN"].tolist() == expected
 
 
 def test_runs_on_the_same_share_make_no_section_on_less_data(make_run, make_report, tmp_path):
@@ -1244,6 +1283,26 @@ def test_a_dataset_on_which_all_runs_failed_is_no_column(make_run, make_report, 
     cells = make_report("results")["ReBRAC, Gym-MuJoCo: scores"]
     assert list(cells) == [HOPPER]
     assert "a wrong file" in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_figures_whose_titles_differ_by_a_sign_have_files_of_their_own(tmp_path):
+    made = Report(str(tmp_path))
+    for title in ("IQL: scores", "IQL+: scores"):
+        made.add_figure(title, plt.figure(), "")
+    assert sorted(os.listdir(tmp_path)) == [
+        "0-iql-scores-again.pdf",
+        "0-iql-scores-again.png",
+        "0-iql-scores.pdf",
+        "0-iql-scores.png",
+    ]
+    assert "![IQL+: scores](0-iql-scores-again.png)" in made.markdown[1]
+
+
+def test_an_unfinished_run_brings_no_empty_column_of_curves(make_run, make_report, tmp_path):
+    make_run([[1.0]], seed=0)
+    make_run([[1.0, 2.0]], seed=1, finished=False)
+    make_report("results", csv=str(tmp_path / "results.csv"))
+    assert "curve" not in pd.read_csv(tmp_path / "results.csv")
 
 
 def test_a_full_disk_is_one_line(monkeypatch, tmp_path):

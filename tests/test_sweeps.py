@@ -55,7 +55,9 @@ DATASETS = {
         for kind in ("human", "cloned", "expert")
     },
 }
-ALL = {"DO", "L2", "L1", "EN", "LN", "FN", "GN", "BN", "SN", "InN", "BCN", "GrN"}
+PAPERS = {"DO", "L2", "L1", "EN", "LN", "FN", "GN", "BN", "SN", "InN", "BCN", "GrN"}
+OWN = set(OURS["rebrac"].CHOSEN) - PAPERS - {"RMS", "SAM"}  # a fork's
+ALL = PAPERS | OWN
 FIVE = set(range(5))
 HELD_OUT = dict(validation_frac={0.05}, seed=FIVE)
 SCALING = {0.1, 0.25, 0.5, 0.75, 0.9}
@@ -240,7 +242,10 @@ def test_each_grid_is_the_one_listed(path):
         noise = load(path)["parameters"]["eval_noise"]
         assert noise == {"value": [[0.2, 0], [0, 0.05]]}
     if experiment in ("pairs", "triples"):
-        size, number = {"pairs": (2, 12 * 11 // 2 - 3), "triples": (3, 5 * 6)}[experiment]
+        number_of_pairs = len(ALL) * (len(ALL) - 1) // 2 - 3  # without those of weight decays
+        number_of_triples = 5 * (len(ALL) - 6)
+        sizes = {"pairs": (2, number_of_pairs), "triples": (3, number_of_triples)}
+        size, number = sizes[experiment]
         words = [frozenset(name.split("+")) for name in grid.pop("regularisers")]
         assert all(len(word) == size and word <= ALL for word in words)
         assert len(set(words)) == len(words) == number
@@ -610,8 +615,11 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
         ("FILE --evaluate RUN", "a sweep only trains; give --evaluate and --video to a script"),
         ("FILE --video a.mp4", "a sweep only trains; give --evaluate and --video to a script"),
         ("--plan FILE --process 2", "there is no flag --process"),
-        ("--seed 1 FILE", "name the files first, then --seed and other flags of the scripts"),
-        ("--processes 2 --seed 1 FILE", "name the files first, then --seed and other flags"),
+        ("--seed 1 FILE", "name all files first, then the flags, as --seed"),
+        ("--processes 2 --seed 1 FILE", "name all files first, then the flags, as --seed"),
+        ("FILE --processes 2 b.yaml", "name all files first, then the flags; b.yaml comes after"),
+        ("FILE --seed 1 b.yaml", "name all files first, then the flags; b.yaml comes after a flag"),
+        ("--together FILE", "name all files first, then the flags"),
         ("FILE --process 2", "there is no flag --process"),
         ("--plan", "the following arguments are required: files"),
         ("FILE --processes two", "argument --processes: invalid int value: 'two'"),
@@ -988,6 +996,18 @@ def test_looking_for_locks_leaves_nothing(write_sweep, monkeypatch, capsys, tmp_
     assert list((tmp_path / "results").iterdir()) == []
 
 
+def test_what_ends_a_program_of_several_runs_is_told_of_each(tmp_path):
+    """A traceback beside its runs is in the first one's output."""
+    jobs = [ShellJob(tmp_path / f"job{i}", "") for i in range(2)]
+    for job in jobs:
+        os.makedirs(job.directory)
+    with open(jobs[0].output_path(), "w") as file:
+        file.write("Traceback\nKeyError: 'my_column'\n")
+    now = Status("unfinished", "", 0, False)
+    for job in jobs:
+        assert sweep.why_it_failed(job, now, 1, jobs) == "KeyError: 'my_column'"
+
+
 @pytest.mark.parametrize("code", [0, os.EX_TEMPFAIL])
 def test_each_run_of_a_program_has_its_own_end(tmp_path, code):
     """One that it has left out is another process's. One may have printed nothing."""
@@ -1009,7 +1029,7 @@ def test_each_run_of_a_program_has_its_own_end(tmp_path, code):
     assert (pool.done, pool.failed, pool.busy) == (jobs[:1], jobs[1:2], jobs[2:])
     assert lines == [
         "1 done, 0 failed, 2 to go: job0\n    final score 1",
-        "1 done, 1 failed, 1 to go: job1\n    no output; is the disk full?",
+        "1 done, 1 failed, 1 to go: job1\n    error: why",
     ]
 
 

@@ -95,7 +95,7 @@ class Config:
     eval_episodes: List[int] = field(default_factory=lambda: [10, 100])  # and as many noisy
     members: List[int] = field(default_factory=lambda: [1, 8, 32, 128])  # of the part `gpu`
     run_updates: int = 100_000  # of a whole run in the part `gpu`
-    gpu_file: str = os.path.join(ROOT, "data", "gpu.md")  # for what the part `gpu` prints
+    gpu_file: Optional[str] = None  # for what the part `gpu` prints; default: on a GPU data/gpu.md
 
 
 def regularisers(script):
@@ -366,6 +366,10 @@ def check_config(config):
         unknown = sorted(set(words) - set(known))
         if unknown:
             raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    if not config.scripts:
+        raise UserError(f"scripts must be some of {', '.join(scripts())}")
+    if not config.members or min(config.members) < 1:
+        raise UserError("members must be numbers of 1 or more")
     if config.rounds < 1 or config.updates < 2 or config.updates % 2:
         raise UserError("rounds must be 1 or more, and updates 2, 4, ...")
     if min(config.eval_episodes, default=0) < 1:

@@ -3,7 +3,7 @@
     python -m tools.benchmark --parts '[gpu]' --rounds 3
     python -m tools.benchmark --parts '[gpu]' --members '[1, 2]' --run_updates 1000  # on a CPU
 
-It prints what it measures and writes it to data/gpu.md, which tools/README.md shows.
+It prints what it measures. On a GPU it also writes it to data/gpu.md, which tools/README.md shows.
 """
 
 import contextlib
@@ -51,15 +51,30 @@ class OutOfTime(Exception):
 
 def gpu_part(config, folder):
     """Print the tables, and write them to the config's `gpu_file`."""
+    path = config.gpu_file
+    if path is None and has_accelerator():
+        path = os.path.join(ROOT, "data", "gpu.md")
+    if path is None:
+        return measure_all(config, folder)
+    try:
+        with open(f"{path}.partial", "w") as file:  # an interruption leaves the earlier file whole
+            with contextlib.redirect_stdout(Both(sys.stdout, file)):
+                measure_all(config, folder)
+        os.replace(f"{path}.partial", path)
+    except OSError as error:
+        raise UserError(f"can't write {path} ({error.strerror})") from error
+
+
+def measure_all(config, folder):
+    """Measure the parts one after the other, until the time is up."""
     end = time.monotonic() + LIMIT
-    with open(config.gpu_file, "w") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
-        print(f"python -m tools.benchmark --parts '[gpu]': {machine()}")
-        for about, measure in parts(config, folder, end):
-            try:
-                check_time(end)
-                measure()
-            except OutOfTime:
-                print(f"\nLeft out for lack of time: {about}.", flush=True)
+    print(f"python -m tools.benchmark --parts '[gpu]': {machine()}")
+    for about, measure in parts(config, folder, end):
+        try:
+            check_time(end)
+            measure()
+        except OutOfTime:
+            print(f"\nLeft out for lack of time: {about}.", flush=True)
 
 
 def check_time(end):
@@ -141,7 +156,7 @@ def time_members(config, name):
     ceiling = 10 * num_operations(*large) / seconds["large"]
     print_head(
         "updates/s of all members",
-        "against one",
+        f"against {config.members[0]}",
         "share of a large product's rate",
         "GB",
         "minutes for 1,000,000 updates of all",
@@ -195,7 +210,8 @@ def run_script(name, results, end, **flags):
             finally:
                 timer.cancel()
         if run.returncode == -signal.SIGKILL:
-            raise OutOfTime
+            check_time(end)
+            raise UserError(f"{' '.join(words)} was killed, perhaps since memory had run out")
         if run.returncode != 0:
             errors.seek(0)
             raise UserError(f"{' '.join(words)} has failed: {errors.read().strip()[-200:]}")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from harness.config import parse
 from harness.datasets import episode_returns, normalized_score
 from harness.environments import d4rl, gym
-from harness.errors import UserError, one_line_errors
+from harness.errors import UserError, disk_errors, make_folder, one_line_errors
 
 try:  # after gym, which sbx would import aloud
     import gymnasium
@@ -157,7 +157,7 @@ def write(config, kind, data):
     path = file_path(config, kind)
     about = summary(data, ENVS[config.env])
     options = dict(compression="gzip", compression_opts=9, shuffle=True)
-    with h5py.File(f"{path}.partial", "w") as file:
+    with disk_errors(path), h5py.File(f"{path}.partial", "w") as file:
         for key, column in data.items():
             file.create_dataset(key, data=column, **options)
         file.attrs["made_by"] = f"python -m tools.collect {shlex.join(sys.argv[1:])}"
@@ -170,7 +170,6 @@ def write(config, kind, data):
 
 def collect(config):
     """Train SAC up to the best policy that is needed, and write the datasets on the way."""
-    os.makedirs(config.directory, exist_ok=True)
     env = Recorder(ENVS[config.env], config.seed)
     model = SAC("MlpPolicy", env, learning_starts=10_000, seed=config.seed)
     has_bar = sys.stderr.isatty()
@@ -199,6 +198,7 @@ def collect(config):
 def main():
     config = parse(Config)
     check(config)
+    make_folder(config.directory)
     collect(config)
 
 

@@ -30,9 +30,10 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from harness.checkpoint import write_file
 from harness.config import parse
 from harness.environments import d4rl, gym
-from harness.errors import UserError, one_line_errors
+from harness.errors import UserError, disk_errors, make_folder, one_line_errors
 
 ant = d4rl.locomotion.ant
 maze_env = d4rl.locomotion.maze_env
@@ -76,6 +77,8 @@ def check(config):
         raise UserError("walker must end in .npz")
     if config.walker_steps == 0 and not os.path.isfile(config.walker):
         raise UserError(f"there is no file {config.walker}; make it by --walker_steps 300000")
+    if config.walker_steps and os.path.exists(config.walker):
+        raise UserError(f"{config.walker} is there; name another by --walker, or remove it")
 
 
 # --- The walker ---
@@ -145,8 +148,8 @@ def train_walker(config):
     for i in range(3):  # two hidden layers and the mean
         arrays[f"kernel{i}"] = np.asarray(layers[f"Dense_{i}"]["kernel"])
         arrays[f"bias{i}"] = np.asarray(layers[f"Dense_{i}"]["bias"])
-    os.makedirs(os.path.dirname(config.walker) or ".", exist_ok=True)
-    np.savez(config.walker, **arrays)
+    with disk_errors(config.walker):
+        write_file(config.walker, lambda file: np.savez(file, **arrays))
 
 
 def read_walker(path):
@@ -275,8 +278,7 @@ def write(config, kind, data):
     }
     url = gym.spec(f"antmaze-{kind}-v2").kwargs["dataset_url"]
     path = os.path.join(config.directory, os.path.basename(url))
-    os.makedirs(config.directory, exist_ok=True)
-    with h5py.File(f"{path}.partial", "w") as file:
+    with disk_errors(path), h5py.File(f"{path}.partial", "w") as file:
         for key, column in columns.items():
             column = column.reshape(-1, *column.shape[2:])
             file.create_dataset(key, data=column, compression="gzip", shuffle=True)
@@ -298,7 +300,9 @@ def write(config, kind, data):
 def main():
     config = parse(Config)
     check(config)
+    make_folder(config.directory)
     if config.walker_steps:
+        make_folder(os.path.dirname(config.walker) or ".")
         train_walker(config)
     for kind in config.kinds:
         collect(config, kind)

@@ -129,13 +129,11 @@ class Job:
         return os.path.join(self.directory, "output.txt")
 
     def last_words(self):
-        """Return the last line of its output, without the directory."""
+        """Return the last line of its output, without the directory. Return "" if it has none."""
         lines = []
         with contextlib.suppress(OSError), open(self.output_path(), errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
-        if not lines:
-            return "no output; is the disk full?"
-        return lines[-1].removesuffix(f"; {self.directory}")
+        return lines[-1].removesuffix(f"; {self.directory}") if lines else ""
 
 
 def read_jobs(paths, flags, add_checksum=with_checksum):

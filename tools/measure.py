@@ -150,7 +150,8 @@ def speed_of(kind, fitting):
 def updates_per_second(script, config, data):
     """Return the rate of all members, how many they are, and the seconds to compile.
 
-    On a CPU two stand for more, since members take as long as one after the other.
+    On a CPU at most two members are measured, since there members together take as long as one
+    after the other.
     """
     if not has_accelerator():
         log_every = 10 * getattr(config, "policy_freq", 1)

@@ -2,8 +2,8 @@
 
 No run is started, and no run's directory made. measure.py measures, of each script, the updates a
 second of the kind of program that has the most to do, and in each domain the steps a second of an
-evaluation. The rest is reckoned: other kinds make as many floating-point operations a second in
-their matrix products, whose number follows from the shapes.
+evaluation. The rest is reckoned. All kinds are taken to make as many floating-point operations a
+second in their matrix products. The number of these operations follows from the shapes.
 """
 
 import functools

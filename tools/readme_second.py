@@ -43,6 +43,7 @@ def finished(algorithm, file="second.csv"):
     ReBRAC has other coefficients on each dataset. That is no setting here.
     """
     seeds, _ = read_results([path_of("data", file)])
+    seeds = [seed for seed in seeds if seed["state"] == "finished"]
     table = pd.DataFrame([seed for seed in seeds if seed["algorithm"] == algorithm])
     share = table["config"].map(shares.share_of)
     return table.assign(final=table["score"], share=share, settings=[()] * len(table))
@@ -112,9 +113,10 @@ def tenth(algorithm):
 
 
 def varied(runs, values):
-    """Return those that differ from the baseline in these fields alone, beside share and seed.
+    """Return the runs that differ from their dataset's baseline in these fields alone.
 
-    `values` is {field: those that it may have}. On Adroit IQL's baseline has dropout.
+    The share and the seed may differ, too. `values` is {field: those that it may have}. On Adroit
+    IQL's baseline has dropout.
     """
     configs = {}
     for dataset, labels, config in zip(runs["dataset"], runs["labels"], runs["config"]):

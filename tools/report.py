@@ -12,7 +12,6 @@ run each counts as a run.
 """
 
 import base64
-import contextlib
 import glob
 import os
 import re
@@ -30,7 +29,7 @@ from markdown_it import MarkdownIt
 
 from harness.config import parse
 from harness.datasets import DOMAINS
-from harness.errors import UserError, one_line, one_line_errors
+from harness.errors import UserError, disk_errors, make_folder, one_line, one_line_errors
 from harness.scripts import scripts
 from tools import report_effects as effects
 from tools import report_figures as figures
@@ -77,16 +76,8 @@ class Report:
         self.markdown = []
         self.latex = ["% needs booktabs and graphicx\n"]
         self.sections = 0
-        with self.disk_errors():
-            os.makedirs(directory, exist_ok=True)
-            open(self.path("tables.md"), "a").close()
-
-    @contextlib.contextmanager
-    def disk_errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"can't write to {self.directory} ({error.strerror})") from error
+        self.figures = set()  # names of their files
+        make_folder(directory)
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -108,8 +99,11 @@ class Report:
         if figure is None:
             return
         name = re.sub(r"[^a-z0-9]+", "-", f"{self.sections}-{title}".lower())
+        while name in self.figures:  # of an algorithm such as IQL+ beside IQL
+            name += "-again"
+        self.figures.add(name)
         for suffix in ("png", "pdf"):
-            with self.disk_errors():
+            with disk_errors(self.directory):
                 figure.savefig(self.path(f"{name}.{suffix}"), dpi=130, bbox_inches="tight")
         plt.close(figure)
         self.markdown.append(f"![{title}]({name}.png)\n\n{title}. {caption}\n")
@@ -126,7 +120,7 @@ class Report:
             "index.html": f"{head}{CSS}{page}</html>\n",
         }
         for name, text in texts.items():
-            with self.disk_errors():
+            with disk_errors(self.directory):
                 with open(self.path(name), "w", encoding="utf-8", errors="replace") as file:
                     file.write(text)
         print(f"wrote {self.path('index.html')}, tables.md, tables.tex and the figures")
@@ -368,8 +362,10 @@ def add_published(report, published, seeds):
 
 
 def main(config):
-    if config.final not in ("last", "mean") or config.reps < 1 or config.variants < 1:
-        raise UserError("final must be last or mean, reps and variants 1 or more")
+    if config.final not in ("last", "mean"):
+        raise UserError("final must be last or mean")
+    if min(config.reps, config.variants) < 1:
+        raise UserError("reps and variants must be 1 or more")
     scripts()  # an error before any work if two have one name
     published = None if config.beside is None else read_published(config.beside)
     report = Report(config.output)  # an error before any work if it can't be written

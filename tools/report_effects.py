@@ -408,10 +408,9 @@ def regulariser(label, chosen):
 def between_p(sample, products, chosen):
     """Return p values (measures,): do regularisers that move a measure more also gain more?
 
-    Two things are chance. The first is which regulariser moves which measure, for which
-    regularisers are permuted. The second is the seeds, which similar regularisers share, for which
-    Student's t is over the blocks. p is the larger of the two. Also return the number of
-    regularisers.
+    Two things may be chance. One is which regulariser moves which measure: for it the regularisers
+    are permuted. The other is the seeds, which all regularisers share: for it Student's t is over
+    the blocks. p is the larger of the two. Also return the number of regularisers.
     """
     means = regulariser_means(sample, chosen)
     number = means.shape[1]
@@ -439,9 +438,9 @@ def regulariser_means(sample, chosen):
 
 
 def rests_on(rows, chosen, columns):
-    """Return by a measure's title the regularisers on whose runs its small p rests.
+    """Return {measure's title: regularisers on which its small p between regularisers rests}.
 
-    Without the runs of one of these p between regularisers, not corrected, isn't below LEVEL.
+    Without the runs of one of these, p is LEVEL or more before any correction.
     """
     found = {measure_title(column): [] for column in columns}
     if not found:

@@ -37,9 +37,10 @@ from tools.results import parse_row, read_table
 
 BASELINE = "baseline"  # the label of a run without regularisers
 
-# Fields of the networks end in this if they are no regularisers, and these change no result
+# Endings of the fields actor_... and critic_... that are no regularisers
 NO_REGULARISER = ("learning_rate", "coef", "layers", "loss")
 DATA = ("dataset_name", "dataset_path", "dataset_sha256")
+# Fields by which a report makes no sections
 NO_SETTING = ("seed", "num_seeds", *DATA, "log_every", "analysis")
 
 
@@ -148,11 +149,14 @@ def changed_fields(config, default):
 def run_settings(script, config):
     """Return what else differs from the defaults: (("batch_size", "256"), ...).
 
-    What `tuned` makes of the regularisers is left out, such as BCQ's widths with GroupNorm.
+    What `tuned` makes of the regularisers is left out, such as BCQ's widths with GroupNorm. So is
+    validation_seed if nothing is held out.
     """
     own = {key: config[key] for key in config if key in vars(script.Config())}
     default = saved_fields(vars(default_config(script.Config(**own), script.tuned)))
     skipped = named_fields(script) | unnamed_fields(script) | set(NO_SETTING)
+    if config["validation_frac"] == 0:
+        skipped.add("validation_seed")
     changed = [key for key in changed_fields(config, default) if key not in skipped]
     return tuple((key, str(config[key])) for key in sorted(changed))
 
@@ -330,7 +334,7 @@ def content(seed):
 
 
 def name_datasets(seeds):
-    """Give each dataset one label: the same file has one under any path, and another, another."""
+    """Give each file one label: the same under any path, and another for each other file."""
     labels = {}
     for seed in seeds:
         known = labels.get(content(seed), seed["dataset"])
@@ -444,9 +448,10 @@ def read_wandb(project):
 def by_settings(seeds):
     """Yield settings and the seeds (a DataFrame) that have them, the most first.
 
-    A seed is wherever all the settings are its own. So a dataset whose batch size is 256 anyway is
-    with batch_size=256, too, and IQL with a critic_loss, which it doesn't have. Settings whose
-    seeds are all with others, too, are left out.
+    A seed has settings if its config agrees with them, and if it differs from the defaults in
+    nothing else. So a dataset whose batch size is 256 anyway is with batch_size=256, too, and IQL
+    with a critic_loss, which it doesn't have. Settings whose seeds are all with others, too, are
+    left out.
     """
     members = {}
     pairs = list(zip(seeds["settings"], seeds["config"]))
@@ -480,7 +485,8 @@ def label_key(script, label):
 def by_label(seeds):
     """Return the seeds of one algorithm, one row for each of their labels, in the labels' order.
 
-    The column `label` is categorical. A label is left out if all its runs have another, too.
+    The column `label` is categorical. A label is left out if all its runs have another, too, but
+    never the baseline.
     """
     script = scripts()[seeds["algorithm"].iloc[0]]
     rows = seeds.explode("labels").rename(columns={"labels": "label"})
@@ -488,7 +494,8 @@ def by_label(seeds):
     kept = []
     for name in sorted(runs, key=lambda name: label_key(script, name)):
         within = any(runs[name] < others for others in runs.values())
-        if not within and runs[name] not in [runs[other] for other in kept]:
+        is_new = not within and runs[name] not in [runs[other] for other in kept]
+        if is_new or name == BASELINE:
             kept.append(name)
     rows = rows[rows["label"].isin(kept)]
     return rows.assign(label=pd.Categorical(rows["label"], kept, ordered=True))

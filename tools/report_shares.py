@@ -47,7 +47,10 @@ def share_of(config):
 
 
 def without_share(settings, config):
-    """Return settings and a config without the share, and without validation_seed if it is 1."""
+    """Return settings and a config without the share.
+
+    On all data validation_seed, which then does nothing, is left out, too.
+    """
     skipped = ["validation_frac"]
     if config["validation_frac"] == 0:
         skipped.append("validation_seed")

@@ -111,26 +111,40 @@ def by_seed(rows, column, datasets):
 
     NaN where a dataset is missing.
     """
-    groups = rows[rows["dataset"].isin(datasets)].groupby(["label", "seed"])[column]
-    return groups.mean().where(groups.count() == len(datasets)).unstack("seed")
+    own = rows[rows["dataset"].isin(datasets)]
+    own = own.assign(present=own["dataset"].where(own[column].notna()))
+    groups = own.groupby(["label", "seed"])
+    is_whole = groups["present"].nunique() == len(datasets)
+    return groups[column].mean().where(is_whole).unstack("seed")
+
+
+def standard_errors(values):
+    """Return the standard errors of the means of rows over seeds.
+
+    A row of fewer than two seeds has none: NaN. Nor has a row of equal values other than 0, since
+    a spread of 0 says nothing of chance. Such rows are those of AntMaze's scores, which are coarse.
+    """
+    errors = values.sem(axis=1)
+    means = values.mean(axis=1).abs()
+    return errors.where((errors > 1e-9 * means) | (means == 0))
 
 
 def mean_and_interval(values):
     """Return the means of rows over seeds, and half their 95 % intervals by Student's t.
 
-    A row of fewer than two seeds has neither: NaN.
+    A row of fewer than two seeds has neither: NaN. One without a standard error has no interval.
     """
     degrees = values.count(axis=1) - 1
-    halves = values.sem(axis=1) * stats.t.ppf(0.975, degrees)
-    return values.mean(axis=1).where(halves.notna()), halves
+    halves = standard_errors(values) * stats.t.ppf(0.975, degrees)
+    return values.mean(axis=1).where(degrees > 0), halves
 
 
 def p_values(values):
     """Return Student's two-sided p of rows over seeds having the mean 0.
 
-    A row of fewer than two seeds has none: NaN. A row of zeros has 1.
+    A row without a standard error has none: NaN. A row of zeros has 1.
     """
-    errors = values.sem(axis=1)
+    errors = standard_errors(values)
     statistics = (values.mean(axis=1).abs() / errors).fillna(0)  # 0 / 0
     p = 2 * stats.t.sf(statistics, values.count(axis=1) - 1)
     return pd.Series(p, values.index).where(errors.notna())
@@ -214,10 +228,9 @@ def estimate(arrays, reps):
 def improvements(rows, datasets):
     """Return by how many percent of the baseline's mean score each label is better than it.
 
-    They are taken seed by seed, over the datasets. Rows of label, point, low, high, where the
-    interval is of 95 %, by Student's t. It leaves out the chance in the baseline's mean. There are
-    no rows if that isn't positive, and none of labels without an interval or with the baseline's
-    own runs.
+    It is taken seed by seed, over the datasets. Rows of label, point, low, high. The interval is of
+    95 %, by Student's t, and takes the baseline's mean as known. There are no rows if that isn't
+    positive. Labels without an interval, or with the baseline's own runs, have none.
     """
     scores = by_seed(rows, "final", datasets)
     columns = ["label", "point", "low", "high"]
@@ -351,9 +364,11 @@ def p_text(p):
 
 
 def interval_text(mean, half, sign):
-    """Return a mean and its interval as a text, "incomplete" without an interval."""
-    if np.isnan(half):
+    """Return a mean and its interval as a text, "incomplete" without a mean."""
+    if np.isnan(mean):
         return "incomplete"
+    if np.isnan(half):
+        return f"{mean:{sign}.1f} (no spread)"
     return bounds_text(mean, mean - half, mean + half, sign)
 
 

@@ -42,7 +42,8 @@ def write_results(path, seeds):
         rows.append({**row_of(seed), **differences})
     table = pd.DataFrame(rows)
     others = [name for name in table if name not in (*FIRST, *fields, *SCORES)]
-    scores = [name for name in SCORES if name != "curve" or any(table.get(name, ""))]
+    has_curve = "curve" in table and table["curve"].fillna("").any()
+    scores = [name for name in SCORES if name != "curve" or has_curve]
     order = [*FIRST, *fields, *scores, *others]
     try:
         table.reindex(columns=order).to_csv(path, index=False, float_format="%.9g")

@@ -42,14 +42,14 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which ta
 from tqdm import tqdm
 
 from harness.datasets import dataset_file
-from harness.directory import status
+from harness.directory import is_finished, status
 from harness.errors import DeviceError, UserError, one_line, one_line_errors
 from tools.jobs import AS_MANY_AS_FIT, make_groups, read_jobs, share_of
 from tools.plan import print_plan, with_known_checksum
 
 LOOK_EVERY = 30  # seconds between looks at what other processes train
 PROGRESS_EVERY = 5  # seconds between looks at how far a program is, once it has its locks
-LOCK_SECONDS = 10  # a process that has taken no more lock for so long leaves the other runs out
+LOCK_SECONDS = 10  # after so long without a new lock a process has all locks that it will take
 
 
 class Program:
@@ -296,7 +296,7 @@ class Pool:
             if has_lost_device and not self.has_ended(job, now):
                 left.append(job)
             else:
-                self.note_end(job, now, code, len(program.jobs) > 1)
+                self.note_end(job, now, code, program.jobs)
         if has_lost_device:
             self.say(f"a device has failed: {program.jobs[0].last_words()}")
             self.lose(slot, left)
@@ -306,15 +306,15 @@ class Pool:
         self.lost.add(slot)
         self.waiting += self.programs([job for job in jobs if self.is_free(job)])
 
-    def note_end(self, job, now, code, in_group):
-        """Note how a job has ended, and print it unless it was stopped."""
-        is_left_out = code == os.EX_TEMPFAIL or (in_group and code == 0)
+    def note_end(self, job, now, code, group):
+        """Note how a job of a group has ended, and print it unless it was stopped."""
+        is_left_out = code == os.EX_TEMPFAIL or (len(group) > 1 and code == 0)
         if now.busy or (now.state == "unfinished" and is_left_out):  # another process was faster
             self.busy.append(job)
         elif now.state == "finished":
             self.note(job, self.done, job.last_words())
         elif not self.signals:
-            self.note(job, self.failed, why_it_failed(job, now, code))
+            self.note(job, self.failed, why_it_failed(job, now, code, group))
 
     def note(self, job, ended, words):
         """Note that a job has ended, and print it."""
@@ -331,15 +331,18 @@ def failed_at(job):
     return None
 
 
-def why_it_failed(job, now, code):
-    """Return why a job's process has failed, also where it couldn't write it itself."""
+def why_it_failed(job, now, code, group):
+    """Return why a job of a group has failed, also where its process couldn't write it.
+
+    What the process prints beside its runs, such as a traceback, is in the first job's output.
+    """
     if code < 0:
         why = signal.strsignal(-code)
         if code == -signal.SIGKILL:
             why = "killed, perhaps since memory had run out"
         return f"{why}; the same command resumes from the last checkpoint"
     if now.reason:  # it could write its failed.txt
-        return job.last_words()
+        return job.last_words() or one_line(now.reason)
     try:
         with open(job.output_path(), "ab") as output:
             output.write(b"\n")
@@ -348,7 +351,10 @@ def why_it_failed(job, now, code):
             f"can't write to {job.directory} ({error.strerror}); once that is fixed, the same "
             "command resumes from the last checkpoint"
         )
-    return job.last_words()
+    words = job.last_words()
+    if not words and not is_finished(group[0].directory):
+        words = group[0].last_words()
+    return words or "no output; is the disk full?"
 
 
 # --- Disks without locks ---
@@ -404,10 +410,15 @@ def place_in_array():
     return (index - first) // step, number
 
 
+FILES_FIRST = "name all files first, then the flags"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message):
+        if "invalid int value" in message and ".yaml" in message:
+            raise UserError(FILES_FIRST)
         raise UserError(message)
 
 
@@ -435,7 +446,10 @@ def main():
     before = words[words.index(given.files[0]) - 1]
     is_scripts = re.fullmatch(r"--\w+", before) and before not in ("--plan", "--download")
     if is_scripts:  # then what was taken for a file is this flag's value
-        raise UserError(f"name the files first, then {before} and other flags of the scripts")
+        raise UserError(f"{FILES_FIRST}, as {before}")
+    for before, word in zip(["", *flags], flags):
+        if word.endswith(".yaml") and not f"{before} {word}".startswith("--"):
+            raise UserError(f"{FILES_FIRST}; {word} comes after a flag")
     for name in ("processes", "together"):
         number = getattr(given, name)
         if number != AS_MANY_AS_FIT and number < 1:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from harness.lockstep import available_cores
 from harness.members import init_states, split_config
 from harness.scripts import scripts
 
@@ -60,10 +61,11 @@ def machine():
     """Return a line about what this runs on."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(": ")[1].strip() for line in file if line.startswith("model name")]
-    model = models[0] if models else "unknown"
+    model = models[0] if models else platform.machine()  # ARM's have no such line
     device = jax.devices()[0].device_kind
     python = platform.python_version()
-    return f"{len(models)} cores of {model}; {device}; jax {jax.__version__}; Python {python}"
+    cores = available_cores()
+    return f"{cores} cores of {model}; {device}; jax {jax.__version__}; Python {python}"
 
 
 # --- Updates ---
