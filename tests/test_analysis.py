@@ -406,7 +406,7 @@ def test_plasticity_is_100_steps_of_adam_on_the_held_out_batch():
     with jax.enable_x64(True):
         batch = rebrac.transitions(data, data["validation"])
         state = widen(small_state(rebrac, config))
-        actor = rebrac.clone_further(config, data, state, batch)
+        actor = rebrac.plasticity_probe(config, data, state, batch)
     params = reference.numpy_state(state)["actor"]
     opt = reference.init_adam(params)
     for _ in range(100):
@@ -443,7 +443,7 @@ def test_plasticity_is_the_share_of_the_error_that_is_left_on_the_probe(script, 
         state = of_seed(states, 0)
         index = make_samples(data)["validation"][:10]
         batch = script.transitions(data, index)
-        cloned = script.clone_further(config, data, state, batch)
+        cloned = script.plasticity_probe(config, data, state, batch)
     left = []
     for actor in (cloned, state.actor):
         errors = np.asarray(script.act(config, actor, data, batch.observations)) - batch.actions
@@ -462,7 +462,7 @@ def test_plasticity_does_not_depend_on_the_losss_unit_or_the_past(script, monkey
     batch = script.transitions(data, data["validation"][:100])
 
     def cloned(config, state):
-        return script.clone_further(config, data, state, batch)["params"]
+        return script.plasticity_probe(config, data, state, batch)["params"]
 
     usual = cloned(config, state)
     fresh = script.actor_optimizer(config).init(state.actor["params"])
