@@ -139,9 +139,16 @@ def test_a_fork_keeps_the_tests_of_what_the_scripts_share(checkout):
     for name in OURS:
         (checkout / f"{name}.py").write_text(with_ofn(read(f"{name}.py")))
     (checkout / "bc.py").write_text(behaviour_cloning())
-    strengths = "tests/test_config.py::test_a_regularisers_name_stands_for_the_papers_strength"
-    command = [sys.executable, "-m", "pytest", "-n", "0", "tests/test_scripts.py", strengths]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    here = dict(cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)})
+    subprocess.run([sys.executable, "sweeps/generate.py"], check=True, **here)
+    tests = [
+        "tests/test_scripts.py",
+        "tests/test_config.py::test_a_regularisers_name_stands_for_the_papers_strength",
+        "tests/test_sweeps.py::test_the_files_are_what_the_generator_writes",
+        "tests/test_sweeps.py::test_each_grid_is_the_one_listed",
+    ]
+    command = [sys.executable, "-m", "pytest", "-n", "0", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, **here)
     assert done.returncode == 0, done.stdout
 
 
