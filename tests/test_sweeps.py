@@ -304,6 +304,14 @@ def test_the_readmes_table_counts_the_runs():
                 assert updates == f"{sum(runs) / 1000:.2f}"  # 10^9
 
 
+def test_the_command_for_the_whole_paper_names_the_papers_files():
+    with open(os.path.join(FOLDER, "README.md")) as file:
+        text = file.read()
+    papers = re.findall(r"^\| `(\w+)\.yaml` \|[^|]*\| yes", text, re.MULTILINE)
+    (command,) = re.findall(r"^python .*\{rebrac,iql\}/\*/\{(.*)\}\.yaml", text, re.MULTILINE)
+    assert command.split(",") == papers
+
+
 SHAPES = {
     "halfcheetah": (17, 6),
     "hopper": (11, 3),
