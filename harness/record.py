@@ -15,6 +15,7 @@ from harness.directory import check_same_config, run_directory, saved_fields
 from harness.errors import BusyError, UserError
 from harness.evaluation import score_columns, summary
 from harness.tables import Tables, episode_rows, seed_rows
+from harness.versions import made_with
 from harness.wandb_log import WandB, is_whole_there
 
 
@@ -27,7 +28,7 @@ class Record:
     episodes.csv     a row for each episode of an evaluation
     features.npy     the actor's features on some states, in the last evaluation
     checkpoint.npz   everything from which the run resumes; previous.npz, the one before it
-    finished.json    once the run is finished: how long it took
+    finished.json    once the run is finished: how long it took, and what trained it
     failed.txt       once an error has stopped it: the error
     """
 
@@ -44,6 +45,7 @@ class Record:
         self.wandb = None
         self.held = None  # rows that W&B gets after an evaluation that is still played
         self.seconds = dict(train=0.0, evaluation=0.0, analysis=0.0)  # its share of the time
+        self.made_with = []  # of the processes that trained it: see versions.py
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -151,6 +153,7 @@ class Record:
     def finish(self):
         """Mark the run as finished."""
         about = dict(updates=self.config.num_updates, seconds=self.seconds, **self.score)
+        about["made_with"] = self.made_with
         with self.disk_errors():
             text = json.dumps(about)
             write_file(self.path("finished.json"), lambda file: file.write(text.encode()))
@@ -195,6 +198,7 @@ class Record:
                     f"{self.directory} has lost its checkpoints; remove it to start anew"
                 )
             self.wandb.start([])
+            self.made_with = [made_with()]
             return initial, None
         path, arrays, about = found
         self.check_checkpoint(path, arrays, initial)
@@ -206,6 +210,8 @@ class Record:
         self.score = about["score"]
         self.seconds = about["seconds"]
         self.saved = about["update"]
+        before = about.get("made_with", [])  # older runs lack it
+        self.made_with = list(dict.fromkeys([*before, made_with()]))
         return arrays, about
 
     def check_checkpoint(self, path, arrays, initial):
@@ -223,8 +229,8 @@ class Record:
     def save(self, tree, about):
         """Save a tree of arrays, the tables' sizes, and the dictionary `about`."""
         with self.disk_errors():
-            own = dict(seconds=self.seconds, score=self.score, tables=self.tables.save())
-            about = {**about, **own}
+            own = dict(seconds=self.seconds, score=self.score, made_with=self.made_with)
+            about = {**about, **own, "tables": self.tables.save()}
             path = self.path("checkpoint.npz")
             write_checkpoint(path, tree, about, keep=self.path("previous.npz"))
         self.saved = about["update"]

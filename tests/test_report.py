@@ -74,6 +74,7 @@ def make_run(tmp_path):
         if finished:
             with open(os.path.join(path, "finished.json"), "w") as file:
                 about = {"updates": config.num_updates, "seconds": {"train": 2.5}}
+                about["made_with"] = ["1a2b3c4d; jax 0; cpu", "5e6f7a8b; jax 0; cpu"]
                 json.dump(about, file)
         return path
 
@@ -1323,6 +1324,7 @@ def test_a_table_has_last_mean_and_best_scores_and_times(make_run, make_report, 
     assert row["mean_score"] == pytest.approx(np.mean(scores[-10:]))
     assert (row["algorithm"], row["seed"], row["actor_wd"]) == ("rebrac", 4, 1e-5)
     assert row["seconds/train"] == 2.5
+    assert row["made_with"] == "1a2b3c4d; jax 0; cpu | 5e6f7a8b; jax 0; cpu"
     assert "actor_dropout" not in row  # it has its default
     assert row["curve"].startswith("1000:10 2000:50 3000:20 ")
 

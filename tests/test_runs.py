@@ -13,11 +13,13 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import h5py
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +60,7 @@ from harness.environments import d4rl
 from harness.errors import BusyError, one_line_errors
 from harness.run import Run
 from harness.tables import Tables
+from harness.versions import commit, made_with
 
 OLD_RUNS = os.path.join(ROOT, "tests", "old_runs")
 
@@ -83,7 +86,31 @@ def test_a_run_leaves_its_config_tables_checkpoint_and_end(start, script):
     assert evaluations == [(str(update), seed) for update in (20, 40, 60) for seed in "34"]
     assert len(table(directory, "episodes.csv")) == 3 * 2 * 4
     with open(os.path.join(directory, "finished.json")) as file:
-        assert set(json.load(file)) == {"updates", "seconds", "score"}
+        about = json.load(file)
+    assert set(about) == {"updates", "seconds", "score", "made_with"}
+    assert about["made_with"] == [made_with()]
+    assert made_with().endswith(f"; jax {jax.__version__}; cpu")
+
+
+def test_a_run_knows_each_version_that_has_trained_it(start, monkeypatch):
+    monkeypatch.setattr(harness.record, "made_with", lambda: "first")
+    stopped(start, monkeypatch)
+    monkeypatch.setattr(harness.record, "made_with", lambda: "second")
+    directory = start()
+    with open(os.path.join(directory, "finished.json")) as file:
+        assert json.load(file)["made_with"] == ["first", "second"]
+
+
+def test_the_commit_has_a_plus_where_files_differ_from_it(tmp_path):
+    assert commit(str(tmp_path)) == "unknown commit"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "script.py").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = commit(str(tmp_path))
+    assert re.fullmatch("[0-9a-f]{8}", clean)
+    (tmp_path / "script.py").write_text("2")
+    assert commit(str(tmp_path)) == f"{clean}+"
 
 
 @both_scripts

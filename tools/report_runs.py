@@ -250,8 +250,8 @@ def read_directory(path):
     reason = None
     if run.state == "finished":
         rows = list(Tables(path).read("evaluations.csv"))
-        times = read_times(path)
-        rows = [{**row, **times} for row in rows]
+        end = read_end(path)
+        rows = [{**row, **end} for row in rows]
     elif run.state == "failed":
         reason = f"failed: {one_line(run.reason)[:150]}"
     else:
@@ -259,11 +259,14 @@ def read_directory(path):
     return split_seeds(algorithm, config, rows, run.state), reason
 
 
-def read_times(path):
-    """Return the seconds of a finished run: {"seconds/train": 120.0, ...}."""
+def read_end(path):
+    """Return the seconds of a finished run, and what trained it: {"seconds/train": 120.0, ...}."""
     with open(os.path.join(path, "finished.json")) as file:
-        seconds = json.load(file)["seconds"]
-    return {f"seconds/{phase}": value for phase, value in seconds.items()}
+        about = json.load(file)
+    end = {f"seconds/{phase}": value for phase, value in about["seconds"].items()}
+    if "made_with" in about:  # older runs lack it
+        end["made_with"] = " | ".join(about["made_with"])
+    return end
 
 
 def read_row(row):

@@ -7,6 +7,7 @@ seed, state
 score, mean_score, best_score  the last, the mean of the last 10 (AntMaze 5), the best
 curve                          the scores of all evaluations, if several: 1000:2.5 2000:17.1
 seconds/train, ...             of a finished run
+made_with                      the commit, JAX's version and the device that trained it
 ...                            what else the last evaluation has measured
 """
 
@@ -68,6 +69,8 @@ def row_of(seed):
     for name, value in seed.items():
         if name not in skipped and isinstance(value, (int, float)):
             row[name] = value
+    if "made_with" in seed:
+        row["made_with"] = seed["made_with"]
     return row
 
 
@@ -128,6 +131,8 @@ def parse_row(row):
             unknown[name.removeprefix(UNKNOWN)] = json.loads(text)
         elif name in fields:
             words += [f"--{name}", text]
+        elif name == "made_with":
+            evaluation[name] = text
         else:
             evaluation[name] = float(text)
     config = {**saved_fields(vars(script.tuned(read_flags(script.Config, words)))), **unknown}
