@@ -496,14 +496,8 @@ def is_of_regulariser(name):
     return name.startswith("actor_") and name not in ("actor_learning_rate", "actor_layers")
 
 
-def layer_names(config, network):
-    """Return the names of the decoder's or the perturbation network's layers in the actor.
-
-    The analysis looks inside Hidden_0, so that the names depend on `regularise`. So do the first
-    weights, since Flax draws them by the names.
-    """
-    analysed = "decoder" if config.regularise == "decoder" else "perturbation"
-    return ("Hidden_0", "Dense_0") if network == analysed else ("Hidden_1", "Dense_1")
+# The names of each network's layers in the actor: its hidden layers, and its last Dense
+LAYERS = {"perturbation": ("Hidden_0", "Dense_0"), "decoder": ("Hidden_1", "Dense_1")}
 
 
 def latent_dim(action_dim):
@@ -535,7 +529,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, observations, latents, train):
         config = network_config(self.config, "decoder")
-        hidden, last = layer_names(config, "decoder")
+        hidden, last = LAYERS["decoder"]
         inputs = jnp.concatenate([observations, latents], -1)
         features = ActorHidden(config, name=hidden)(inputs, train)
         return nn.tanh(plain_dense(self.action_dim, last)(features))
@@ -550,7 +544,7 @@ class Perturbation(nn.Module):
     @nn.compact
     def __call__(self, observations, actions, train):
         config = network_config(self.config, "perturbation")
-        hidden, last = layer_names(config, "perturbation")
+        hidden, last = LAYERS["perturbation"]
         inputs = jnp.concatenate([observations, actions], -1)
         features = ActorHidden(config, name=hidden)(inputs, train)
         changes = config.phi * nn.tanh(plain_dense(self.action_dim, last)(features))
@@ -598,9 +592,9 @@ class Critics(nn.Module):
         return jnp.stack(outputs)[..., 0]
 
 
-def own_params(config, actor, network):
+def own_params(actor, network):
     """Return the parameters of the decoder or the perturbation network in the actor's variables."""
-    return {name: actor["params"][name] for name in layer_names(config, network)}
+    return {name: actor["params"][name] for name in LAYERS[network]}
 
 
 def with_params(actor, params):
@@ -801,7 +795,7 @@ def update_vae(config, state, batch):
     """
     own = network_config(config, "decoder")
     key, noise_key, *loss_keys = jax.random.split(state.key, 6)
-    decoder = own_params(config, state.actor, "decoder")
+    decoder = own_params(state.actor, "decoder")
     params = {"encoder": state.encoder["params"], "decoder": decoder}
     grad_fn = jax.grad(vae_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, loss_keys)
@@ -856,7 +850,7 @@ def update_actor(config, state, batch):
     """Update the perturbation network once; return the new state and a dictionary of scalars."""
     own = network_config(config, "perturbation")
     key, noise_key, *loss_keys = jax.random.split(state.key, 6)
-    params = own_params(config, state.actor, "perturbation")
+    params = own_params(state.actor, "perturbation")
     grad_fn = jax.grad(actor_loss, has_aux=True)
     grads, (actor, info) = grad_fn(params, config, state, batch, loss_keys)
     if is_on(own.actor_sam):
@@ -881,7 +875,7 @@ def update_actor(config, state, batch):
 def update_targets(config, state):
     """Move the targets by tau towards the perturbation network and the critics (Polyak average)."""
     perturbation = {
-        "params": own_params(config, state.actor, "perturbation"),
+        "params": own_params(state.actor, "perturbation"),
         "batch_stats": state.actor["batch_stats"],
     }
     return state._replace(
@@ -915,8 +909,8 @@ def init_state(config, batch, seed):
     actor = init_network(network, actor_key, batch.observations)
     critic = init_network(Critics(config), critic_key, batch.observations, batch.actions)
     encoder = init_network(Encoder(config), encoder_key, batch.observations, batch.actions)
-    decoder = own_params(config, actor, "decoder")
-    perturbation = own_params(config, actor, "perturbation")
+    decoder = own_params(actor, "decoder")
+    perturbation = own_params(actor, "perturbation")
     optimizers = {}
     for network in ("encoder", "decoder", "perturbation"):
         optimizers[network] = actor_optimizer(network_config(config, network))
@@ -1006,6 +1000,12 @@ def train(config, run):
 # --- Appendix: what the analysis asks of the algorithm ---
 
 
+def analysed_hidden(config):
+    """Return the name of the hidden layers that are analysed: see the top of this file."""
+    hidden, _ = LAYERS["decoder" if config.regularise == "decoder" else "perturbation"]
+    return hidden
+
+
 def eval_actor_loss(config, state, batch):
     """Return the loss of the network that the analysis looks at, without dropout and noise.
 
@@ -1068,7 +1068,7 @@ def analyse(config, state, data, samples, episodes):
     network = Actor(config, data["actions"].shape[-1])
     for part, states in observations.items():
         _, seen = network.apply(state.actor, states, train=False, mutable="intermediates")
-        features = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+        features = seen["intermediates"][analysed_hidden(config)]["preactivations"][0]
         for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
         info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, states[:NUM_COMPARED])

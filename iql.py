@@ -773,6 +773,11 @@ def train(config, run):
 # --- Appendix: what the analysis asks of the algorithm ---
 
 
+def analysed_hidden(config):
+    """Return the name of the hidden layers that are analysed."""
+    return "Hidden_0"
+
+
 def eval_actor_loss(config, state, batch):
     """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
     exponents = weight_exponents(config, state, batch, target_q_values(config, state, batch))
@@ -826,7 +831,7 @@ def analyse(config, state, data, samples, episodes):
     network = Actor(config, data["actions"].shape[-1])
     for part, states in observations.items():
         _, seen = network.apply(state.actor, states, train=False, mutable="intermediates")
-        features = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+        features = seen["intermediates"][analysed_hidden(config)]["preactivations"][0]
         for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
         info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, states[:NUM_COMPARED])

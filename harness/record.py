@@ -210,7 +210,7 @@ class Record:
         self.score = about["score"]
         self.seconds = about["seconds"]
         self.saved = about["update"]
-        before = about.get("made_with", [])  # older runs lack it
+        before = about.get("made_with", ["unknown version"])  # older runs lack it
         self.made_with = list(dict.fromkeys([*before, made_with()]))
         return arrays, about
 

@@ -571,12 +571,12 @@ def bcq_network(actor, k):
     return {name: actor[name] for name in (f"Hidden_{k}", f"Dense_{k}")}
 
 
-def bcq_state(state, decoder):
-    """Return the networks of bcq.py's TrainState, where the decoder is number `decoder`."""
+def bcq_state(state):
+    """Return the networks of bcq.py's TrainState."""
     found = numpy_state(state)
     actor = found.pop("actor")
     del found["actor_opt"]
-    numbers = {"decoder": decoder, "perturbation": 1 - decoder}
+    numbers = {"decoder": 1, "perturbation": 0}
     for name, k in numbers.items():
         params = bcq_network(actor, k)
         found[name] = params

@@ -35,15 +35,6 @@ update = jax.jit(bcq.update, static_argnums=0)
 each_choice = pytest.mark.parametrize("regularise", ["decoder", "perturbation", "both"])
 
 
-def decoder_number(config):
-    return 0 if config.regularise == "decoder" else 1
-
-
-def network_of(config, actor, network):
-    """Return the parameters of the actor's decoder or perturbation network."""
-    return bcq.own_params(config, actor, network)
-
-
 # --- One update ---
 
 
@@ -88,7 +79,7 @@ def test_updates_are_those_of_a_numpy_rederivation(regularise, fields):
     with jax.enable_x64(True):  # so that float32's rounding hides no difference
         state = widen(small_state(bcq, config, spread=0.5))
         data = widen(small_data())
-        expected = reference.bcq_state(state, decoder_number(config))
+        expected = reference.bcq_state(state)
         for i in range(4):
             batch = bcq.transitions(data, np.arange(8 * i, 8 * i + 8))
             noises = draw_noises(config, state, batch)
@@ -99,7 +90,7 @@ def test_updates_are_those_of_a_numpy_rederivation(regularise, fields):
         for name in ("encoder", "critic", "target_critic"):
             assert_close(getattr(state, name)["params"], expected[name])
         for name in ("decoder", "perturbation"):
-            assert_close(network_of(config, state.actor, name), expected[name])
+            assert_close(bcq.own_params(state.actor, name), expected[name])
         assert_close(state.target_actor["params"], expected["target_perturbation"])
         assert same_bits(state.actor["critic"], state.critic)
 
@@ -118,10 +109,10 @@ def test_q_learning_starts_after_the_given_updates():
         before = state
         state, info = update(config, state, BATCH)
         assert not same_bits(state.encoder, before.encoder)
-        decoders = [network_of(config, s.actor, "decoder") for s in (state, before)]
+        decoders = [bcq.own_params(s.actor, "decoder") for s in (state, before)]
         assert not same_bits(*decoders)
         assert np.isfinite(list(info.values())).all()
-    perturbations = [network_of(config, s.actor, "perturbation") for s in (state, start)]
+    perturbations = [bcq.own_params(s.actor, "perturbation") for s in (state, start)]
     assert same_bits(*perturbations)
     for name in ("critic", "critic_opt", "target_critic", "target_actor", "actor_opt"):
         assert same_bits(getattr(state, name), getattr(start, name)), name
@@ -175,7 +166,7 @@ def test_candidates_stay_within_phi_of_the_decoders_actions_and_in_bounds(spread
     )
     np.testing.assert_array_equal(rows, np.repeat(BATCH.observations, 5, 0))
     flat = latents.reshape(len(rows), -1)
-    decoder = network_of(SMALL, state.actor, "decoder")
+    decoder = bcq.own_params(state.actor, "decoder")
     decoded = reference.bcq_decode(decoder, np.asarray(rows), np.asarray(flat))
     changes = np.abs(actions - decoded)
     assert changes.max() <= 0.05 + 1e-6
@@ -234,7 +225,7 @@ def test_evaluation_takes_the_first_critics_best_candidate():
     state = state._replace(actor={**state.actor, "critic": state.critic})
     observations = states_to_evaluate()
     chosen = evaluated(config, state, observations)
-    params = reference.bcq_state(state, decoder_number(config))
+    params = reference.bcq_state(state)
     for raw, action in zip(observations, chosen):
         key = jax.random.key(0)
         for bits in raw.view(np.uint32):
@@ -291,18 +282,18 @@ def updated_networks(config):
     critics, _ = bcq.update_critics(config, state, BATCH)
     return {
         "encoder": vae.encoder["params"],
-        "decoder": network_of(config, vae.actor, "decoder"),
-        "perturbation": network_of(config, actor.actor, "perturbation"),
+        "decoder": bcq.own_params(vae.actor, "decoder"),
+        "perturbation": bcq.own_params(actor.actor, "perturbation"),
         "critic": critics.critic["params"],
-        "decoder untouched": network_of(config, actor.actor, "decoder"),
-        "perturbation untouched": network_of(config, vae.actor, "perturbation"),
+        "decoder untouched": bcq.own_params(actor.actor, "decoder"),
+        "perturbation untouched": bcq.own_params(vae.actor, "perturbation"),
     }
 
 
 def numpy_losses(state, seen, cloned, noise_on_judged, keys):
     """Return the VAE's and the perturbation network's losses, for the states that they see."""
     config = replace(SMALL, regularise="both")
-    params = reference.bcq_state(state, decoder_number(config))
+    params = reference.bcq_state(state)
     latent_noise = np.asarray(jax.random.normal(keys[3], (32, 2 * ACTION_DIM)))
     means, log_stds, _ = reference.bcq_encode(
         config, params["encoder"], BATCH.observations, BATCH.actions
@@ -329,9 +320,9 @@ def test_each_noise_of_both_losses_has_its_own_place():
     def losses(**flags):
         config = replace(plain, **flags)
         params = {"encoder": state.encoder["params"]}
-        params["decoder"] = network_of(config, state.actor, "decoder")
+        params["decoder"] = bcq.own_params(state.actor, "decoder")
         vae, _ = bcq.vae_loss(params, config, state, BATCH, keys)
-        params = network_of(config, state.actor, "perturbation")
+        params = bcq.own_params(state.actor, "perturbation")
         actor, _ = bcq.actor_loss(params, config, state, BATCH, keys)
         return vae, actor
 
@@ -400,7 +391,7 @@ def test_a_normalisation_is_in_the_chosen_networks_only(flag, regularise):
     collection, layer = LAYERS[flag]
     found = set()
     for network in ("decoder", "perturbation"):
-        hidden, _ = bcq.layer_names(config, network)
+        hidden, _ = bcq.LAYERS[network]
         if layer in state.actor[collection].get(hidden, {}):
             found.add(network)
     assert found == chosen(regularise)
@@ -411,9 +402,19 @@ def test_a_normalisation_is_in_the_chosen_networks_only(flag, regularise):
     after, _ = update(config, state, BATCH)
     if flag in ("actor_bn", "actor_sn"):  # whose running statistics move
         for network in found:
-            hidden, _ = bcq.layer_names(config, network)
+            hidden, _ = bcq.LAYERS[network]
             stats = [s.actor["batch_stats"][hidden] for s in (state, after)]
             assert not same_bits(*stats)
+
+
+@each_choice
+def test_a_seeds_first_weights_are_the_baselines(regularise):
+    """So that runs which differ in `regularise` are compared from the same start."""
+    states = []
+    for choice in (regularise, "perturbation"):
+        config = replace(SMALL, regularise=choice, actor_dropout=0.1)
+        states.append(bcq.init_state(config, small_batch(1), 0)._replace(key=None))
+    assert same_bits(*states)
 
 
 @dataclass(frozen=True)
@@ -444,7 +445,7 @@ def test_a_regulariser_is_off_in_the_other_networks(regularise):
 def test_the_analysis_looks_inside_the_chosen_network(regularise):
     config = replace(SMALL, regularise=regularise)
     state = small_state(bcq, config)
-    params = reference.bcq_state(state, decoder_number(config))
+    params = reference.bcq_state(state)
     observations = np.asarray(BATCH.observations)
     _, seen = bcq.Actor(config, ACTION_DIM).apply(
         state.actor, observations, train=False, mutable="intermediates"
@@ -456,17 +457,17 @@ def test_the_analysis_looks_inside_the_chosen_network(regularise):
         x = reference.pairs(
             observations, reference.bcq_decode(params["decoder"], observations, zeros)
         )
-    network = params["decoder" if regularise == "decoder" else "perturbation"]
-    layers = network["Hidden_0"]
+    hidden = "Hidden_1" if regularise == "decoder" else "Hidden_0"
+    layers = params["decoder" if regularise == "decoder" else "perturbation"][hidden]
     expected = reference.dense(layers["Dense_1"], reference.layer(layers, 0, x))
-    values = seen["intermediates"]["Hidden_0"]["preactivations"][0]
+    values = seen["intermediates"][bcq.analysed_hidden(config)]["preactivations"][0]
     np.testing.assert_allclose(values, expected, atol=1e-4)
 
 
 def test_the_decoders_loss_in_the_analysis_is_at_the_encoders_means():
     config = replace(SMALL, regularise="decoder")
     state = small_state(bcq, config)
-    params = reference.bcq_state(state, decoder_number(config))
+    params = reference.bcq_state(state)
     batch = jax.tree.map(np.asarray, BATCH)
     no_noise = np.zeros((len(batch.actions), 2 * ACTION_DIM))
     expected = reference.bcq_vae_loss(config, params, batch, no_noise)
@@ -510,7 +511,7 @@ def test_parameters_start_uniform_and_targets_as_their_networks():
                 check_dense(layers["Dense_1"])
     assert same_bits(state.target_critic, state.critic)
     assert same_bits(state.actor["critic"], state.critic)
-    perturbation = network_of(SMALL, state.actor, "perturbation")
+    perturbation = bcq.own_params(state.actor, "perturbation")
     assert same_bits(state.target_actor["params"], perturbation)
 
 
@@ -538,8 +539,8 @@ def test_networks_have_the_originals_widths_unless_asked(flags, widths):
     state = jax.eval_shape(lambda: bcq.init_state(config, batch, 0))
     assert hidden_widths(state.encoder["params"]["Hidden_0"]) == [vae, vae]
     for network, widths in (("decoder", [vae, vae]), ("perturbation", [first, last])):
-        params = network_of(config, state.actor, network)
-        hidden, _ = bcq.layer_names(config, network)
+        params = bcq.own_params(state.actor, network)
+        hidden, _ = bcq.LAYERS[network]
         assert hidden_widths(params[hidden]) == widths
     for k in range(2):
         assert hidden_widths(state.critic["params"][f"Hidden_{k}"]) == [first, last]

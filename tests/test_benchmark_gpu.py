@@ -80,6 +80,7 @@ def test_a_run_that_is_killed_before_its_time_has_failed(tmp_path, monkeypatch):
 def test_a_cpu_prints_and_writes_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_gpu, "LIMIT", -1)
     monkeypatch.setattr(benchmark_gpu, "ROOT", str(tmp_path))
+    monkeypatch.setattr(benchmark_gpu, "has_accelerator", lambda: False)
     benchmark_gpu.gpu_part(CONFIG, str(tmp_path))
     assert "Left out for lack of time" in capsys.readouterr().out
     assert not (tmp_path / "data").exists()

@@ -148,7 +148,10 @@ def test_more_processes_make_the_same_file(tmp_path):
         (dict(walker="mine", walker_steps=5), "walker must end in .npz"),
         (dict(trajectories=0), "trajectories and processes must be 1 or more"),
         (dict(walker="nowhere.npz"), "there is no file nowhere.npz; make it by --walker_steps"),
-        (dict(walker=WALKER, walker_steps=5), f"{WALKER} is there; name another by --walker"),
+        (
+            dict(walker=WALKER, walker_steps=5),
+            f"{WALKER} is there; leave --walker_steps out",
+        ),
     ],
 )
 def test_a_senseless_flag_is_an_error_before_any_work(flags, message):

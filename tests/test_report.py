@@ -730,24 +730,28 @@ def test_equal_differences_say_nothing_of_chance():
     """Success on AntMaze is coarse, so that two or three seeds may gain the same."""
     for values in ([[5.0, 5.0]], [[0.1 + 0.2, 0.3, 0.3]]):
         assert report_tables.p_values(pd.DataFrame(values)).isna().all()
-    zeros = pd.DataFrame([[0.0, 0.0]])
-    assert report_tables.p_values(zeros).tolist() == [1.0]
+    zeros = pd.DataFrame([[0.0, 0.0], [0.0, np.nan]])
+    assert report_tables.p_values(zeros)[0] == 1.0
+    assert np.isnan(report_tables.p_values(zeros)[1])
+    scores = {"baseline": {"a": {0: 1.0, 1: 2.0}}, "LN": {"a": {0: 6.0, 1: 7.0}}}
+    table = report_tables.difference_table("", make_rows(scores), {"a": ["a"]})
+    assert table.cells.loc["LN", ["a", "p, a"]].tolist() == ["+5.0 (no spread)", ""]
+    assert "(no spread): the same in each seed, which says nothing of chance" in table.note
 
 
 def test_a_mean_over_datasets_needs_each_of_them():
     """Two runs on one are not one on each."""
     rows = make_rows({"baseline": {"a": {0: 1.0}, "b": {0: 5.0, 1: 5.0}}})
-    twice = rows[(rows["dataset"] == "b") & (rows["seed"] == 1)]
-    rows = pd.concat([rows, twice.assign(final=7.0)])
-    scores = report_tables.by_seed(rows, "final", ["a", "b"])
-    assert scores.loc["baseline", 0] == 3.0
+    again = rows[rows["dataset"] == "b"].assign(final=7.0)
+    scores = report_tables.by_seed(pd.concat([rows, again]), "final", ["a", "b"])
+    assert scores.loc["baseline", 0] == (1 + (5 + 7) / 2) / 2
     assert np.isnan(scores.loc["baseline", 1])
 
 
 def test_equal_scores_are_not_the_same_runs():
     rows = make_rows({label: {"a": {0: 0.0, 1: 0.0}} for label in ("baseline", "DO")})
     cells = report_tables.difference_table("", rows, {"a": ["a"]}).cells
-    assert cells["a"].tolist() == ["0.0 (0.0 – 0.0)", "+0.0 (+0.0 – +0.0)"]
+    assert cells["a"].tolist() == ["0.0 (no spread)", "+0.0 (no spread)"]
     assert cells["p, a"].tolist() == ["", "1.000"]
 
 

@@ -308,8 +308,12 @@ def test_the_command_for_the_whole_paper_names_the_papers_files():
     with open(os.path.join(FOLDER, "README.md")) as file:
         text = file.read()
     papers = re.findall(r"^\| `(\w+)\.yaml` \|[^|]*\| yes", text, re.MULTILINE)
-    (command,) = re.findall(r"^python .*\{rebrac,iql\}/\*/\{(.*)\}\.yaml", text, re.MULTILINE)
-    assert command.split(",") == papers
+    (pattern,) = re.findall(r"^python .* (sweeps/\{rebrac,iql\}\S+\.yaml)", text, re.MULTILINE)
+    words = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True)
+    expected = itertools.product(("rebrac", "iql"), DATASETS, papers)
+    named = {f"sweeps/{algorithm}/{domain}/{name}.yaml" for algorithm, domain, name in expected}
+    assert set(words.stdout.split()) == named
+    assert all(os.path.exists(os.path.join(ROOT, path)) for path in named)
 
 
 SHAPES = {
@@ -627,6 +631,7 @@ def test_a_flag_that_no_run_takes_is_an_error_before_any_run(tmp_path, write_swe
         ("--processes 2 --seed 1 FILE", "name all files first, then the flags, as --seed"),
         ("FILE --processes 2 b.yaml", "name all files first, then the flags; b.yaml comes after"),
         ("FILE --seed 1 b.yaml", "name all files first, then the flags; b.yaml comes after a flag"),
+        ("FILE --seed=1 b.yaml", "name all files first, then the flags; b.yaml comes after a flag"),
         ("--together FILE", "name all files first, then the flags"),
         ("FILE --process 2", "there is no flag --process"),
         ("--plan", "the following arguments are required: files"),
@@ -643,8 +648,19 @@ def test_flags_that_a_sweep_can_not_take_are_an_error(words, message, write_swee
         sweep.main()
 
 
-@pytest.mark.parametrize("words", ["--seed=1 FILE", "--processes 2 FILE --seed 1"])
-def test_flags_may_come_first_where_they_are_clear(words, write_sweep, monkeypatch):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--seed=1 FILE",
+        "--processes 2 FILE --seed 1",
+        "FILE --config_path=one.yaml",
+        "FILE --config_path one.yaml",
+        "FILE --analysis false --config_path=one.yaml",
+    ],
+)
+def test_flags_may_come_first_where_they_are_clear(words, write_sweep, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text("seed: 1")
     pools = []
     monkeypatch.setattr(sys, "argv", ["sweep", *words.replace("FILE", write_sweep()).split()])
     monkeypatch.setattr(sweep.Pool, "run", lambda pool: pools.append(pool))
@@ -1005,13 +1021,18 @@ def test_looking_for_locks_leaves_nothing(write_sweep, monkeypatch, capsys, tmp_
 
 
 def test_what_ends_a_program_of_several_runs_is_told_of_each(tmp_path):
-    """A traceback beside its runs is in the first one's output."""
+    """Before its runs have begun a traceback is in the first one's output. Later each has it."""
     jobs = [ShellJob(tmp_path / f"job{i}", "") for i in range(2)]
     for job in jobs:
         os.makedirs(job.directory)
     with open(jobs[0].output_path(), "w") as file:
         file.write("Traceback\nKeyError: 'my_column'\n")
     now = Status("unfinished", "", 0, False)
+    for job in jobs:
+        assert sweep.why_it_failed(job, now, 1, jobs) == "KeyError: 'my_column'"
+    with open(jobs[1].output_path(), "w") as file:
+        file.write("one of 2 runs that are trained together\nerror: 'my_column'\n")
+    now = Status("failed", "KeyError: 'my_column'\n", 0, False)
     for job in jobs:
         assert sweep.why_it_failed(job, now, 1, jobs) == "KeyError: 'my_column'"
 

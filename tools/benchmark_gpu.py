@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from harness.checkpoint import read_checkpoint
-from harness.errors import UserError
+from harness.errors import UserError, disk_errors
 from harness.members import has_accelerator, split_config, stack_configs
 from harness.scripts import ROOT, scripts
 from tools.timing import (
@@ -56,13 +56,11 @@ def gpu_part(config, folder):
         path = os.path.join(ROOT, "data", "gpu.md")
     if path is None:
         return measure_all(config, folder)
-    try:
-        with open(f"{path}.partial", "w") as file:  # an interruption leaves the earlier file whole
-            with contextlib.redirect_stdout(Both(sys.stdout, file)):
-                measure_all(config, folder)
-        os.replace(f"{path}.partial", path)
-    except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror})") from error
+    with disk_errors(path):
+        file = open(f"{path}.partial", "w")
+    with file, contextlib.redirect_stdout(Both(sys.stdout, file)):
+        measure_all(config, folder)
+    os.replace(f"{path}.partial", path)  # so an interruption leaves the earlier file whole
 
 
 def measure_all(config, folder):

@@ -78,7 +78,10 @@ def check(config):
     if config.walker_steps == 0 and not os.path.isfile(config.walker):
         raise UserError(f"there is no file {config.walker}; make it by --walker_steps 300000")
     if config.walker_steps and os.path.exists(config.walker):
-        raise UserError(f"{config.walker} is there; name another by --walker, or remove it")
+        raise UserError(
+            f"{config.walker} is there; leave --walker_steps out to use it, or name another file "
+            "by --walker"
+        )
 
 
 # --- The walker ---

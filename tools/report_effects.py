@@ -112,7 +112,10 @@ def interaction_table(title, found, missing):
     cells = pd.DataFrame(index=found.index)
     cells["sum of the parts"] = (found["gain"] - found["point"]).map("{:+.1f}".format)
     cells["together"] = found["gain"].map("{:+.1f}".format)
-    texts = [row_text(row, "+") for row in found.itertuples()]
+    texts = [
+        f"{row.point:+.1f} {tables.NO_SPREAD}" if np.isnan(row.p) else row_text(row, "+")
+        for row in found.itertuples()
+    ]
     cells["interaction"] = [tables.bold(text, p) for text, p in zip(texts, found["p"])]
     cells["p"] = found["p"].map(tables.p_text)
     cells["blocks"] = found["blocks"].map(str)
@@ -124,6 +127,7 @@ def interaction_table(title, found, missing):
         "level for each block and a term for each regulariser, pair and triple. In brackets 95 % "
         "intervals by a bootstrap of blocks, which are too narrow for few blocks. p is Student's "
         f"over the blocks, corrected by Holm over this table. {tables.BOLD}"
+        f"{tables.about_spread(cells)}"
     )
     return tables.Table(title, cells, f"{note} {missing_text(missing)}".strip())
 

@@ -268,7 +268,7 @@ def robustness_figure(rows, datasets):
         means[title], halves[title] = tables.mean_and_interval(values)
     means = pd.DataFrame(means)
     halves = pd.DataFrame(halves)
-    if len(means.columns) < 2 or halves["no noise"].isna().all():
+    if len(means.columns) < 2 or means["no noise"].isna().all():
         return None
     figure, (axis,) = make_axes(1, width=max(4.5, 0.6 * len(means)), height=3.2)
     means.plot.bar(yerr=halves, width=0.8, capsize=2, legend=False, ax=axis)

@@ -135,7 +135,7 @@ def share_table(title, rows, datasets):
         "grows as the data is halved, by least squares. In brackets 95 % intervals of each alone, "
         "by Student's t, which leave out the chance in which episodes were drawn. p is corrected "
         "by Holm: over all differences, and apart from them over `for each halving`. "
-        f"{tables.BOLD}{same_runs(rows, datasets)}"
+        f"{tables.BOLD}{tables.about_spread(cells)}{same_runs(rows, datasets)}"
     )
     return tables.Table(title, cells, note)
 

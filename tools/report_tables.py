@@ -91,6 +91,8 @@ def escape(text):
 
 # --- Statistics ---
 
+ROUNDING = 1e-9  # a spread that is less, relative to the values, is none
+
 
 def accept_random_state(bootstrap):
     """Let rliable, written for arch 5, make a bootstrap of arch 8, which has no `random_state`."""
@@ -112,21 +114,19 @@ def by_seed(rows, column, datasets):
     NaN where a dataset is missing.
     """
     own = rows[rows["dataset"].isin(datasets)]
-    own = own.assign(present=own["dataset"].where(own[column].notna()))
-    groups = own.groupby(["label", "seed"])
-    is_whole = groups["present"].nunique() == len(datasets)
-    return groups[column].mean().where(is_whole).unstack("seed")
+    values = own.groupby(["label", "seed", "dataset"])[column].mean()
+    groups = values.groupby(["label", "seed"])
+    return groups.mean().where(groups.count() == len(datasets)).unstack("seed")
 
 
 def standard_errors(values):
     """Return the standard errors of the means of rows over seeds.
 
-    A row of fewer than two seeds has none: NaN. Nor has a row of equal values other than 0, since
-    a spread of 0 says nothing of chance. Such rows are those of AntMaze's scores, which are coarse.
+    A row of fewer than two seeds has none: NaN. Nor has a row of equal values, since no spread says
+    nothing of chance. AntMaze's scores, which are coarse, may have such rows.
     """
     errors = values.sem(axis=1)
-    means = values.mean(axis=1).abs()
-    return errors.where((errors > 1e-9 * means) | (means == 0))
+    return errors.where(errors > ROUNDING * values.abs().max(axis=1))
 
 
 def mean_and_interval(values):
@@ -142,12 +142,12 @@ def mean_and_interval(values):
 def p_values(values):
     """Return Student's two-sided p of rows over seeds having the mean 0.
 
-    A row without a standard error has none: NaN. A row of zeros has 1.
+    A row without a standard error has none: NaN. But a row of two zeros or more has 1.
     """
-    errors = standard_errors(values)
-    statistics = (values.mean(axis=1).abs() / errors).fillna(0)  # 0 / 0
-    p = 2 * stats.t.sf(statistics, values.count(axis=1) - 1)
-    return pd.Series(p, values.index).where(errors.notna())
+    degrees = values.count(axis=1) - 1
+    means = values.mean(axis=1).abs()
+    p = pd.Series(2 * stats.t.sf(means / standard_errors(values), degrees), values.index)
+    return p.mask((degrees > 0) & (values.abs().max(axis=1) == 0), 1.0)
 
 
 def holm(p):
@@ -298,6 +298,14 @@ STANDARD_DEVIATION = "The deviation divides by the number of seeds, as NumPy's d
 IN_PERCENT = "mean, in percent"
 LEVEL = 0.05  # what is bold has a p value below it
 BOLD = f"Bold: p below {LEVEL}."
+NO_SPREAD = "(no spread)"
+
+
+def about_spread(cells):
+    """Return a sentence for the note of a table in which something has no spread."""
+    if not any(NO_SPREAD in str(cell) for cell in cells.to_numpy().ravel()):
+        return ""
+    return f" {NO_SPREAD}: the same in each seed, which says nothing of chance, so without a p."
 
 
 def difference_table(title, rows, columns):
@@ -343,7 +351,7 @@ def difference_table(title, rows, columns):
     )
     if len(percents):
         note += f" `{IN_PERCENT}`: of the baseline's mean, which counts as known."
-    return Table(title, cells, note)
+    return Table(title, cells, note + about_spread(cells))
 
 
 def bounds_text(point, low, high, sign="", digits=1, unit=""):
@@ -368,7 +376,7 @@ def interval_text(mean, half, sign):
     if np.isnan(mean):
         return "incomplete"
     if np.isnan(half):
-        return f"{mean:{sign}.1f} (no spread)"
+        return f"{mean:{sign}.1f} {NO_SPREAD}"
     return bounds_text(mean, mean - half, mean + half, sign)
 
 

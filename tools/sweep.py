@@ -298,7 +298,7 @@ class Pool:
             else:
                 self.note_end(job, now, code, program.jobs)
         if has_lost_device:
-            self.say(f"a device has failed: {program.jobs[0].last_words()}")
+            self.say(f"a device has failed: {program.jobs[0].last_words() or 'no output'}")
             self.lose(slot, left)
 
     def lose(self, slot, jobs):
@@ -321,7 +321,7 @@ class Pool:
         ended.append(job)
         to_go = len(self.unfinished) - len(self.done) - len(self.failed)
         counts = f"{len(self.done)} done, {len(self.failed)} failed, {to_go} to go"
-        self.say(f"{counts}: {job.name}\n    {words}")
+        self.say(f"{counts}: {job.name}\n    {words or 'no output'}")
 
 
 def failed_at(job):
@@ -342,7 +342,7 @@ def why_it_failed(job, now, code, group):
             why = "killed, perhaps since memory had run out"
         return f"{why}; the same command resumes from the last checkpoint"
     if now.reason:  # it could write its failed.txt
-        return job.last_words() or one_line(now.reason)
+        return one_line(now.reason)
     try:
         with open(job.output_path(), "ab") as output:
             output.write(b"\n")
@@ -448,7 +448,8 @@ def main():
     if is_scripts:  # then what was taken for a file is this flag's value
         raise UserError(f"{FILES_FIRST}, as {before}")
     for before, word in zip(["", *flags], flags):
-        if word.endswith(".yaml") and not f"{before} {word}".startswith("--"):
+        is_value = before.startswith("--") and "=" not in before
+        if word.endswith(".yaml") and not (is_value or word.startswith("--")):
             raise UserError(f"{FILES_FIRST}; {word} comes after a flag")
     for name in ("processes", "together"):
         number = getattr(given, name)

@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from harness.lockstep import available_cores
 from harness.members import init_states, split_config
 from harness.scripts import scripts
+from harness.versions import cpu_model
 
 DATASET = "hopper-medium-v2"  # whose shapes and hyperparameters are taken
 RANGE = dict(v_min=-10.0, v_max=10.0)  # in place of what a script takes from the dataset
@@ -59,13 +60,10 @@ def print_row(name, *cells):
 
 def machine():
     """Return a line about what this runs on."""
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(": ")[1].strip() for line in file if line.startswith("model name")]
-    model = models[0] if models else platform.machine()  # ARM's have no such line
     device = jax.devices()[0].device_kind
     python = platform.python_version()
     cores = available_cores()
-    return f"{cores} cores of {model}; {device}; jax {jax.__version__}; Python {python}"
+    return f"{cores} cores of {cpu_model()}; {device}; jax {jax.__version__}; Python {python}"
 
 
 # --- Updates ---
