@@ -285,9 +285,9 @@ def transitions(data, index):
 
 # Test a strength by `is_on(config.x)`, not by `if config.x` (see harness/members.py). Compiled code
 # sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
-# compiled. Only where runs that are trained together mix 0 and other strengths is the 0 traced, and
-# its term must then do nothing. Bools, integers and strings are never traced. Fields on which no
-# program depends, such as `seed`, are None.
+# compiled. If runs that are trained together mix 0 and other strengths, the 0 is traced, too. Then
+# its term must do nothing. Bools, integers and strings are never traced. Fields on which no program
+# depends, such as `seed`, are None.
 
 
 class ActorHidden(nn.Module):

@@ -305,7 +305,7 @@ def about_spread(cells):
     """Return a sentence for the note of a table in which something has no spread."""
     if not any(NO_SPREAD in str(cell) for cell in cells.to_numpy().ravel()):
         return ""
-    return f" {NO_SPREAD}: the same in each seed, which says nothing of chance, so without a p."
+    return f" {NO_SPREAD}: the same in each seed, which says nothing of chance."
 
 
 def difference_table(title, rows, columns):

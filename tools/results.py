@@ -7,7 +7,7 @@ seed, state
 score, mean_score, best_score  the last, the mean of the last 10 (AntMaze 5), the best
 curve                          the scores of all evaluations, if several: 1000:2.5 2000:17.1
 seconds/train, ...             of a finished run
-made_with                      the commit, JAX's version and the device that trained it
+made_with                      the commit, JAX's version and the processor that trained it
 ...                            what else the last evaluation has measured
 """
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from harness.config import read_flags
 from harness.directory import default_config, saved_fields
-from harness.errors import UserError, one_line
+from harness.errors import UserError, disk_errors, one_line
 from harness.scripts import scripts
 
 FIRST = ["algorithm", "dataset_name", "run"]
@@ -46,10 +46,8 @@ def write_results(path, seeds):
     has_curve = "curve" in table and table["curve"].fillna("").any()
     scores = [name for name in SCORES if name != "curve" or has_curve]
     order = [*FIRST, *fields, *scores, *others]
-    try:
+    with disk_errors(path):
         table.reindex(columns=order).to_csv(path, index=False, float_format="%.9g")
-    except OSError as error:
-        raise UserError(f"can't write {path} ({one_line(error)})") from error
 
 
 def row_of(seed):
