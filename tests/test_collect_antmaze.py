@@ -128,6 +128,7 @@ def test_more_processes_make_the_same_file(tmp_path):
     arrays = []
     for processes in (1, 2):
         directory = tmp_path / str(processes)
+        directory.mkdir()
         trajectories = 6  # five are a process's share
         config = Config(
             walker=WALKER, trajectories=trajectories, processes=processes, directory=str(directory)
