@@ -384,47 +384,46 @@ def check_networks(state, expected_state, bound):
         assert distance <= bound * np.linalg.norm(expected), name
 
 
-SLOW_CASES = [pytest.param(name, 32, 1e-5, marks=pytest.mark.slow) for name in ("rebrac", "bcq")]
+def train_members(script, config, bits):
+    """Train an epoch in numbers of 32 or 64 bits; return the members' states, and infos."""
+    with jax.enable_x64(bits == 64):
+        data = small_data()
+        states = init_all(script, config, data)
+        if bits == 64:
+            data = widen(data)
+            states = widen(states)
+        states, infos = script.epoch(config, states, data)
+        return to_numpy(states), infos
+
+
+SLOW_CASES = [pytest.param(name, 32, 1e-4, marks=pytest.mark.slow) for name in ("rebrac", "bcq")]
 
 
 @pytest.mark.parametrize("name, bits, bound", [*((name, 64, 1e-12) for name in OURS), *SLOW_CASES])
 def test_a_member_ends_where_it_would_alone(name, bits, bound):
-    """With 64 bits rounding hides nothing. Real runs have 32."""
+    """With 64 bits rounding hides nothing. Real runs have 32, which processors round differently."""
     script = OURS[name]
     members = mixed_members(script)
-    with jax.enable_x64(bits == 64):
-        data = widen(small_data()) if bits == 64 else small_data()
-
-        def train(config):
-            states = init_all(script, config, data)
-            states, infos = script.epoch(config, widen(states) if bits == 64 else states, data)
-            return to_numpy(states), infos
-
-        states, infos = train(stack_configs(members))
-        assert jax.tree.leaves(states.actor)[0].dtype == f"float{bits}"
-        for i, member in enumerate(members):
-            alone, infos_alone = train(member)
-            np.testing.assert_array_equal(states.key[i], alone.key[0])
-            check_networks(of_seed(states, i), of_seed(alone, 0), bound)
-            for key, values in infos.items():
-                # The batches are those of the same random numbers
-                np.testing.assert_allclose(values[i][:2], infos_alone[key][0][:2], rtol=1e-4)
+    states, infos = train_members(script, stack_configs(members), bits)
+    assert jax.tree.leaves(states.actor)[0].dtype == f"float{bits}"
+    for i, member in enumerate(members):
+        alone, infos_alone = train_members(script, member, bits)
+        np.testing.assert_array_equal(states.key[i], alone.key[0])
+        check_networks(of_seed(states, i), of_seed(alone, 0), bound)
+        for key, values in infos.items():
+            # The batches are those of the same random numbers
+            np.testing.assert_allclose(values[i][:2], infos_alone[key][0][:2], rtol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("actors, critics", [("gn", "fn"), ("sn", "bn"), ("bn", "rms")])
 def test_a_member_with_norms_ends_where_it_would_alone(actors, critics):
-    """GroupNorm's small groups turn rounding into chaos unless the network is as wide as usual."""
-    hidden_dim = 256 if actors == "gn" else 16
+    """In 32 bits these turn the rounding of some processors into chaos."""
+    hidden_dim = 64 if "gn" in (actors, critics) else 16
     flags = {"hidden_dim": hidden_dim, f"actor_{actors}": True, f"critic_{critics}": True}
     config = small_config(iql, num_updates=200, log_every=200, actor_layers=1, **flags)
     members = [config, replace(config, seed=config.seed + 3, actor_dropout=0.5)]
-    data = small_data()
-
-    def train(config):
-        states, _ = iql.epoch(config, init_all(iql, config, data), data)
-        return to_numpy(states)
-
-    states = train(stack_configs(members))
+    states, _ = train_members(iql, stack_configs(members), 64)
     for i, member in enumerate(members):
-        check_networks(of_seed(states, i), of_seed(train(member), 0), 1e-5)
+        alone, _ = train_members(iql, member, 64)
+        check_networks(of_seed(states, i), of_seed(alone, 0), 1e-10)
