@@ -401,7 +401,7 @@ SLOW_CASES = [pytest.param(name, 32, 1e-4, marks=pytest.mark.slow) for name in (
 
 @pytest.mark.parametrize("name, bits, bound", [*((name, 64, 1e-12) for name in OURS), *SLOW_CASES])
 def test_a_member_ends_where_it_would_alone(name, bits, bound):
-    """With 64 bits rounding hides nothing. Real runs have 32, which processors round differently."""
+    """With 64 bits rounding hides nothing. Real runs have 32, and processors round differently."""
     script = OURS[name]
     members = mixed_members(script)
     states, infos = train_members(script, stack_configs(members), bits)
