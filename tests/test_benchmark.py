@@ -219,15 +219,14 @@ def test_load_start_and_evaluation_print_their_tables():
         rounds=1,
         updates=2,
         transitions="[2000]",
-        eval_episodes="[1, 2]",
+        eval_episodes="[1]",
     )
     rows = rows_of(output)
     names = ["2,000 transitions", "iql, empty cache", "iql, full cache"]
     for task in benchmark.TASKS:
-        for number in (3, 4):
-            names += [f"{task}, {number} episodes", f"{task}, {number} episodes, bare"]
-            if names[-1] == "halfcheetah-medium-v2, 3 episodes, bare":
-                names.append("halfcheetah-medium-v2, 3 episodes, BCQ")
+        names += [f"{task}, 3 episodes", f"{task}, 3 episodes, bare"]
+        if task == "halfcheetah-medium-v2":
+            names.append("halfcheetah-medium-v2, 3 episodes, BCQ")
     assert [row[0] for row in rows] == names
     assert all(float(row[1]) > 0 for row in rows[1:])
 

@@ -539,6 +539,7 @@ def test_all_regularisers_work_together(script):
     config = small_config(
         script,
         hidden_dim=64,
+        actor_layers=1,
         critic_layers=1,
         actor_l1_ratio=0.5,
         critic_l1_ratio=1.0,
