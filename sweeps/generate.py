@@ -95,6 +95,7 @@ SECOND_PARTS = {
     "both_ln": "LayerNorm in the actor, in the critics, in both",
     "both_dropout": "dropout in the actor, in the critics, in both",
     "both_l2": "weight decay in the actor, in the critics, in both",
+    "repeat": "DO+LN on 2 and 5 % of the episodes once more, with other episodes",
     "repeat_critics": "LayerNorm in the critics once more, with new seeds",
     "repeat_hopper": "LayerNorm in the actor on 2 % of Hopper once more, with new seeds",
     "pairs": "all pairs on 10 % of the episodes",
@@ -107,6 +108,7 @@ SECOND_PARTS = {
     "long": "one long run",
 }
 NEW_SEEDS = [20, 21, 22, 23, 24]  # of repetitions
+OTHER_DRAWS = [1, 2, 3, 4, 5, 6, 7, 8]  # of the held-out episodes; all other parts have draw 0
 SECOND = dict(
     STUDY,
     num_updates=[10_000],
@@ -262,6 +264,12 @@ def parts_for_rebrac(for_both):
         seed=[10, 11, 12],
         dataset_name=STUDY_DATASETS,
     )
+    repeat = dict(
+        regularisers=["none", "DO+LN"],
+        validation_frac=[0.95, 0.98],
+        validation_seed=OTHER_DRAWS,
+        seed=NEW_SEEDS[:1],
+    )
     batch = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     papers = dict.fromkeys(["batch_size", "actor_bc_coef", "critic_bc_coef"])
     return {
@@ -269,6 +277,7 @@ def parts_for_rebrac(for_both):
         **for_both,
         "coefficients": coefficients,
         "halfcheetah_coefficients": {**coefficients, **cheetah},
+        "halfcheetah_repeat": {**repeat, **own},
         "batch": {**batch, **papers},  # with the preset's batch, and the paper's coefficients
         "long": {**LONG, **own},
     }
