@@ -54,12 +54,13 @@ def finished(algorithm, file="second.csv"):
 
 @functools.cache
 def less_data_rows(algorithm):
-    """Return an algorithm's runs on 2 to 90 % of the episodes."""
+    """Return an algorithm's runs on 2 to 90 % of the episodes of the datasets that have all."""
     labels = {BASELINE, "DO", "LN", "L2", "DO+LN", COMBINATIONS[algorithm]}
     runs = finished(algorithm)
     is_own = [not labels.isdisjoint(own) for own in runs["labels"]]
     ((_, rows),) = shares.groups(runs[is_own])
-    return rows
+    numbers = rows.groupby("dataset")["share"].nunique()
+    return rows[rows["dataset"].isin(numbers.index[numbers == numbers.max()])]
 
 
 def less_data(algorithm):
@@ -230,17 +231,20 @@ def places(algorithm):
 
 
 def front_figure():
-    """Draw IQL's mean gains on less data, and those of regularisers in the actor and the critics.
+    """Draw gains on less data, and IQL's by regularisers in the actor and the critics.
 
-    All are means over the datasets, with 95 % intervals.
+    All are means over an algorithm's datasets, with 95 % intervals.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.2), layout="constrained")
-    rows = less_data_rows("iql")
-    shares.draw_bands(left, shares.gains(rows, in_order(rows)), shares.label_styles(rows))
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(title="IQL: the actor regularised", xlabel="episodes trained on (%)")
-    left.set(ylabel="score − baseline's")
-    left.legend(fontsize="small", ncols=2)
+    figure, (*left, right) = plt.subplots(1, 3, figsize=(12.0, 3.4), layout="constrained")
+    for axis, algorithm in zip(left, ["iql", "rebrac"]):
+        rows = less_data_rows(algorithm)
+        datasets = in_order(rows)
+        shares.draw_bands(axis, shares.gains(rows, datasets), shares.label_styles(rows))
+        axis.axhline(0, color="black", linewidth=0.8)
+        names = ", ".join(STUDIED[dataset] for dataset in datasets)
+        axis.set(title=f"{load_script(algorithm).NAME}: {names}")
+        axis.set(xlabel="episodes trained on (%)", ylabel="score − baseline's")
+        axis.legend(fontsize="small", ncols=2)
 
     gained = place_gains("iql").loc[MEAN]
     for j, (share, style) in enumerate(zip(gained.index.unique("share"), figures.STYLES)):
@@ -290,6 +294,29 @@ def repeated():
         lines.append([f"`{flag}`", f"{100 * share:g} %", name, *cells])
     titles = ["LN in", "episodes", "dataset", "seeds 0 to 4", "seeds 20 to 24", "p of the latter"]
     return markdown(titles, lines)
+
+
+def other_draws():
+    """What DO+LN changes in ReBRAC on HalfCheetah, by the first episodes and by other draws.
+
+    p and bold are of the other draws, corrected by Holm over the table.
+    """
+    first = less_data_rows("rebrac")
+    runs = finished("rebrac", "repeat.csv")
+    draws = [config["validation_seed"] for config in runs["config"]]
+    other = by_label(runs.assign(seed=draws))  # so that the columns of scores are the draws
+    first = first[first["share"].isin(other["share"])]
+    cells = []
+    for rows in (first, other):
+        scores = shares.by_label_and_share(rows, "final", [CHEETAH])
+        baseline = scores.loc[BASELINE]
+        gained = scores.loc["DO+LN"] - baseline
+        cells.append([interval_text(*pair, "") for pair in zip(*mean_and_interval(baseline))])
+        cells.append([interval_text(*pair, "+") for pair in zip(*mean_and_interval(gained))])
+    cells[-1], p = shares.texts_and_p(gained)
+    names = [f"{100 * share:g} %" for share in gained.index]
+    titles = ["episodes", "baseline", "DO+LN", "baseline, other draws", "DO+LN, other draws", "p"]
+    return markdown(titles, list(zip(names, *cells, map(p_text, p))))
 
 
 # --- Pairs, and what explains the scores ---
