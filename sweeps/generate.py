@@ -95,6 +95,7 @@ SECOND_PARTS = {
     "both_ln": "LayerNorm in the actor, in the critics, in both",
     "both_dropout": "dropout in the actor, in the critics, in both",
     "both_l2": "weight decay in the actor, in the critics, in both",
+    "cloning": "DO+LN on 2 and 5 % of the episodes with more cloning",
     "repeat": "DO+LN on 2 and 5 % of the episodes once more, with other episodes",
     "repeat_critics": "LayerNorm in the critics once more, with new seeds",
     "repeat_hopper": "LayerNorm in the actor on 2 % of Hopper once more, with new seeds",
@@ -264,12 +265,8 @@ def parts_for_rebrac(for_both):
         seed=[10, 11, 12],
         dataset_name=STUDY_DATASETS,
     )
-    repeat = dict(
-        regularisers=["none", "DO+LN"],
-        validation_frac=[0.95, 0.98],
-        validation_seed=OTHER_DRAWS,
-        seed=NEW_SEEDS[:1],
-    )
+    little_data = dict(regularisers=["none", "DO+LN"], validation_frac=[0.95, 0.98])
+    repeat = dict(validation_seed=OTHER_DRAWS, seed=NEW_SEEDS[:1])
     batch = dict(preset=["none", "batch-1024"], regularisers=["none", "best"])
     papers = dict.fromkeys(["batch_size", "actor_bc_coef", "critic_bc_coef"])
     return {
@@ -277,7 +274,8 @@ def parts_for_rebrac(for_both):
         **for_both,
         "coefficients": coefficients,
         "halfcheetah_coefficients": {**coefficients, **cheetah},
-        "halfcheetah_repeat": {**repeat, **own},
+        "halfcheetah_repeat": {**little_data, **repeat, **own},
+        "halfcheetah_cloning": {**little_data, **own, "actor_bc_coef": [0.3, 1.0]},
         "batch": {**batch, **papers},  # with the preset's batch, and the paper's coefficients
         "long": {**LONG, **own},
     }

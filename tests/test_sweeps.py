@@ -164,7 +164,7 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
     number += 3 * 15 * (len(SCRIPTS) - 2)  # the others, a fork's too, have no tuning, as_run, final
     number += 3 + 3  # ReBRAC's td3_bc and BCQ's networks
     assert len(FILES) == number
-    assert len(SECOND_STUDY) == 13 + 11 + 2 + 4  # ReBRAC, IQL, CQL, BCQ
+    assert len(SECOND_STUDY) == 14 + 11 + 2 + 4  # ReBRAC, IQL, CQL, BCQ
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:
             assert (tmp_path / path).read_text() == file.read()

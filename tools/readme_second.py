@@ -235,14 +235,14 @@ def front_figure():
 
     All are means over an algorithm's datasets, with 95 % intervals.
     """
-    figure, (*left, right) = plt.subplots(1, 3, figsize=(12.0, 3.4), layout="constrained")
+    figure, (*left, right) = plt.subplots(1, 3, figsize=(12.0, 3.6), layout="constrained")
     for axis, algorithm in zip(left, ["iql", "rebrac"]):
         rows = less_data_rows(algorithm)
         datasets = in_order(rows)
         shares.draw_bands(axis, shares.gains(rows, datasets), shares.label_styles(rows))
         axis.axhline(0, color="black", linewidth=0.8)
-        names = ", ".join(STUDIED[dataset] for dataset in datasets)
-        axis.set(title=f"{load_script(algorithm).NAME}: {names}")
+        name = load_script(algorithm).NAME
+        axis.set(title=f"{name}: the actor regularised\n{names_of(datasets)}")
         axis.set(xlabel="episodes trained on (%)", ylabel="score − baseline's")
         axis.legend(fontsize="small", ncols=2)
 
@@ -256,9 +256,14 @@ def front_figure():
         right.errorbar(means, heights, xerr=halves, label=f"{100 * share:g} %", **style)
     right.set_yticks(np.arange(len(own))[::-1], [f"{name}: {place}" for name, place in own.index])
     right.axvline(0, color="black", linewidth=0.8)
-    right.set(title="IQL: actor, critics, or both", xlabel="score − that with it in neither")
+    right.set(title=f"IQL: actor, critics, or both\n{names_of(STUDIED)}")
+    right.set(xlabel="score − that with it in neither")
     right.legend(title="episodes", fontsize="small")
     return figure
+
+
+def names_of(datasets):
+    return ", ".join(STUDIED[dataset] for dataset in datasets)
 
 
 REPEATED = [  # the flag of LN, the share of the episodes, the datasets
