@@ -285,6 +285,7 @@ BLOCKS = {
     "tenth-rebrac": lambda: second.tenth("rebrac"),
     "critics-iql": lambda: second.places("iql"),
     "repeat-iql": second.repeated,
+    "repeat-rebrac": second.other_draws,
     "pairs-iql": second.pairs,
     "explanation-iql": lambda: second.explanation("iql"),
     "explanation-tests-iql": lambda: second.explanation_tests("iql"),

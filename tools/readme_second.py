@@ -33,6 +33,7 @@ REPS = 2000  # of the bootstrap
 MOST_SHOWN = 8  # measures of an explanation
 TENTH = 0.1  # the share of the episodes that most parts train on
 MOST = 0.9  # the largest share
+LITTLE = (0.02, 0.05)  # the smallest
 CHEETAH = "halfcheetah-medium-replay-v2"
 
 
@@ -301,27 +302,60 @@ def repeated():
     return markdown(titles, lines)
 
 
+def cheetah_runs(file):
+    """Return ReBRAC's runs on 2 and 5 % of HalfCheetah's episodes, with what they differ in."""
+    runs = finished("rebrac", file)
+    runs = runs[(runs["dataset"] == CHEETAH) & runs["share"].isin(LITTLE)]
+    for field in ("validation_seed", "actor_bc_coef"):
+        runs = runs.assign(**{field: [config[field] for config in runs["config"]]})
+    return runs
+
+
+def little_data_cells(runs):
+    """Return the baseline's scores and what DO+LN gains, as texts by share; and the gains."""
+    scores = shares.by_label_and_share(by_label(runs), "final", [CHEETAH])
+    baseline = scores.loc[BASELINE]
+    gained = scores.loc["DO+LN"] - baseline
+    found = {}
+    for name, values, sign in (("baseline", baseline, ""), ("DO+LN", gained, "+")):
+        found[name] = [interval_text(*pair, sign) for pair in zip(*mean_and_interval(values))]
+    return pd.DataFrame(found, gained.index), gained
+
+
 def other_draws():
     """What DO+LN changes in ReBRAC on HalfCheetah, by the first episodes and by other draws.
 
     p and bold are of the other draws, corrected by Holm over the table.
     """
-    first = less_data_rows("rebrac")
-    runs = finished("rebrac", "repeat.csv")
-    draws = [config["validation_seed"] for config in runs["config"]]
-    other = by_label(runs.assign(seed=draws))  # so that the columns of scores are the draws
-    first = first[first["share"].isin(other["share"])]
-    cells = []
-    for rows in (first, other):
-        scores = shares.by_label_and_share(rows, "final", [CHEETAH])
-        baseline = scores.loc[BASELINE]
-        gained = scores.loc["DO+LN"] - baseline
-        cells.append([interval_text(*pair, "") for pair in zip(*mean_and_interval(baseline))])
-        cells.append([interval_text(*pair, "+") for pair in zip(*mean_and_interval(gained))])
-    cells[-1], p = shares.texts_and_p(gained)
-    names = [f"{100 * share:g} %" for share in gained.index]
-    titles = ["episodes", "baseline", "DO+LN", "baseline, other draws", "DO+LN, other draws", "p"]
-    return markdown(titles, list(zip(names, *cells, map(p_text, p))))
+    cells, _ = little_data_cells(cheetah_runs("second.csv"))
+    runs = cheetah_runs("repeat.csv")
+    runs = runs[runs["validation_seed"] > 0]
+    of_draws = runs.assign(seed=runs["validation_seed"])  # so that columns are draws
+    other, gained = little_data_cells(of_draws)
+    other["DO+LN"], p = shares.texts_and_p(gained)
+    cells = cells.join(other.add_suffix(", other draws")).assign(p=[p_text(one) for one in p])
+    names = [f"{100 * share:g} %" for share in cells.index]
+    return markdown(["episodes", *cells], [[name, *row] for name, row in zip(names, cells.values)])
+
+
+def more_cloning():
+    """What DO+LN changes in ReBRAC on HalfCheetah, by the share and the coefficient of cloning.
+
+    p and bold are corrected by Holm over the table.
+    """
+    runs = pd.concat([cheetah_runs("second.csv"), cheetah_runs("repeat.csv")])
+    runs = runs[runs["validation_seed"] == 0]
+    found = {coef: little_data_cells(own) for coef, own in runs.groupby("actor_bc_coef")}
+    cells = pd.concat({coef: cells for coef, (cells, _) in found.items()}, names=["coef"])
+    gained = pd.concat({coef: gained for coef, (_, gained) in found.items()}, names=["coef"])
+    cells["DO+LN"], p = shares.texts_and_p(gained)
+    cells = cells.assign(p=[p_text(one) for one in p]).sort_index(
+        level="share", sort_remaining=True
+    )
+    lines = []
+    for (coef, share), row in cells.iterrows():
+        lines.append([f"{100 * share:g} %", f"{coef:g}", *row])
+    return markdown(["episodes", "`actor_bc_coef`", *cells], lines)
 
 
 # --- Pairs, and what explains the scores ---
