@@ -282,6 +282,7 @@ BLOCKS = {
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
     "less-data-rebrac": lambda: second.less_data("rebrac"),
     "less-data-datasets-rebrac": lambda: second.less_data_by_dataset("rebrac"),
+    "cloning-rebrac": second.more_cloning,
     "tenth-rebrac": lambda: second.tenth("rebrac"),
     "critics-iql": lambda: second.places("iql"),
     "repeat-iql": second.repeated,
