@@ -115,7 +115,7 @@ def test_the_bundled_datasets_are_as_described():
         ("curves", 73),
         ("coefficients", 96),
         ("second", 1043),
-        ("repeat", 92),
+        ("repeat", 112),
     ],
 )
 def test_the_runs_in_a_table_have_the_names_of_their_configs(table, number):
