@@ -418,8 +418,8 @@ def test_a_member_ends_where_it_would_alone(name, bits, bound):
 @pytest.mark.slow
 @pytest.mark.parametrize("actors, critics", [("gn", "fn"), ("sn", "bn"), ("bn", "rms")])
 def test_a_member_with_norms_ends_where_it_would_alone(actors, critics):
-    """In 32 bits these turn the rounding of some processors into chaos."""
-    hidden_dim = 64 if "gn" in (actors, critics) else 16
+    """In 64 bits, since in 32 BatchNorm makes much of how a processor rounds."""
+    hidden_dim = 64 if actors == "gn" else 16  # 32 groups of two units or more
     flags = {"hidden_dim": hidden_dim, f"actor_{actors}": True, f"critic_{critics}": True}
     config = small_config(iql, num_updates=200, log_every=200, actor_layers=1, **flags)
     members = [config, replace(config, seed=config.seed + 3, actor_dropout=0.5)]

@@ -33,7 +33,7 @@ REPS = 2000  # of the bootstrap
 MOST_SHOWN = 8  # measures of an explanation
 TENTH = 0.1  # the share of the episodes that most parts train on
 MOST = 0.9  # the largest share
-LITTLE = (0.02, 0.05)  # the smallest
+LITTLE = (0.02, 0.05)  # the smallest shares
 CHEETAH = "halfcheetah-medium-replay-v2"
 
 
@@ -50,12 +50,20 @@ def finished(algorithm, file="second.csv"):
     return table.assign(final=table["score"], share=share, settings=[()] * len(table))
 
 
+def mean_texts(values, sign):
+    """Return the means of rows over seeds with their intervals, as texts."""
+    return [interval_text(*pair, sign) for pair in zip(*mean_and_interval(values))]
+
+
 # --- Less data ---
 
 
 @functools.cache
 def less_data_rows(algorithm):
-    """Return an algorithm's runs on 2 to 90 % of the episodes of the datasets that have all."""
+    """Return an algorithm's runs on 2 to 90 % of the episodes.
+
+    A dataset that still lacks some of these shares is left out.
+    """
     labels = {BASELINE, "DO", "LN", "L2", "DO+LN", COMBINATIONS[algorithm]}
     runs = finished(algorithm)
     is_own = [not labels.isdisjoint(own) for own in runs["labels"]]
@@ -81,8 +89,7 @@ def less_data_by_dataset(algorithm):
     for dataset in in_order(rows):
         own = rows[~rows["label"].isin(same_as_baseline(rows, [dataset]))]
         baseline = shares.by_label_and_share(own, "final", [dataset]).loc[BASELINE]
-        means, halves = mean_and_interval(baseline)
-        scores[dataset] = [interval_text(*pair, "") for pair in zip(means, halves)]
+        scores[dataset] = mean_texts(baseline, "")
         gains[dataset] = shares.gains(own, [dataset])
     gains = pd.concat(gains)
     texts, _ = shares.texts_and_p(gains)
@@ -209,9 +216,7 @@ def places(algorithm):
     Holm corrects p over the means, and apart from them over the single datasets.
     """
     scores = place_scores(algorithm).xs(BASELINE, level="label")
-    means, halves = mean_and_interval(scores)
-    neither = [interval_text(*pair, "") for pair in zip(means, halves)]
-    neither = pd.Series(neither, scores.index).unstack("dataset", sort=False)
+    neither = pd.Series(mean_texts(scores, ""), scores.index).unstack("dataset", sort=False)
 
     gained = place_gains(algorithm)
     is_mean = gained.index.get_level_values("dataset") == MEAN
@@ -291,8 +296,7 @@ def repeated():
 
     p and bold are of the new seeds, corrected by Holm over the table.
     """
-    means, halves = mean_and_interval(repeated_gains("second.csv"))
-    first = [interval_text(*pair, "+") for pair in zip(means, halves)]
+    first = mean_texts(repeated_gains("second.csv"), "+")
     new, p = shares.texts_and_p(repeated_gains("repeat.csv"))
     lines = []
     for (flag, share, datasets), *cells in zip(REPEATED, first, new, map(p_text, p)):
@@ -303,23 +307,18 @@ def repeated():
 
 
 def cheetah_runs(file):
-    """Return ReBRAC's runs on 2 and 5 % of HalfCheetah's episodes, with what they differ in."""
+    """Return ReBRAC's runs on 2 and 5 % of HalfCheetah's episodes, with their draw and `coef`."""
     runs = finished("rebrac", file)
     runs = runs[(runs["dataset"] == CHEETAH) & runs["share"].isin(LITTLE)]
-    for field in ("validation_seed", "actor_bc_coef"):
-        runs = runs.assign(**{field: [config[field] for config in runs["config"]]})
-    return runs
+    configs = pd.DataFrame(runs["config"].tolist(), runs.index)
+    return runs.assign(draw=configs["validation_seed"], coef=configs["actor_bc_coef"])
 
 
-def little_data_cells(runs):
-    """Return the baseline's scores and what DO+LN gains, as texts by share; and the gains."""
+def little_data(runs):
+    """Return the baseline's scores and what DO+LN gains: rows of shares, columns of seeds."""
     scores = shares.by_label_and_share(by_label(runs), "final", [CHEETAH])
     baseline = scores.loc[BASELINE]
-    gained = scores.loc["DO+LN"] - baseline
-    found = {}
-    for name, values, sign in (("baseline", baseline, ""), ("DO+LN", gained, "+")):
-        found[name] = [interval_text(*pair, sign) for pair in zip(*mean_and_interval(values))]
-    return pd.DataFrame(found, gained.index), gained
+    return baseline, scores.loc["DO+LN"] - baseline
 
 
 def other_draws():
@@ -327,15 +326,20 @@ def other_draws():
 
     p and bold are of the other draws, corrected by Holm over the table.
     """
-    cells, _ = little_data_cells(cheetah_runs("second.csv"))
+    first_baseline, first_gained = little_data(cheetah_runs("second.csv"))
     runs = cheetah_runs("repeat.csv")
-    runs = runs[runs["validation_seed"] > 0]
-    of_draws = runs.assign(seed=runs["validation_seed"])  # so that columns are draws
-    other, gained = little_data_cells(of_draws)
-    other["DO+LN"], p = shares.texts_and_p(gained)
-    cells = cells.join(other.add_suffix(", other draws")).assign(p=[p_text(one) for one in p])
-    names = [f"{100 * share:g} %" for share in cells.index]
-    return markdown(["episodes", *cells], [[name, *row] for name, row in zip(names, cells.values)])
+    runs = runs[runs["draw"] > 0]
+    baseline, gained = little_data(runs.assign(seed=runs["draw"]))  # so that columns are draws
+    texts, p = shares.texts_and_p(gained)
+    columns = {
+        "episodes": [f"{100 * share:g} %" for share in gained.index],
+        "baseline": mean_texts(first_baseline, ""),
+        "DO+LN": mean_texts(first_gained, "+"),
+        "baseline, other draws": mean_texts(baseline, ""),
+        "DO+LN, other draws": texts,
+        "p": [p_text(one) for one in p],
+    }
+    return markdown(columns, zip(*columns.values()))
 
 
 def more_cloning():
@@ -344,18 +348,22 @@ def more_cloning():
     p and bold are corrected by Holm over the table.
     """
     runs = pd.concat([cheetah_runs("second.csv"), cheetah_runs("repeat.csv")])
-    runs = runs[runs["validation_seed"] == 0]
-    found = {coef: little_data_cells(own) for coef, own in runs.groupby("actor_bc_coef")}
-    cells = pd.concat({coef: cells for coef, (cells, _) in found.items()}, names=["coef"])
-    gained = pd.concat({coef: gained for coef, (_, gained) in found.items()}, names=["coef"])
-    cells["DO+LN"], p = shares.texts_and_p(gained)
-    cells = cells.assign(p=[p_text(one) for one in p]).sort_index(
-        level="share", sort_remaining=True
-    )
-    lines = []
-    for (coef, share), row in cells.iterrows():
-        lines.append([f"{100 * share:g} %", f"{coef:g}", *row])
-    return markdown(["episodes", "`actor_bc_coef`", *cells], lines)
+    first_draw = runs[runs["draw"] == 0]
+    baselines = {}
+    gains = {}
+    for coef, own in first_draw.groupby("coef"):
+        baselines[coef], gains[coef] = little_data(own)
+    baseline = pd.concat(baselines).swaplevel().sort_index()  # rows of (share, coef)
+    gained = pd.concat(gains).swaplevel().sort_index()
+    texts, p = shares.texts_and_p(gained)
+    columns = {
+        "episodes": [f"{100 * share:g} %" for share, _ in gained.index],
+        "`actor_bc_coef`": [f"{coef:g}" for _, coef in gained.index],
+        "baseline": mean_texts(baseline, ""),
+        "DO+LN": texts,
+        "p": [p_text(one) for one in p],
+    }
+    return markdown(columns, zip(*columns.values()))
 
 
 # --- Pairs, and what explains the scores ---
