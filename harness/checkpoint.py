@@ -32,7 +32,7 @@ def write_file(path, write, keep=None):
         shutil.copyfile(path, keep + ".partial")
         os.replace(keep + ".partial", keep)
     os.replace(path + ".partial", path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+import types
 from typing import Optional
 
 import jax
@@ -80,10 +81,15 @@ class Parser(pyrallis.argparsing.ArgumentParser):
 @functools.cache  # since a sweep reads thousands of configs
 def parser(config_class, for_help):
     """Return a parser. Reading words spoils the defaults that --help shows: it has its own."""
+    for field in dataclasses.fields(config_class):
+        if isinstance(field.type, types.UnionType):
+            raise UserError(f"{field.name}: write Optional[X] in place of X | None")
     return Parser(config_class)
 
 
 # --- Reading a config ---
+
+SHORTHANDS = ("preset", "regularisers")  # fields that stand for others
 
 
 def parse(config_class, arguments=None):
@@ -98,24 +104,37 @@ def parse(config_class, arguments=None):
 
 def read_flags(config_class, arguments=None):
     """Do as `parse`, but leave JAX alone, for a process that only reads the configs of others."""
-    path = given_words(config_class, arguments).get("config_path")
-    values = {} if path is None else file_values(config_class, path)
-    return config_class(**{**values, **given_values(config_class, arguments)})
+    words = given_words(config_class, arguments)
+    return config_class(**{**file_values(config_class, words), **word_values(config_class, words)})
 
 
-def file_values(config_class, path):
-    """Return the fields in a config file, {name: value}."""
+def given_values(config_class, arguments=None):
+    """Return the fields that are asked for, {name: value}.
+
+    These are the command line's. A config file's are, too, if it has a preset or regularisers. If
+    not, it may be a run's own, which spells out all fields, also those that are off.
+    """
+    words = given_words(config_class, arguments)
+    values = file_values(config_class, words)
+    if all(values.get(name, "none") == "none" for name in SHORTHANDS):
+        values = {}
+    return {**values, **word_values(config_class, words)}
+
+
+def file_values(config_class, words):
+    """Return the fields in the config file that is given, {name: value}."""
+    path = words.get("config_path")
+    if path is None:
+        return {}
     try:
         return decode(config_class, read_yaml(path, WordLoader))
     except UserError as error:
         raise UserError(f"config_path {path!r}: {error}") from error
 
 
-def given_values(config_class, arguments=None):
+def word_values(config_class, words):
     """Return the fields that the command line itself gives, {name: value}."""
-    words = given_words(config_class, arguments)
-    words.pop("config_path", None)
-    return decode(config_class, words)
+    return decode(config_class, {key: word for key, word in words.items() if key != "config_path"})
 
 
 def given_words(config_class, arguments=None):
@@ -186,8 +205,6 @@ def configure_jax(deterministic):
 
 # --- What must hold ---
 
-NAMES = ("preset", "regularisers")  # fields that stand for others
-
 HOLDS = {  # a bound in words -> whether a number keeps it
     "any number": lambda x: True,
     "0 or more": lambda x: x >= 0,
@@ -208,9 +225,9 @@ def check(config, constraints, bounds, given=None):
     fields that were asked for on the command line, which the config must have.
     """
     for name, value in (given or {}).items():
-        if name in NAMES or getattr(config, name) == value:
+        if name in SHORTHANDS or getattr(config, name) == value:
             continue
-        names = " and ".join(f"{key} {given[key]}" for key in NAMES if key in given)
+        names = " and ".join(f"{key} {given[key]}" for key in SHORTHANDS if key in given)
         raise UserError(f"{names} has {name} {getattr(config, name)}, but {value} is asked for")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -266,7 +283,7 @@ def with_regularisers(config, known, combined=None, presets=None):
     presets = {"none": {}, **(presets or {})}
     if preset not in presets:
         raise UserError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
-    given = {name: getattr(config, name, "none") for name in NAMES}
+    given = {name: getattr(config, name, "none") for name in SHORTHANDS}
     names = " and ".join(f"{name} {value}" for name, value in given.items() if value != "none")
     for key, value in flags.items():
         if presets[preset].get(key, value) != value:
@@ -279,7 +296,7 @@ def with_regularisers(config, known, combined=None, presets=None):
                 f"{names} has {key} {value}, but {getattr(config, key)} is asked for, too; "
                 "give the flags that it stands for instead"
             )
-    unnamed = {name: "none" for name in NAMES if hasattr(config, name)}
+    unnamed = {name: "none" for name in SHORTHANDS if hasattr(config, name)}
     return dataclasses.replace(config, **unnamed, **values)
 
 

@@ -15,10 +15,10 @@ def find_divergence(config, update, infos, states):
     {number of a member: message} for those that have diverged.
     """
     problems = {}
-    epoch = config.log_every
     for key, values in infos.items():
+        num_updates = config.log_every // values.shape[1]  # of a step
         for member, step in np.argwhere(~np.isfinite(values)):
-            at = update - epoch + (step + 1) * epoch // values.shape[1]
+            at = update - config.log_every + (step + 1) * num_updates
             problems.setdefault(int(member), f"{key} is {values[member, step]} after update {at}")
     for member in np.flatnonzero(~np.asarray(is_finite(states))):
         for key, array in flatten(without_keys(states)).items():

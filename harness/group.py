@@ -180,6 +180,8 @@ def num_at_once(script, configs):
     config = stack_configs(configs)
     with contextlib.redirect_stdout(io.StringIO()):
         data = script.make_dataset(config, load_dataset(config))
+    if hasattr(script, "with_value_range"):  # ReBRAC's program needs these numbers
+        config = script.with_value_range(config, data)
     members = num_fitting(needed_memory(script, config, data))
     num_parts = math.ceil(len(configs) / max(1, members // configs[0].num_seeds))
     return math.ceil(len(configs) / num_parts)
@@ -205,7 +207,7 @@ def main():
     at_once = len(configs)
     if "fit" in sys.argv[2:] and len(configs) > 1:
         # An error comes again in training, where each run has it in its output
-        with contextlib.suppress(UserError, jax.errors.JaxRuntimeError, MemoryError):
+        with contextlib.suppress(Exception):
             at_once = num_at_once(script, configs)
     problem = None
     while configs:

@@ -211,9 +211,7 @@ def receive(connection):
 
 def available_cores():
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return len(os.sched_getaffinity(0))
 
 
 def serve(name, first, processes, number, connection, file):

@@ -191,7 +191,7 @@ def axes_of_numbers(traced):
     return {name: 0 if jnp.ndim(x) else None for name, x in traced.items()}
 
 
-def map_members(function, axes, arguments, in_turn=False):
+def map_members(function, axes, arguments, in_turn):
     """Map `function` over the first axis of the arguments whose entry of `axes` is 0.
 
     A single member goes without vmap, which would make it slower on a CPU.

@@ -11,7 +11,7 @@ import yaml
 
 from harness.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint, write_file
 from harness.datasets import normalized_score
-from harness.directory import check_same_config, run_directory, saved_fields
+from harness.directory import check_same_config, is_finished, run_directory, saved_fields
 from harness.errors import BusyError, UserError
 from harness.evaluation import score_columns, summary
 from harness.tables import Tables, episode_rows, seed_rows
@@ -37,7 +37,7 @@ class Record:
         self.config = config
         self.directory = run_directory(algorithm, config, tuned)
         self.tables = Tables(self.directory)
-        self.is_finished = os.path.exists(self.path("finished.json"))
+        self.is_finished = is_finished(self.directory)
         self.score = {}  # to show
         self.losses = {}  # to show
         self.saved = 0  # the last checkpoint's update; None: there is one, not read yet

@@ -272,6 +272,8 @@ class Run:
     def checkpoint(self, states, update, now=False):
         """Save everything if `now`, after an evaluation, after a signal, or once a minute.
 
+        A save of more than 3 s is made less often, so that it takes at most 5 % of the time.
+
         After a signal, exit. An evaluation that is played beside training is waited for if `now`;
         otherwise saving waits for its end.
         """
@@ -279,7 +281,7 @@ class Run:
             self.end_evaluation()
         if self.pending:
             return
-        interval = max(60, 20 * self.save_seconds)  # at most a twentieth of the time
+        interval = max(60, 20 * self.save_seconds)
         is_due = time.monotonic() - self.saved_at > interval
         if not (now or self.stopping or is_due):
             return

@@ -7,7 +7,7 @@ import subprocess
 
 import jax
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from harness.scripts import ROOT
 
 
 @functools.cache  # a group asks for each of its runs

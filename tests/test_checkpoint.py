@@ -115,6 +115,12 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert (tmp_path / "older").read_bytes() == b"first"
 
 
+def test_a_file_may_be_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_file("file", lambda file: file.write(b"whole"))
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
 # --- Damage ---
 
 

@@ -322,6 +322,24 @@ def test_a_runs_config_and_a_name_for_regularisers_can_be_combined(tmp_path):
     assert (config.actor_ln, config.actor_dropout) == (True, 0.1)
 
 
+def test_a_file_with_a_preset_asks_for_its_other_fields_too(tmp_path):
+    path = tmp_path / "fields.yaml"
+    path.write_text("dataset_name: hopper-medium-v2\npreset: td3-bc\ncritic_ln: true\n")
+    words = ["--config_path", str(path)]
+    config = rebrac.tuned(parse(rebrac.Config, words))
+    with pytest.raises(UserError, match="preset td3-bc has critic_ln False, but True is asked"):
+        check(config, rebrac.constraints, rebrac.BOUNDS, given_values(rebrac.Config, words))
+
+
+def test_a_type_that_pyrallis_does_not_read_is_named():
+    @dataclasses.dataclass
+    class Config:
+        actor_other: int | None = None
+
+    with pytest.raises(UserError, match=r"actor_other: write Optional\[X\] in place of X \| None"):
+        parse(Config, ["--actor_other", "3"])
+
+
 def test_a_table_in_a_string_has_a_dictionary_for_each_row():
     table = read_table("""
     name    x    y

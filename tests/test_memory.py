@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import psutil
 import pytest
-from conftest import ROOT, init_states, small_config, small_data
+from conftest import OURS, ROOT, init_states, small_config, small_data
 from runs_helpers import before_epochs, fails
 from test_group import (
     PLAIN,
@@ -128,6 +128,15 @@ def test_runs_are_parted_evenly(runs, room, at_once, monkeypatch, quick):
     config = small_config(iql, num_seeds=2, dataset_path=quick["dataset_path"])
     configs = [replace(config, seed=10 * i) for i in range(runs)]
     assert group.num_at_once(iql, configs) == at_once
+
+
+@pytest.mark.parametrize("script", OURS.values(), ids=OURS)
+def test_how_many_fit_is_known_without_a_range_of_values(script, quick):
+    """ReBRAC takes it from the dataset, unless it is given."""
+    config = small_config(script, dataset_path=quick["dataset_path"])
+    if script is rebrac:
+        config = replace(config, v_min=None, v_max=None)
+    assert group.num_at_once(script, [config, replace(config, seed=1)]) == 2
 
 
 def test_those_that_do_not_fit_follow(start_group, monkeypatch):

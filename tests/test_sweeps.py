@@ -1026,7 +1026,8 @@ def test_what_ends_a_program_of_several_runs_is_told_of_each(tmp_path):
     for job in jobs:
         os.makedirs(job.directory)
     with open(jobs[0].output_path(), "w") as file:
-        file.write("Traceback\nKeyError: 'my_column'\n")
+        file.write("Traceback\nKeyError: 'my_column'\n--------------------\n")
+        file.write("For simplicity, JAX has removed its internal frames from the traceback ...\n")
     now = Status("unfinished", "", 0, False)
     for job in jobs:
         assert sweep.why_it_failed(job, now, 1, jobs) == "KeyError: 'my_column'"

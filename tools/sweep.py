@@ -422,6 +422,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def check_order(words, files, flags):
+    """Raise UserError if a flag's value was taken for a file, or a file for a flag's value.
+
+    `files` and `flags` are what argparse has made of the command line's words.
+    """
+    place = words.index(files[0])
+    before = words[place - 1] if place > 0 else ""
+    if re.fullmatch(r"--\w+", before) and before not in ("--plan", "--download"):
+        raise UserError(f"{FILES_FIRST}, as {before}")
+    for before, word in zip(["", *flags], flags):
+        is_value = before.startswith("--") and "=" not in before
+        if word.endswith(".yaml") and not (is_value or word.startswith("--")):
+            raise UserError(f"{FILES_FIRST}; {word} comes after a flag")
+
+
 def main():
     parser = Parser(
         usage="python -m tools.sweep FILE.yaml ... [--processes N] [--together [N]] "
@@ -442,15 +457,7 @@ def main():
     only.add_argument("--plan", action="store_true", help="only print what it takes here")
     only.add_argument("--download", action="store_true", help="only download the datasets")
     given, flags = parser.parse_known_args()
-    words = ["", *sys.argv[1:]]
-    before = words[words.index(given.files[0]) - 1]
-    is_scripts = re.fullmatch(r"--\w+", before) and before not in ("--plan", "--download")
-    if is_scripts:  # then what was taken for a file is this flag's value
-        raise UserError(f"{FILES_FIRST}, as {before}")
-    for before, word in zip(["", *flags], flags):
-        is_value = before.startswith("--") and "=" not in before
-        if word.endswith(".yaml") and not (is_value or word.startswith("--")):
-            raise UserError(f"{FILES_FIRST}; {word} comes after a flag")
+    check_order(sys.argv[1:], given.files, flags)
     for name in ("processes", "together"):
         number = getattr(given, name)
         if number != AS_MANY_AS_FIT and number < 1:
