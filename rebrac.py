@@ -287,15 +287,15 @@ def transitions(data, index):
 # sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
 # compiled. If runs that are trained together mix 0 and other strengths, the 0 is traced, too. Then
 # its term must do nothing. Bools, integers and strings are never traced. Fields on which no program
-# depends, such as `seed`, are None.
+# depends, such as `seed`, are None in compiled code.
 
 
 class ActorHidden(nn.Module):
     """The actor's hidden layers, inputs (B, I) to features (B, F).
 
-    Each layer is a Dense and a ReLU. Then follow, where they are on and in the paper's order,
-    LayerNorm, FeatureNorm, GroupNorm, BatchNorm and dropout. RMSNorm comes before dropout.
-    SpectralNorm acts on the last Dense.
+    Each layer is a Dense and a ReLU. Then follow, where they are on and in this order, LayerNorm,
+    FeatureNorm, GroupNorm, BatchNorm, RMSNorm and dropout. SpectralNorm acts on the Dense of the
+    last hidden layer.
     """
 
     config: Config
@@ -305,7 +305,7 @@ class ActorHidden(nn.Module):
         config = self.config
         for layer in range(config.actor_layers):
             is_last = layer == config.actor_layers - 1
-            dense = hidden_dense(config)  # below, with the algorithm's initialisation
+            dense = hidden_dense(config)  # see "Networks"
             if config.actor_sn and is_last:
                 x = nn.SpectralNorm(dense)(x, update_stats=train)
             else:

@@ -12,9 +12,12 @@ import itertools
 import math
 import os
 import signal
+import sys
 
 if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The scripts beside this folder, and not another checkout's that is installed
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import yaml
 

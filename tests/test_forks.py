@@ -133,14 +133,16 @@ def test_ofn_trains_by_its_name_and_is_reported_under_it(checkout, run):
 
 @pytest.mark.slow
 def test_a_fork_keeps_the_tests_of_what_the_scripts_share(checkout):
-    """With a regulariser in all scripts, and an algorithm of its own."""
+    """With a regulariser in all scripts, an algorithm of its own, and a copy of a script."""
     for name in ("tests", "sweeps"):
         shutil.copytree(os.path.join(ROOT, name), checkout / name)
     for name in OURS:
         (checkout / f"{name}.py").write_text(with_ofn(read(f"{name}.py")))
     (checkout / "bc.py").write_text(behaviour_cloning())
+    copy = with_ofn(read("rebrac.py")).replace('NAME = "ReBRAC"', 'NAME = "Mine"')
+    (checkout / "mine.py").write_text(copy)
     here = dict(cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)})
-    subprocess.run([sys.executable, "sweeps/generate.py"], check=True, **here)
+    subprocess.run([sys.executable, "sweeps/generate.py"], cwd=checkout, check=True)
     tests = [
         "tests/test_scripts.py",
         "tests/test_config.py::test_a_regularisers_name_stands_for_the_papers_strength",

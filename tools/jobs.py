@@ -142,10 +142,13 @@ def read_jobs(paths, flags, add_checksum=with_checksum):
     """Return the sweeps' runs, with `flags` added to each. A run in several sweeps comes once."""
     commands = []
     for path in paths:
-        commands += [command + flags for command in expand(path)]
+        commands += [(path, command + flags) for command in expand(path)]
     jobs = {}
-    for command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False):
-        job = Job(command, add_checksum)
+    for path, command in tqdm(commands, "reading", disable=not sys.stderr.isatty(), leave=False):
+        try:
+            job = Job(command, add_checksum)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         jobs[job.directory] = job
     return list(jobs.values())
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which ta
 import h5py
 import numpy as np
 
+from harness.config import inline_comment
 from harness.datasets import DOMAINS
 from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
@@ -50,8 +51,13 @@ BEYOND = {  # the same of those that the paper hasn't
 
 def regularisers():
     """The regularisers: flag, where it acts, strength in each script."""
+    texts = {**WHERE, **BEYOND}
+    for name, flags in SCRIPTS["rebrac"].CHOSEN.items():
+        if name not in texts:  # a fork's: the comment of its field says what it is
+            comment = inline_comment(SCRIPTS["rebrac"].Config, next(iter(flags)))
+            texts[name] = comment.comment_inline.removeprefix(f"{name}: ")
     rows = []
-    for name, text in {**WHERE, **BEYOND}.items():
+    for name, text in texts.items():
         strengths = []
         for script in SCRIPTS.values():
             flags = script.CHOSEN[name]
@@ -263,6 +269,7 @@ BLOCKS = {
     "regulariser-times": regulariser_times,
     "datasets": datasets,
     "findings": results.findings,
+    "files": results.files,
     "scores-rebrac": lambda: results.study_scores("rebrac"),
     "scores-iql": lambda: results.study_scores("iql"),
     "dead-neurons": lambda: results.by_dataset("train/dead_neurons", 3),
@@ -275,15 +282,14 @@ BLOCKS = {
     "demo": results.demo,
     "antmaze": results.antmaze,
     "batch": results.batch,
-    "curves-cql": lambda: results.curves("cql"),
-    "curves-bcq": lambda: results.curves("bcq"),
+    "curves-cql": lambda: results.curves(results.curves_of("cql")),
+    "curves-bcq": lambda: results.curves(results.second_study_of_bcq()),
     "networks-bcq": results.networks,
     "less-data-iql": lambda: second.less_data("iql"),
     "less-data-datasets-iql": lambda: second.less_data_by_dataset("iql"),
     "less-data-rebrac": lambda: second.less_data("rebrac"),
     "less-data-datasets-rebrac": lambda: second.less_data_by_dataset("rebrac"),
     "cloning-rebrac": second.more_cloning,
-    "tenth-rebrac": lambda: second.tenth("rebrac"),
     "critics-iql": lambda: second.places("iql"),
     "repeat-iql": second.repeated,
     "repeat-rebrac": second.other_draws,
@@ -301,7 +307,6 @@ FIGURES = {  # in data/
     "less-data-iql": lambda: second.less_data_figure("iql"),
     "less-data-rebrac": lambda: second.less_data_figure("rebrac"),
     "second-study": second.front_figure,
-    "pairs-iql": second.pair_figure,
     "interactions-iql": second.interaction_figure,
     "explanation-iql": lambda: second.explanation_figure("iql", "without strong dropout"),
     "explanation-rebrac": lambda: second.explanation_figure("rebrac", "both"),

@@ -55,6 +55,57 @@ def in_order(rows):
     return [dataset for dataset in STUDIED if dataset in set(rows["dataset"])]
 
 
+FILES = {  # tables of runs in data/ -> what they are of, and the sweeps: {folder: names}
+    "study": ("[the study](#the-study)", {"iql": "study", "rebrac": "study"}),
+    "trials": ("[ReBRAC's coefficient](#rebracs-coefficient-for-the-study), tried by hand", {}),
+    "second": (
+        "[the second study](#the-second-study): less data, strengths, actor or critics, pairs",
+        {
+            "iql/second_study": "less_data dropout l2 both_ln both_dropout both_l2 pairs",
+            "rebrac/second_study": "less_data halfcheetah_less_data",
+        },
+    ),
+    "repeat": (
+        "with other [seeds](#once-more-with-new-seeds), [episodes](#other-draws-of-the-episodes), "
+        "[coefficients](#more-cloning)",
+        {
+            "iql/second_study": "repeat_critics repeat_hopper",
+            "rebrac/second_study": "halfcheetah_repeat halfcheetah_cloning",
+        },
+    ),
+    "coefficients": (
+        "[ReBRAC's coefficients](#rebracs-coefficients-for-the-second-study)",
+        {"rebrac/second_study": "coefficients halfcheetah_coefficients"},
+    ),
+    "batch": (
+        "[Pen's two-by-two](#pen-batch-and-rates-or-regularisers)",
+        {"rebrac/second_study": "batch"},
+    ),
+    "antmaze": ("[AntMaze](#antmaze)", {"iql/second_study": "antmaze"}),
+    "curves": (
+        "[CQL and BCQ](#cql-and-bcq-on-the-bundled-data)",
+        {
+            "cql/second_study": "curves pen",
+            "bcq/second_study": "curves hopper_curves networks hopper_networks",
+        },
+    ),
+    "demo": ("[the demo](#the-demo)", {}),
+}
+
+
+def files():
+    """The tables of runs in data/, with their numbers of runs and their sweeps."""
+    rows = []
+    for file, (about, sweeps) in FILES.items():
+        number = len(pd.read_csv(path_of("data", f"{file}.csv"), dtype=str))
+        texts = []
+        for folder, names in sweeps.items():
+            links = [f"[{name}](../sweeps/{folder}/{name}.yaml)" for name in names.split()]
+            texts.append(f"{folder}: {' '.join(links)}")
+        rows.append([f"`{file}.csv`", f"{number:,}", about, "; ".join(texts)])
+    return markdown(["file", "runs", "of", "sweeps"], rows)
+
+
 def demo():
     """The scores of the demo and of behaviour cloning, by seed."""
     seeds, _ = read_results([path_of("data", "demo.csv")])
@@ -278,12 +329,6 @@ def batch():
     return markdown(["", "256, rates 3e-4", "1,024, rates 1e-3", "difference"], rows)
 
 
-def settings_of_bcq(settings):
-    """Return those settings of a run that only BCQ has, as a text."""
-    own = [f"`{key}` {value}" for key, value in settings if key in ("kl_coef", "regularise")]
-    return ", ".join(own)
-
-
 def coefficients():
     """ReBRAC's scores by its two coefficients: means, and in brackets each seed's."""
     seeds, _ = read_results([path_of("data", "coefficients.csv")])
@@ -340,25 +385,16 @@ def networks():
     return as_block(difference_table("", rows, {**columns, "mean": list(KL_COEF)}))
 
 
-def curves(algorithm):
-    """The scores of an algorithm over the updates, from data/curves.csv.
-
-    A row for each combination of regularisers, and of what else is said of BCQ.
-    """
-    table = curves_of(algorithm)
-    table["others"] = table["settings"].map(settings_of_bcq)
-    numbers = sorted(table["seed"].unique())
-    rows = []
-    for key, own in table.groupby(["dataset", "others", "label"], observed=True):
-        curve = own.explode(["updates", "scores"]).groupby("updates")["scores"].mean()
-        texts = [f"{updates / 1000:g}: {score:.1f}" for updates, score in curve.items()]
-        scores = dict(zip(own["seed"], own["score"]))
-        last = [f"{scores[number]:.1f}" if number in scores else "–" for number in numbers]
-        dataset, others, label = key
-        name = f"{label} ({others})" if others else label
-        rows.append([dataset, name, ", ".join(texts), ", ".join(last)])
-    by_seed = f"at the end, by seed ({', '.join(map(str, numbers))})"
-    return markdown(["dataset", "regularisers", "thousand updates: mean score", by_seed], rows)
+def curves(rows):
+    """Return the table of the last scores of learning curves, by dataset and regularisers."""
+    numbers = sorted(rows["seed"].unique())
+    lines = []
+    for (dataset, label), own in rows.groupby(["dataset", "label"], observed=True):
+        scores = own.set_index("seed")["score"].reindex(numbers)
+        texts = [f"{score:.1f}" for score in (scores.mean(), *scores)]
+        lines.append([STUDIED[dataset], label, *texts])
+    seeds = [f"seed {number}" for number in numbers]
+    return markdown(["dataset", "regularisers", "mean", *seeds], lines)
 
 
 def curves_figure(rows):

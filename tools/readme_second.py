@@ -108,16 +108,6 @@ def less_data_figure(algorithm):
     return shares.share_figure(rows, in_order(rows))
 
 
-def tenth(algorithm):
-    """The differences from the baseline on 10 % of the episodes, where no other share is there."""
-    runs = finished(algorithm)
-    rows = by_label(runs[runs["share"] == TENTH])
-    datasets = in_order(rows)
-    columns = {STUDIED[dataset]: [dataset] for dataset in datasets}
-    cells = difference_table("", rows, {**columns, "mean": datasets}).cells
-    return markdown(["regularisers", *cells], cells.reset_index().to_numpy())
-
-
 # --- Strengths ---
 
 
@@ -394,16 +384,11 @@ def pairs():
     told = (found["p"] < LEVEL).sum()
     positive = (found["point"] > 0).sum()
     return (
-        f"Of {len(found)} interactions {told} can be told from chance; the smallest p is "
-        f"{p_text(found['p'].min())}. After the correction one of the median standard deviation "
-        f"over the seeds is told from {needed:.0f} points on; the baseline's score is "
-        f"{baseline:.0f}. {positive} are above 0."
+        f"Of {len(found)} interactions {told} can be told from chance. The smallest p is "
+        f"{p_text(found['p'].min())}. {positive} are above 0. An interaction of the median "
+        f"standard deviation over the seeds could be told from {needed:.0f} points on. "
+        f"The baseline's score is {baseline:.0f}."
     )
-
-
-def pair_figure():
-    rows = pair_rows()
-    return figures.pair_map(rows, in_order(rows), load_script("iql").CHOSEN)
 
 
 def interaction_figure():
@@ -445,8 +430,8 @@ def explanation_of(algorithm, name):
 def explanation(algorithm):
     """The share of the score's variance that each measure explains alone, by sets of runs (%).
 
-    The sign is that of the slope. Shown are the measures with the largest shares, as means over
-    the sets.
+    The arrow is the sign of the slope. Shown are the measures with the largest shares, as means
+    over the sets.
     """
     cells = {}
     for name in SETS[algorithm]:
@@ -461,8 +446,9 @@ def explanation(algorithm):
         line = [measure]
         for own in cells.values():
             row = own.loc[measure]
-            sign = "+" if row["slope"] > 0 else "-"
-            line.append(sign + bounds_text(row["point"], row["low"], row["high"], digits=0))
+            arrow = "↑" if row["slope"] > 0 else "↓"
+            text = bounds_text(row["point"], row["low"], row["high"], digits=0)
+            line.append(f"{arrow} {text}")
         lines.append(line)
     return markdown(["measure", *cells], lines)
 
