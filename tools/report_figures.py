@@ -96,10 +96,18 @@ def interval_figure(estimates):
 
 
 def improvement_figure(panels):
-    """Draw improvements over the baseline and their intervals: {title: estimates}."""
+    """Draw improvements over the baseline and their intervals: {title: estimates}.
+
+    A title is "ReBRAC, Gym-MuJoCo". Panels of one domain have the same scale.
+    """
     longest = max(len(estimates) for estimates in panels.values())
     figure, axes = make_axes(len(panels), width=3.2, height=1.1 + 0.17 * longest, columns=3)
+    first_of = {}  # the first panel of each domain
     for axis, (title, estimates) in zip(axes, panels.items()):
+        domain = title.split(", ")[-1]
+        if domain in first_of:
+            axis.sharex(first_of[domain])
+        first_of.setdefault(domain, axis)
         draw_intervals(axis, estimates)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="change of the baseline's mean (%)")
@@ -246,6 +254,7 @@ def explanation_figure(found):
         draw_intervals(axis, estimates)
         if quantity in effects.TESTED:
             draw_stars(axis, estimates, found.p[effects.TESTED[quantity]])
+            axis.set_xlabel(f"*: p below {tables.LEVEL}, corrected")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title)
         axis.tick_params(labelleft=axis is axes[0])
