@@ -228,7 +228,10 @@ def check(config, constraints, bounds, given=None):
         if name in SHORTHANDS or getattr(config, name) == value:
             continue
         names = " and ".join(f"{key} {given[key]}" for key in SHORTHANDS if key in given)
-        raise UserError(f"{names} has {name} {getattr(config, name)}, but {value} is asked for")
+        raise UserError(
+            f"{names} has {name} {getattr(config, name)}, but {value} is asked for, too; give the "
+            "flags that it stands for instead"
+        )
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if type(value) not in (int, float):  # a bool is an int, too
@@ -276,7 +279,8 @@ def with_regularisers(config, known, combined=None, presets=None):
 
     `regularisers` is none, or names of `known` joined by +. `combined` has the flags that are
     others in a combination: {"DO+LN+L2": {"actor_wd": 1e-4}}. `preset` is none, or a name of
-    `presets`. Raises UserError if a name is unknown, or if names or fields contradict each other.
+    `presets`. These win over the config's own fields; `check` refuses those that were asked for.
+    Raises UserError if a name is unknown, or if names contradict each other.
     """
     flags = regulariser_flags(config.regularisers, known, combined or {})
     preset = getattr(config, "preset", "none")
@@ -289,13 +293,6 @@ def with_regularisers(config, known, combined=None, presets=None):
         if presets[preset].get(key, value) != value:
             raise UserError(f"{names} contradict each other about {key}")
     values = decode(type(config), {**presets[preset], **flags})
-    for key, value in values.items():
-        default = getattr(type(config), key)
-        if getattr(config, key) not in (default, value):
-            raise UserError(
-                f"{names} has {key} {value}, but {getattr(config, key)} is asked for, too; "
-                "give the flags that it stands for instead"
-            )
     unnamed = {name: "none" for name in SHORTHANDS if hasattr(config, name)}
     return dataclasses.replace(config, **unnamed, **values)
 

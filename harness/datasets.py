@@ -46,8 +46,8 @@ def with_checksum(config):
     found = checksum(path, about.st_size, about.st_mtime_ns)
     if config.dataset_sha256 not in (None, found):
         raise UserError(
-            f"{path} has the SHA-256 {found}, not {config.dataset_sha256}; get the file that has "
-            "it, or leave dataset_sha256 out"
+            f"{path} has the SHA-256 {found}, not the config's dataset_sha256 "
+            f"{config.dataset_sha256}; get the file that has it, or leave dataset_sha256 out"
         )
     return dataclasses.replace(config, dataset_sha256=found)
 
@@ -126,8 +126,9 @@ def checked_column(path, env, key, column, shape):
     if shape == () and column.shape[1:] == (1,):
         column = column[:, 0]
     if column.ndim == 0 or column.shape[1:] != shape:
+        expected = ", ".join(["N", *map(str, shape)])
         raise UserError(
-            f"{key} in {path} have shape {column.shape}, but (N, *{shape}) in {env.spec.id}"
+            f"{key} in {path} have shape {column.shape}, but ({expected}) in {env.spec.id}"
         )
     with np.errstate(over="ignore"):
         column = column.astype(np.float32, copy=False)

@@ -8,6 +8,7 @@ import sys
 from typing import List, Optional
 
 import pytest
+import yaml
 from conftest import ROOT, both_scripts, paper_rows
 
 import cql
@@ -320,6 +321,20 @@ def test_a_runs_config_and_a_name_for_regularisers_can_be_combined(tmp_path):
     config = rebrac.tuned(parse(rebrac.Config, words))
     check(config, rebrac.constraints, rebrac.BOUNDS, given_values(rebrac.Config, words))
     assert (config.actor_ln, config.actor_dropout) == (True, 0.1)
+
+
+@pytest.mark.parametrize(
+    "script, names", [(iql, "--regularisers DO+LN"), (rebrac, "--preset td3-bc")]
+)
+def test_a_name_wins_over_a_runs_config(script, names, tmp_path):
+    """Also over fields whose values there are tuned ones: nobody has asked for these."""
+    path = tmp_path / "config.yaml"
+    fields = saved_fields(vars(script.tuned(script.Config())))
+    path.write_text(yaml.safe_dump(fields))
+    words = ["--config_path", str(path), *names.split()]
+    config = script.tuned(read_flags(script.Config, words))
+    check(config, script.constraints, script.BOUNDS, given_values(script.Config, words))
+    assert config == script.tuned(read_flags(script.Config, names.split()))
 
 
 def test_a_file_with_a_preset_asks_for_its_other_fields_too(tmp_path):

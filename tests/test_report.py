@@ -564,6 +564,7 @@ def test_the_published_scores_are_corls_and_of_known_datasets():
 def test_nothing_to_report_is_one_clear_line(tmp_path):
     for flags, message in (
         (dict(results=[str(tmp_path / "none")]), "there is no directory"),
+        (dict(results=[__file__]), "is neither a directory of runs nor a .csv table"),
         (dict(results=[str(tmp_path)]), "there is no finished run"),
         (dict(final="best"), "final must be last or mean"),
     ):

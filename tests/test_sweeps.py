@@ -428,7 +428,11 @@ REFUSED = [  # W&B's agent has these words, too
     [
         (None, "No such file"),
         ("a: [", "while parsing"),
-        ("just words", "Sweep config must be parsable"),
+        ("", "it has no `parameters:` with lines such as"),
+        ("just words", "it has no `parameters:` with lines such as"),
+        ("method: grid\nprogram: iql.py\nparameters: [1]", "it has no `parameters:`"),
+        (f"{GRID}\nparameters: {{seed: 1}}", "seed has no values; write such as `seed: {values:"),
+        (f"{GRID}\nparameters: {{seed: {{values: []}}}}", "seed has no values"),
         (f"{GRID}\nparameters: {{1: {{values: [1]}}}}", "Sweep config keys must be strings"),
         (
             "method: grid\nprogram: iql.py\nparameters: {seed: {valus: [1]}}",
@@ -436,7 +440,7 @@ REFUSED = [  # W&B's agent has these words, too
         ),
         ("method: grid\nprogram: iql.py\nparameters: {}", "{} should be non-empty"),
         (f"method: random\nprogram: iql.py\n{SEED}", "its method is random"),
-        (f"method: grid\n{SEED}", "its program, None, is no script"),
+        (f"method: grid\n{SEED}", "it has no `program:`, which is one of rebrac.py"),
         (f"method: grid\nprogram: a/iql.py\n{SEED}", "its program, a/iql.py, is no script"),
         (f"method: grid\nprogram: iql.py\ncommand: [a]\n{SEED}", "command has no ${program}"),
         (f"{GRID}\ncommand: ['${{program}}', --seed=1]\n{SEED}", "command has no ${args}"),

@@ -48,6 +48,12 @@ def expand(path):
 
 def check_sweep(config):
     """Raise UserError if a sweep is not valid or can't be run here."""
+    parameters = config.get("parameters") if isinstance(config, dict) else None
+    if not isinstance(parameters, dict):
+        raise UserError("it has no `parameters:` with lines such as `seed: {values: [0, 1]}`")
+    for name, about in parameters.items():
+        if not isinstance(about, dict) or about.get("values", "some") in ([], None):
+            raise UserError(f"{name} has no values; write such as `{name}: {{values: [0, 1]}}`")
     violations = sweeps.schema_violations_from_proposed_config(config)
     if violations:
         raise UserError(violations[0])
@@ -56,6 +62,8 @@ def check_sweep(config):
         raise UserError(f"its method is {method}, which has no end; only grid runs here")
     program = config.get("program")
     known = ", ".join(scripts_by_file())
+    if program is None:
+        raise UserError(f"it has no `program:`, which is one of {known}")
     if program not in scripts_by_file():
         raise UserError(f"its program, {program}, is no script here: {known}")
     words = command_words(config)

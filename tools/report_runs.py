@@ -419,6 +419,8 @@ def read_features(seed):
 def find_runs(folder):
     """Return the directories of the runs below a folder, by their names, which they are."""
     if not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise UserError(f"{folder} is neither a directory of runs nor a .csv table")
         raise UserError(f"there is no directory {folder}")
     found = {}
     seen = set()  # by their real paths, since links may lead in circles
