@@ -90,6 +90,7 @@ def parser(config_class, for_help):
 # --- Reading a config ---
 
 SHORTHANDS = ("preset", "regularisers")  # fields that stand for others
+FLAGS_INSTEAD = "give the flags that the name stands for instead"
 
 
 def parse(config_class, arguments=None):
@@ -111,14 +112,17 @@ def read_flags(config_class, arguments=None):
 def given_values(config_class, arguments=None):
     """Return the fields that are asked for, {name: value}.
 
-    These are the command line's. A config file's are, too, if it has a preset or regularisers. If
-    not, it may be a run's own, which spells out all fields, also those that are off.
+    These are the command line's, and those of a config file that are on. A run's own file spells
+    out all fields. So what is off there isn't asked for.
     """
     words = given_words(config_class, arguments)
     values = file_values(config_class, words)
-    if all(values.get(name, "none") == "none" for name in SHORTHANDS):
-        values = {}
-    return {**values, **word_values(config_class, words)}
+    on = {name: value for name, value in values.items() if not is_off(value)}
+    return {**on, **word_values(config_class, words)}
+
+
+def is_off(value):
+    return value in (None, 0, "none")  # and False, which is 0
 
 
 def file_values(config_class, words):
@@ -222,16 +226,14 @@ def check(config, constraints, bounds, given=None):
 
     `bounds` maps fields to words of HOLDS. Without one an int must be 1 or more and a float 0 or
     more. `constraints(config)` maps messages to whether they hold. `given` are the
-    fields that were asked for on the command line, which the config must have.
+    fields that were asked for, which the config must have.
     """
     for name, value in (given or {}).items():
         if name in SHORTHANDS or getattr(config, name) == value:
             continue
         names = " and ".join(f"{key} {given[key]}" for key in SHORTHANDS if key in given)
-        raise UserError(
-            f"{names} has {name} {getattr(config, name)}, but {value} is asked for, too; give the "
-            "flags that it stands for instead"
-        )
+        own = getattr(config, name)
+        raise UserError(f"{names} has {name} {own}, but {value} is asked for, too; {FLAGS_INSTEAD}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if type(value) not in (int, float):  # a bool is an int, too
@@ -279,8 +281,8 @@ def with_regularisers(config, known, combined=None, presets=None):
 
     `regularisers` is none, or names of `known` joined by +. `combined` has the flags that are
     others in a combination: {"DO+LN+L2": {"actor_wd": 1e-4}}. `preset` is none, or a name of
-    `presets`. These win over the config's own fields; `check` refuses those that were asked for.
-    Raises UserError if a name is unknown, or if names contradict each other.
+    `presets`. Raises UserError if a name is unknown, or if names or fields contradict each other.
+    A field that is off contradicts nothing here; `check` knows whether it was asked for.
     """
     flags = regulariser_flags(config.regularisers, known, combined or {})
     preset = getattr(config, "preset", "none")
@@ -293,6 +295,12 @@ def with_regularisers(config, known, combined=None, presets=None):
         if presets[preset].get(key, value) != value:
             raise UserError(f"{names} contradict each other about {key}")
     values = decode(type(config), {**presets[preset], **flags})
+    for key, value in values.items():
+        own = getattr(config, key)
+        if own not in (getattr(type(config), key), value) and not is_off(own):
+            raise UserError(
+                f"{names} has {key} {value}, but {own} is asked for, too; {FLAGS_INSTEAD}"
+            )
     unnamed = {name: "none" for name in SHORTHANDS if hasattr(config, name)}
     return dataclasses.replace(config, **unnamed, **values)
 

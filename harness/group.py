@@ -28,7 +28,7 @@ from harness.config import configure_jax
 from harness.datasets import load_dataset
 from harness.devices import forget_copies
 from harness.directory import run_directory, status
-from harness.errors import BusyError, DeviceError, Output, UserError, one_line_errors
+from harness.errors import BusyError, DeviceError, Output, UserError, one_line, one_line_errors
 from harness.members import check_device, stack_configs
 from harness.memory import is_out_of_memory, needed_memory, num_fitting
 from harness.record import Record
@@ -206,9 +206,10 @@ def main():
         raise
     at_once = len(configs)
     if "fit" in sys.argv[2:] and len(configs) > 1:
-        # An error comes again in training, where each run has it in its output
-        with contextlib.suppress(Exception):
+        try:
             at_once = num_at_once(script, configs)
+        except Exception as error:  # most come again in training, where each run has its own
+            print(f"how many runs fit isn't known ({one_line(error)}); trying all", file=sys.stderr)
     problem = None
     while configs:
         later = configs[at_once:]

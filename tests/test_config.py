@@ -323,18 +323,34 @@ def test_a_runs_config_and_a_name_for_regularisers_can_be_combined(tmp_path):
     assert (config.actor_ln, config.actor_dropout) == (True, 0.1)
 
 
-@pytest.mark.parametrize(
-    "script, names", [(iql, "--regularisers DO+LN"), (rebrac, "--preset td3-bc")]
-)
-def test_a_name_wins_over_a_runs_config(script, names, tmp_path):
-    """Also over fields whose values there are tuned ones: nobody has asked for these."""
+def test_a_name_can_be_added_to_a_runs_config(tmp_path):
+    """On the command line or in the file. IQL's dropout is off there and not at its default."""
     path = tmp_path / "config.yaml"
-    fields = saved_fields(vars(script.tuned(script.Config())))
-    path.write_text(yaml.safe_dump(fields))
-    words = ["--config_path", str(path), *names.split()]
-    config = script.tuned(read_flags(script.Config, words))
-    check(config, script.constraints, script.BOUNDS, given_values(script.Config, words))
-    assert config == script.tuned(read_flags(script.Config, names.split()))
+    fields = saved_fields(vars(iql.tuned(iql.Config())))
+    expected = iql.tuned(iql.Config(regularisers="DO+LN"))
+    flag = ["--regularisers", "DO+LN"]
+    for extra, words in ({}, flag), ({"regularisers": "DO+LN"}, []):
+        path.write_text(yaml.safe_dump({**fields, **extra}))
+        words = ["--config_path", str(path), *words]
+        config = iql.tuned(read_flags(iql.Config, words))
+        check(config, iql.constraints, iql.BOUNDS, given_values(iql.Config, words))
+        assert config == expected
+
+
+@pytest.mark.parametrize("text", ["actor_dropout: 0.3", "regularisers: DO\nactor_dropout: 0.3"])
+def test_a_name_does_not_win_over_a_strength_in_a_file(text, tmp_path):
+    path = tmp_path / "fields.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="regularisers DO has actor_dropout 0.1, but 0.3 is asked"):
+        iql.tuned(read_flags(iql.Config, ["--config_path", str(path), "--regularisers", "DO"]))
+
+
+def test_null_in_a_file_is_not_asked_for(tmp_path):
+    path = tmp_path / "fields.yaml"
+    path.write_text("regularisers: DO\nbatch_size: null\n")
+    words = ["--config_path", str(path)]
+    config = rebrac.tuned(read_flags(rebrac.Config, words))
+    check(config, rebrac.constraints, rebrac.BOUNDS, given_values(rebrac.Config, words))
 
 
 def test_a_file_with_a_preset_asks_for_its_other_fields_too(tmp_path):

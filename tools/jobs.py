@@ -140,7 +140,7 @@ class Job:
         """Return the last line of its output, without the directory. Return "" if it has none."""
         lines = []
         with contextlib.suppress(OSError), open(self.output_path(), errors="replace") as file:
-            lines = [line.strip() for line in file if line.strip(" \n-")]
+            lines = [line.strip() for line in file if line.strip().strip("-")]
         if lines and lines[-1].startswith("For simplicity, JAX has removed"):  # after an error
             lines.pop()
         return lines[-1].removesuffix(f"; {self.directory}") if lines else ""

@@ -52,9 +52,12 @@ BEYOND = {  # the same of those that the paper hasn't
 def regularisers():
     """The regularisers: flag, where it acts, strength in each script."""
     texts = {**WHERE, **BEYOND}
-    for name, flags in SCRIPTS["rebrac"].CHOSEN.items():
-        if name not in texts:  # a fork's: the comment of its field says what it is
-            comment = inline_comment(SCRIPTS["rebrac"].Config, next(iter(flags)))
+    rebrac, iql = SCRIPTS.values()
+    for name, flags in rebrac.CHOSEN.items():
+        if (
+            name not in texts and name in iql.CHOSEN
+        ):  # a fork's: its field's comment says what it is
+            comment = inline_comment(rebrac.Config, next(iter(flags)))
             texts[name] = comment.comment_inline.removeprefix(f"{name}: ")
     rows = []
     for name, text in texts.items():
