@@ -114,7 +114,7 @@ def test_the_bundled_datasets_are_as_described():
         ("batch", 20),
         ("curves", 73),
         ("coefficients", 96),
-        ("second", 1043),
+        ("second", 1163),
         ("repeat", 112),
     ],
 )

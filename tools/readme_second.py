@@ -35,6 +35,7 @@ TENTH = 0.1  # the share of the episodes that most parts train on
 MOST = 0.9  # the largest share
 LITTLE = (0.02, 0.05)  # the smallest shares
 CHEETAH = "halfcheetah-medium-replay-v2"
+PEN = "pen-expert-v1"
 
 
 @functools.cache  # since it is read for each of many tables
@@ -81,26 +82,32 @@ def less_data(algorithm):
 def less_data_by_dataset(algorithm):
     """The baseline's scores on less data, and the others' differences from it, by dataset.
 
-    Bold is a difference whose p is below 0.05, corrected by Holm over the table.
+    Bold is a difference whose p is below 0.05, corrected by Holm over the table. The slopes, by
+    which the differences grow with each halving of the data, are corrected apart.
     """
     rows = less_data_rows(algorithm)
     scores = {}
     gains = {}
+    slopes = {}
     for dataset in in_order(rows):
         own = rows[~rows["label"].isin(same_as_baseline(rows, [dataset]))]
         baseline = shares.by_label_and_share(own, "final", [dataset]).loc[BASELINE]
         scores[dataset] = mean_texts(baseline, "")
         gains[dataset] = shares.gains(own, [dataset])
+        slopes[dataset] = shares.per_halving(gains[dataset])
     gains = pd.concat(gains)
     texts, _ = shares.texts_and_p(gains)
     texts = pd.Series(texts, gains.index).unstack(sort=False)  # a column for each share
+    titles = [f"{100 * share:g} %" for share in texts]
+    slopes = pd.concat(slopes)
+    slope_texts, _ = shares.texts_and_p(slopes)
+    texts["slope"] = pd.Series(slope_texts, slopes.index)
     lines = []
     for dataset, cells in scores.items():
-        lines.append([STUDIED[dataset], BASELINE, *cells])
+        lines.append([STUDIED[dataset], BASELINE, *cells, ""])
         for label, cells in texts.loc[dataset].iterrows():
             lines.append([STUDIED[dataset], label, *cells])
-    titles = [f"{100 * share:g} %" for share in texts]
-    return markdown(["dataset", "regularisers", *titles], lines)
+    return markdown(["dataset", "regularisers", *titles, "for each halving"], lines)
 
 
 def less_data_figure(algorithm):
@@ -229,16 +236,20 @@ def places(algorithm):
 def front_figure():
     """Draw gains on less data, and IQL's by regularisers in the actor and the critics.
 
-    All are means over an algorithm's datasets, with 95 % intervals.
+    IQL's are means over its datasets. All have 95 % intervals.
     """
-    figure, (*left, right) = plt.subplots(1, 3, figsize=(12.0, 3.6), layout="constrained")
-    for axis, algorithm in zip(left, ["iql", "rebrac"]):
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 6.8), layout="constrained")
+    *others, right = axes.flat
+    panels = [("iql", list(STUDIED)), ("rebrac", [CHEETAH]), ("rebrac", [PEN])]
+    for axis, (algorithm, datasets) in zip(others, panels):
         rows = less_data_rows(algorithm)
-        datasets = in_order(rows)
-        shares.draw_bands(axis, shares.gains(rows, datasets), shares.label_styles(rows))
+        styles = shares.label_styles(rows)
+        shares.draw_bands(axis, shares.gains(rows, datasets), styles)
+        if datasets == [CHEETAH]:
+            draw_other_draws(axis, styles["DO+LN"])
         axis.axhline(0, color="black", linewidth=0.8)
         name = load_script(algorithm).NAME
-        axis.set(title=f"{name}: the actor regularised\n{names_of(datasets)}")
+        axis.set(title=f"{name}, the actor regularised: {names_of(datasets)}")
         axis.set(xlabel="episodes trained on (%)", ylabel="score − baseline's")
         axis.legend(fontsize="small", ncols=2)
 
@@ -252,10 +263,19 @@ def front_figure():
         right.errorbar(means, heights, xerr=halves, label=f"{100 * share:g} %", **style)
     right.set_yticks(np.arange(len(own))[::-1], [f"{name}: {place}" for name, place in own.index])
     right.axvline(0, color="black", linewidth=0.8)
-    right.set(title=f"IQL: actor, critics, or both\n{names_of(STUDIED)}")
+    right.set(title=f"IQL, actor or critics: {names_of(STUDIED)}")
     right.set(xlabel="score − that with it in neither")
     right.legend(title="episodes", fontsize="small")
     return figure
+
+
+def draw_other_draws(axis, style):
+    """Draw what DO+LN gains ReBRAC on other draws of HalfCheetah's episodes."""
+    _, gained = of_other_draws()
+    means, halves = mean_and_interval(gained)
+    style = {**style, "linestyle": "", "marker": "*", "markersize": 9, "capsize": 3}
+    label = "DO+LN, eight other draws"
+    axis.errorbar(100 * gained.index, means, yerr=halves, label=label, **style)
 
 
 def names_of(datasets):
@@ -311,15 +331,20 @@ def little_data(runs):
     return baseline, scores.loc["DO+LN"] - baseline
 
 
+def of_other_draws():
+    """Return what `little_data` does, by the other draws of the episodes: columns of draws."""
+    runs = cheetah_runs("repeat.csv")
+    runs = runs[runs["draw"] > 0]
+    return little_data(runs.assign(seed=runs["draw"]))
+
+
 def other_draws():
     """What DO+LN changes in ReBRAC on HalfCheetah, by the first episodes and by other draws.
 
     p and bold are of the other draws, corrected by Holm over the table.
     """
     first_baseline, first_gained = little_data(cheetah_runs("second.csv"))
-    runs = cheetah_runs("repeat.csv")
-    runs = runs[runs["draw"] > 0]
-    baseline, gained = little_data(runs.assign(seed=runs["draw"]))  # so that columns are draws
+    baseline, gained = of_other_draws()
     texts, p = shares.texts_and_p(gained)
     columns = {
         "episodes": [f"{100 * share:g} %" for share in gained.index],
@@ -404,12 +429,12 @@ SETS = {  # of runs on 10 % of the episodes -> datasets, and regularisers that a
         "HalfCheetah, without strong dropout": ([CHEETAH], STRONG),
         "HalfCheetah, also without GN": ([CHEETAH], [*STRONG, "GN"]),
         "Hopper": (["hopper-medium-v2"], []),
-        "Pen": (["pen-expert-v1"], []),
+        "Pen": ([PEN], []),
     },
     "rebrac": {
-        "both": ([CHEETAH, "pen-expert-v1"], []),
+        "both": ([CHEETAH, PEN], []),
         "HalfCheetah": ([CHEETAH], []),
-        "Pen": (["pen-expert-v1"], []),
+        "Pen": ([PEN], []),
     },
 }
 
