@@ -384,10 +384,10 @@ def without_ends(columns):
 BAD_COLUMNS = {
     "has no 'rewards'": lambda columns: columns.pop("rewards"),
     "200 observations but 150 actions": change("actions", lambda column: column[:150]),
-    r"observations .* shape \(200, 11\), but \(N, \*\(17,\)\)": change(
+    r"observations .* shape \(200, 11\), but \(N, 17\)": change(
         "observations", lambda column: column[:, :11]
     ),
-    r"actions .* shape \(200, 3\), but \(N, \*\(6,\)\)": change(
+    r"actions .* shape \(200, 3\), but \(N, 6\)": change(
         "actions", lambda column: column[:, :3]
     ),
     r"rewards .* shape \(200, 2\), but": change(

@@ -783,7 +783,8 @@ def test_other_data_under_the_same_path_are_another_run(start, write_dataset):
     with open(path, "rb") as file:
         assert checksum == hashlib.sha256(file.read()).hexdigest()
     write_dataset(**random_columns(2))
-    fails(f"has the SHA-256 .*, not {checksum}", start, dataset_path=path, dataset_sha256=checksum)
+    message = f"has the SHA-256 .*, not the config's dataset_sha256 {checksum}"
+    fails(message, start, dataset_path=path, dataset_sha256=checksum)
     assert start(dataset_path=path) != directory
 
 
