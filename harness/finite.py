@@ -17,7 +17,8 @@ def find_divergence(config, update, infos, states):
     problems = {}
     for key, values in infos.items():
         for member, step in np.argwhere(~np.isfinite(values)):
-            at = update - config.log_every + (step + 1) * config.log_every // values.shape[1]
+            in_epoch = (step + 1) * config.log_every // values.shape[1]
+            at = update - config.log_every + in_epoch
             problems.setdefault(int(member), f"{key} is {values[member, step]} after update {at}")
     for member in np.flatnonzero(~np.asarray(is_finite(states))):
         for key, array in flatten(without_keys(states)).items():

@@ -387,9 +387,7 @@ BAD_COLUMNS = {
     r"observations .* shape \(200, 11\), but \(N, 17\)": change(
         "observations", lambda column: column[:, :11]
     ),
-    r"actions .* shape \(200, 3\), but \(N, 6\)": change(
-        "actions", lambda column: column[:, :3]
-    ),
+    r"actions .* shape \(200, 3\), but \(N, 6\)": change("actions", lambda column: column[:, :3]),
     r"rewards .* shape \(200, 2\), but": change(
         "rewards", lambda column: np.stack([column, column], 1)
     ),

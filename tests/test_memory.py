@@ -139,6 +139,16 @@ def test_how_many_fit_is_known_without_a_range_of_values(script, quick):
     assert group.num_at_once(script, [config, replace(config, seed=1)]) == 2
 
 
+def test_runs_are_trained_where_it_is_not_known_how_many_fit(start_group, monkeypatch, capsys):
+    def fail(script, configs):
+        raise TypeError("no numbers")
+
+    monkeypatch.setattr(group, "num_at_once", fail)
+    for directory in start_group(PLAIN, STRONG, words=["fit"]):
+        assert status(directory).state == "finished"
+    assert "how many runs fit isn't known (no numbers); trying all" in capsys.readouterr().err
+
+
 def test_those_that_do_not_fit_follow(start_group, monkeypatch):
     monkeypatch.setattr(group, "num_fitting", lambda memory: 2)
     directories = start_group(PLAIN, STRONG, STRONGER, words=["fit"])

@@ -431,7 +431,7 @@ REFUSED = [  # W&B's agent has these words, too
         ("", "it has no `parameters:` with lines such as"),
         ("just words", "it has no `parameters:` with lines such as"),
         ("method: grid\nprogram: iql.py\nparameters: [1]", "it has no `parameters:`"),
-        (f"{GRID}\nparameters: {{seed: 1}}", "seed has no values; write such as `seed: {values:"),
+        (f"{GRID}\nparameters: {{seed: 1}}", "seed has no values, as in `seed: {values:"),
         (f"{GRID}\nparameters: {{seed: {{values: []}}}}", "seed has no values"),
         (f"{GRID}\nparameters: {{1: {{values: [1]}}}}", "Sweep config keys must be strings"),
         (

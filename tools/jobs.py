@@ -52,8 +52,8 @@ def check_sweep(config):
     if not isinstance(parameters, dict):
         raise UserError("it has no `parameters:` with lines such as `seed: {values: [0, 1]}`")
     for name, about in parameters.items():
-        if not isinstance(about, dict) or about.get("values", "some") in ([], None):
-            raise UserError(f"{name} has no values; write such as `{name}: {{values: [0, 1]}}`")
+        if not isinstance(about, dict) or not about.get("values", True):
+            raise UserError(f"{name} has no values, as in `{name}: {{values: [0, 1]}}`")
     violations = sweeps.schema_violations_from_proposed_config(config)
     if violations:
         raise UserError(violations[0])

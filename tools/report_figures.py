@@ -105,9 +105,9 @@ def improvement_figure(panels):
     first_of = {}  # the first panel of each domain
     for axis, (title, estimates) in zip(axes, panels.items()):
         domain = title.split(", ")[-1]
-        if domain in first_of:
-            axis.sharex(first_of[domain])
-        first_of.setdefault(domain, axis)
+        first = first_of.setdefault(domain, axis)
+        if axis is not first:
+            axis.sharex(first)
         draw_intervals(axis, estimates)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="change of the baseline's mean (%)")
