@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
+import types
 import warnings
 
 import numpy as np
@@ -63,6 +65,30 @@ import mujoco_py  # noqa: E402
 # AntMaze prints its targets. sys.stdout stays as it is, since evaluation may have its own thread.
 d4rl.locomotion.maze_env.print = lambda *words: None
 
+maze_files = []  # that AntMaze has written
+
+
+def make_maze_file(**options):
+    """Do what tempfile.mkstemp does for AntMaze, without leaving the file open."""
+    file, path = tempfile.mkstemp(**options)
+    os.close(file)
+    maze_files.append(path)
+    return file, path
+
+
+d4rl.locomotion.maze_env.tempfile = types.SimpleNamespace(mkstemp=make_maze_file)
+
+
+@contextlib.contextmanager
+def removing_maze_files():
+    """Remove the files of the mazes that are made within. D4RL leaves them behind."""
+    try:
+        yield
+    finally:
+        while maze_files:
+            os.remove(maze_files.pop())
+
+
 # An environment of your own is registered here, since every process that steps it reads this file:
 #   gym.register("mine-v2", entry_point="mine:MyEnv", max_episode_steps=1000)
 #   d4rl.infos.REF_MIN_SCORE["mine-v2"] = 0.0  # the return whose score is 0
@@ -82,7 +108,8 @@ def make_env(name, drawn=True):
     """
     mujoco_py.model.VISUALS = drawn
     try:
-        env = gym.make(name)
+        with removing_maze_files():
+            env = gym.make(name)
     finally:
         mujoco_py.model.VISUALS = True
     if "EPISODE_STEPS" in os.environ:

@@ -338,6 +338,15 @@ def test_each_seed_evaluation_and_episode_has_its_own_start(name):
     assert [start(*row) for row in numbers] == starts
 
 
+def test_antmaze_leaves_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    num_open = len(os.listdir("/proc/self/fd"))
+    env = make_env("antmaze-umaze-v2")
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert env.reset().shape == (29,)
+
+
 def test_antmaze_targets_differ_between_episodes():
     env = make_env("antmaze-medium-diverse-v2")
     targets = set()

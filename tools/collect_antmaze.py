@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from harness.checkpoint import write_file
 from harness.config import parse
-from harness.environments import d4rl, gym
+from harness.environments import d4rl, gym, make_env, removing_maze_files
 from harness.errors import UserError, disk_errors, make_folder, one_line_errors
 
 ant = d4rl.locomotion.ant
@@ -180,7 +180,9 @@ def make_maze(kind):
         maze = deepcopy(maze)
         for row in maze:
             row[:] = [0 if cell == maze_env.GOAL else cell for cell in row]
-    env = ant.AntMazeEnv(maze_map=maze, maze_size_scaling=CELL, non_zero_reset=starts_anywhere)
+    options = dict(maze_map=maze, maze_size_scaling=CELL, non_zero_reset=starts_anywhere)
+    with removing_maze_files():
+        env = ant.AntMazeEnv(**options)
     return wrappers.NormalizedBoxEnv(env)
 
 
@@ -225,8 +227,7 @@ def evaluation_goal(kind):
 
     D4RL adds to the goal's cell two uniform offsets, up to a quarter and an eighth of its side.
     """
-    with contextlib.redirect_stdout(None):
-        env = gym.make(f"antmaze-{kind}-v2").unwrapped
+    env = make_env(f"antmaze-{kind}-v2").unwrapped
     cells = np.argwhere(np.array(env._maze_map) == maze_env.GOAL)
     (cell,) = cells
     return np.array(env._rowcol_to_xy(cell)) + (CELL / 4 + CELL / 8) / 2
