@@ -73,7 +73,7 @@ class Config:
     normalize_states: bool = True  # normalise states to mean 0 and standard deviation 1
     normalize_reward: Optional[bool] = None  # rewards x 100 (AntMaze) or x 1000 / range of returns
     validation_frac: float = 0.0  # fraction of episodes held out; the paper's tuning uses 0.05
-    validation_seed: Optional[int] = None  # draws the held-out episodes; default: the file's last
+    validation_seed: Optional[int] = None  # picks the held-out episodes; default: the file's last
     # Algorithm
     preset: str = "none"  # a name in PRESETS; as-run: the paper's combination as published
     gamma: float = 0.99  # discount factor
@@ -273,11 +273,11 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Test a strength by `is_on(config.x)`, not by `if config.x` (see harness/members.py). Compiled code
-# sees a float of the config as a traced array. But a 0 stays a plain 0, and its term isn't
-# compiled. If runs that are trained together mix 0 and other strengths, the 0 is traced, too. Then
-# its term must do nothing. Bools, integers and strings are never traced. Fields on which no program
-# depends, such as `seed`, are None in compiled code.
+# Test a strength by `is_on(config.x)`, never by `if config.x` (see harness/members.py): in compiled
+# code a float of the config is traced. Only a 0 isn't, so that its term is left out. But if runs
+# that are trained together have 0 and other strengths, the 0 is traced, too. Then its term is
+# compiled and must change nothing. Bools, integers and strings are never traced. Fields on which no
+# program depends, such as `seed`, are None in compiled code.
 
 
 class ActorHidden(nn.Module):
@@ -868,11 +868,12 @@ def q_gain(config, data, state, batch):
 
 
 def plasticity_probe(config, data, state, batch):
-    """Return the actor after PROBE_STEPS of behaviour cloning on the batch (plasticity probe).
+    """Return the actor after PROBE_STEPS of behaviour cloning on the batch.
 
-    A new optimiser starts, without decay of its rate or of the weights, and without noise.
-    With fresh moments the size of its steps depends on the learning rate alone, and not on the
-    loss's unit or on what came before.
+    The share of the batch's loss that it leaves says how well the actor can still learn. The
+    optimiser is new, without decay of its rate or of the weights, and without noise. With fresh
+    moments the size of its steps depends on the learning rate alone, and not on the loss's unit
+    or on what came before.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)

@@ -8,7 +8,7 @@ import statistics
 
 import numpy as np
 
-from harness.download import download
+from harness.download import download, known_files
 from harness.environments import d4rl, gym, make_env
 from harness.errors import UserError
 from harness.hdf5 import check_readable, read_columns
@@ -59,15 +59,23 @@ def checksum(path, size, time):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_d4rls_own(name, sha256):
+    """Return whether a checksum is that of D4RL's file of this name, or None if it isn't known."""
+    url = gym.spec(name).kwargs.get("dataset_url") or ""
+    known = known_files().get(os.path.basename(url))
+    return None if known is None or sha256 is None else known["sha256"] == sha256
+
+
 def load_dataset(config):
     """Return the arrays of the config's dataset, and print a line about it."""
     env = make_env(config.dataset_name)
     raw = read_dataset(dataset_file(config), env)
     name = config.dataset_name
     scores = normalized_score(name, episode_returns(name, raw))
+    other = "; not D4RL's own file" if is_d4rls_own(name, config.dataset_sha256) is False else ""
     print(
-        f"{config.dataset_name}: {len(raw['rewards'])} steps, {len(scores)} whole episodes, "
-        f"whose score is {scores.mean():.1f} on average and {scores.max():.1f} at best"
+        f"{name}: {len(raw['rewards'])} steps, {len(scores)} whole episodes, whose score is "
+        f"{scores.mean():.1f} on average and {scores.max():.1f} at best{other}"
     )
     return raw
 

@@ -256,8 +256,8 @@ def parts_for_both(script):
 def parts_for_rebrac(for_both):
     """Return ReBRAC's parts, in which each dataset has coefficients of its own.
 
-    They are data/README.md's choice. On HalfCheetah HL-Gauss learns too slowly. Hopper is left
-    out, since no choice reliably beats the data there.
+    They are data/README.md's choice. On HalfCheetah it isn't HL-Gauss, whose Q starts far too high
+    there. Hopper is left out, since no choice reliably beats the data there.
     """
     cheetah = dict(dataset_name=STUDY_DATASETS[:1], critic_loss=["mse"])
     own = dict(cheetah, actor_bc_coef=[0.1], critic_bc_coef=[0.1])

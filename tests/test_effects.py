@@ -237,24 +237,24 @@ def test_interactions_are_found_in_5_of_100_nulls(tails):
     check_findings(values.transpose(1, 0, 2))
 
 
-def told(rows):
-    """Return which interactions are told, and which are not."""
+def estimated(rows):
+    """Return which interactions are estimated, and which are not."""
     found = report_effects.interactions(rows, CHOSEN, 2)
-    return list(found.index), report_effects.untold(rows, CHOSEN, found)
+    return list(found.index), report_effects.unestimated(rows, CHOSEN, found)
 
 
-def test_only_what_the_runs_identify_is_told():
+def test_only_what_the_runs_identify_is_estimated():
     rows = with_scores(make_rows(TRIPLES), 50)
-    assert told(rows) == (TRIPLES[4:], [])
+    assert estimated(rows) == (TRIPLES[4:], [])
     is_noise = rows["label"] == "GrN"
-    found, not_found = told(rows[~is_noise])
+    found, not_found = estimated(rows[~is_noise])
     assert found == ["DO+LN"]
     assert not_found == ["DO+GrN", "LN+GrN", "DO+LN+GrN"]
     in_one_block = (rows["dataset"] == "d0") & (rows["seed"] == 0)
-    found, _ = told(rows[~is_noise | in_one_block])
+    found, _ = estimated(rows[~is_noise | in_one_block])
     assert found == ["DO+LN"]
     singles = with_scores(make_rows([BASELINE, "DO", "LN"]), 50)
-    assert told(singles) == ([], [])
+    assert estimated(singles) == ([], [])
 
 
 def test_a_triple_is_not_told_from_pairs_of_another_strength():
@@ -263,7 +263,7 @@ def test_a_triple_is_not_told_from_pairs_of_another_strength():
     is_triple = rows["label"] == "DO+LN+GrN"
     for config in rows.loc[is_triple, "config"]:
         config["actor_grad_noise"] = 0.003
-    assert told(rows) == (TRIPLES[4:7], ["DO+LN+GrN"])
+    assert estimated(rows) == (TRIPLES[4:7], ["DO+LN+GrN"])
     note = report_effects.missing_text(["DO+LN+GrN"])
     assert note.endswith("have all parts at the same strengths: DO+LN+GrN.")
 
@@ -276,7 +276,7 @@ def test_a_pair_is_not_told_from_a_run_that_it_shares():
     is_pair = rows["label"] == "DO+LN"
     shared = rows[rows["label"] == "LN"].assign(label="DO+LN")
     rows = pd.concat([rows[~is_pair], shared]).astype(rows.dtypes)
-    assert told(rows) == (["DO+GrN", "LN+GrN"], ["DO+LN", "DO+LN+GrN"])
+    assert estimated(rows) == (["DO+GrN", "LN+GrN"], ["DO+LN", "DO+LN+GrN"])
 
 
 # --- Explanation ---

@@ -14,12 +14,13 @@ import pytest
 from conftest import ROOT, random_columns
 from matplotlib.testing.compare import compare_images
 
+import iql
 from harness.config import parse
 from harness.datasets import episode_returns, normalized_score, read_dataset
 from harness.directory import run_directory
 from harness.environments import make_env
 from harness.scripts import scripts
-from tools import readme, report
+from tools import readme, readme_results, report
 
 
 def read(path):
@@ -34,6 +35,19 @@ def read(path):
 def test_the_tables_in_a_readme_are_those_of_the_data(path):
     """If not: `python -m tools.readme` writes them anew."""
     assert readme.renew(read(path)) == read(path)
+
+
+def test_the_critics_look_as_far_ahead_as_the_data_readme_says():
+    config = iql.Config(gamma=0.99, tau=0.005)
+    target = 0.0  # of a state whose reward is always 1
+    chain = np.zeros(101)  # of states before one reward, the nearest first
+    for _ in range(10_000):
+        target += config.tau * (1 + config.gamma * target - target)
+        chain += config.tau * (np.append(1, chain[:-1]) - chain)
+    steps, share = re.findall(r"\d+", readme_results.reach_text(config, 10_000))
+    assert int(share) == round(100 * (1 - config.gamma) * target) == 39
+    assert int(steps) == 50
+    assert chain[49 - 3] > 0.5 > chain[49 + 3]  # half of a reward has come so far
 
 
 def test_a_stale_table_is_noticed_and_an_unknown_one_is_an_error():

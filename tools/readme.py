@@ -280,6 +280,7 @@ BLOCKS = {
     "held-out-error": lambda: results.by_dataset("validation/action_error", 3),
     "action-noise": lambda: results.under_noise(results.NOISE[0]),
     "state-noise": lambda: results.under_noise(results.NOISE[1]),
+    "reach": results.reach,
     "trials": results.trials,
     "coefficients": results.coefficients,
     "demo": results.demo,

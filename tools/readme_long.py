@@ -15,7 +15,7 @@ MEASURES = {  # columns of the two tables -> titles and digits
     "score": ("score", 1),
     "score/action_noise=0.2": ("score with noise on the actions", 1),
     "score/state_noise=0.05": ("score with noise on the states", 1),
-    "q": ("Q of the batch", 1),
+    "q": ("Q of the data's actions", 1),
     "critic_loss": ("critics' loss", 3),
     "evaluation/overestimation": ("overestimation", 1),
     "train/action_error": ("action error on training data", 3),
@@ -32,7 +32,7 @@ MEASURES = {  # columns of the two tables -> titles and digits
 }
 PANELS = {  # of the figure: title -> columns; the second is drawn dashed
     "score": ["score"],
-    "Q of the batch": ["q"],
+    "Q of the data's actions": ["q"],
     "overestimation": ["evaluation/overestimation"],
     "action error (dashed: held out)": ["train/action_error", "validation/action_error"],
     "dead neurons": ["train/dead_neurons"],
@@ -71,7 +71,7 @@ def table():
             values = evaluations(algorithm)[column]
             cells = [range_text(own, digits) for own in np.array_split(values, PERIODS)]
             lines.append([title, script.NAME, *cells])
-    last = evaluations("iql").index[-1]
+    last = int(evaluations("iql").index[-1])
     ends = [f"to {last * (i + 1) // PERIODS:,}" for i in range(PERIODS)]
     return markdown(["measure", "algorithm", *ends], lines)
 

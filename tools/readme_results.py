@@ -120,6 +120,38 @@ def demo():
     return markdown(["", "seed 0", "seed 1", "seed 2", "mean"], rows)
 
 
+LENGTHS = (10_000, 20_000, 100_000, 300_000, 1_000_000)  # updates of a training
+
+
+def reach():
+    """How many steps ahead the critics look after so many updates, by algorithm and dataset.
+
+    In brackets is the share of the value of a constant reward that is learnt by then. Rows are the
+    datasets of STUDIED, and AntMaze's first.
+    """
+    rows = {}
+    for name in ("rebrac", "iql", "cql", "bcq"):
+        script = load_script(name)
+        for dataset, short in {**STUDIED, "antmaze-umaze-v2": "AntMaze"}.items():
+            config = script.tuned(script.Config(dataset_name=dataset))
+            moves = np.array(LENGTHS) // getattr(config, "policy_freq", 1)  # of the target
+            cells = [reach_text(config, number) for number in moves]
+            rows.setdefault((script.NAME, *cells), []).append(short)
+    lines = [[name, ", ".join(datasets), *cells] for (name, *cells), datasets in rows.items()]
+    return markdown(["", "dataset", *(f"{number:,} updates" for number in LENGTHS)], lines)
+
+
+def reach_text(config, moves):
+    """Return the steps that a reward is carried back by moves of a target, and the share learnt.
+
+    Each move takes the share tau of the way to r + gamma Q'. So the value of a constant reward is
+    learnt up to exp(-moves * tau * (1 - gamma)), if the critics fit their targets.
+    """
+    steps = moves * config.tau
+    share = 1 - np.exp(-steps * (1 - config.gamma))
+    return f"{steps:,.0f} steps ({100 * share:.0f} %)"
+
+
 CRITICS = dict(hl_gauss="HL-Gauss", mse="squared error")
 
 

@@ -398,7 +398,7 @@ def pair_interactions():
 
 
 def pairs():
-    """How many interactions there are, which of them can be told, and how large one must be."""
+    """How many interactions there are and are significant, and how large one must be for that."""
     rows = pair_rows()
     found = pair_interactions()
     terms, _ = effects.contrasts(rows, load_script("iql").CHOSEN)
@@ -406,12 +406,12 @@ def pairs():
     t = scipy.stats.t.ppf(1 - LEVEL / len(terms) / 2, seeds - 1)
     needed = t / np.sqrt(seeds) * terms.std(axis=1).median()
     baseline = rows.loc[rows["label"] == BASELINE, "final"].mean()
-    told = (found["p"] < LEVEL).sum()
+    significant = (found["p"] < LEVEL).sum()
     positive = (found["point"] > 0).sum()
     return (
-        f"Of {len(found)} interactions {told} can be told from chance. The smallest p is "
+        f"Of {len(found)} interactions {significant} are significant. The smallest p is "
         f"{p_text(found['p'].min())}. {positive} are above 0. An interaction of the median "
-        f"standard deviation over the seeds could be told from {needed:.0f} points on. "
+        f"standard deviation over the seeds would be significant from {needed:.0f} points on. "
         f"The baseline's score is {baseline:.0f}."
     )
 

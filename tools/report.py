@@ -28,7 +28,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from harness.config import parse
-from harness.datasets import DOMAINS
+from harness.datasets import DOMAINS, is_d4rls_own
 from harness.errors import UserError, disk_errors, make_folder, one_line, one_line_errors
 from harness.scripts import scripts
 from tools import report_effects as effects
@@ -144,6 +144,11 @@ def final_score(seed, final):
     if final == "last":
         return seed["scores"][-1]
     return seed.get("mean_score", mean_of_last(seed["scores"], seed["domain"]))
+
+
+def is_of_other_file(seed):
+    """Return whether a seed's dataset has another checksum than D4RL's own file of that name."""
+    return is_d4rls_own(seed["config"]["dataset_name"], seed["config"]["dataset_sha256"]) is False
 
 
 def all_datasets(rows):
@@ -284,7 +289,7 @@ def add_runs(report, config, script, rows, datasets):
 def add_interactions(report, config, script, rows):
     """Add what pairs and triples gain beyond their parts, where there are pairs."""
     found = effects.interactions(rows, script.CHOSEN, config.reps)
-    missing = effects.untold(rows, script.CHOSEN, found)
+    missing = effects.unestimated(rows, script.CHOSEN, found)
     title = f"{script.NAME}: interactions"
     if len(found):
         report.add_table(effects.interaction_table(title, found, missing))
@@ -396,6 +401,9 @@ def main(config):
     if config.final == "mean":
         final = "the mean of the last 10 evaluations, on AntMaze 5"
     report.add_text(f"# Report\n\n{summary}. A run's score is that of {final}.\n")
+    others = sorted({seed["dataset"] for seed in seeds if is_of_other_file(seed)})
+    if others:
+        report.add_text(f"Not D4RL's own files, by their checksums: {', '.join(others)}.\n")
     for settings, own in by_settings(pd.DataFrame(seeds)):
         report.begin_section(settings_text(settings))
         add_settings(report, config, own)

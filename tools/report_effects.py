@@ -78,7 +78,7 @@ def contrasts(rows, chosen):
 
 
 def interactions(rows, chosen, reps):
-    """Return a row for each pair and triple that can be told: point, low, high, p, blocks, gain.
+    """Return a row for each pair and triple with two blocks: point, low, high, p, blocks, gain.
 
     `point` is its term, and `gain` its gain over the baseline in the same blocks.
     """
@@ -96,7 +96,7 @@ def interactions(rows, chosen, reps):
     return found
 
 
-def untold(rows, chosen, found):
+def unestimated(rows, chosen, found):
     """Return the pairs and triples that are in the rows, but not among what was found."""
     names = []
     for label in rows["label"].cat.categories:
@@ -108,7 +108,7 @@ def untold(rows, chosen, found):
 
 
 def interaction_table(title, found, missing):
-    """Return the table of interactions. `missing` are those that can't be told."""
+    """Return the table of interactions. `missing` are those without two blocks."""
     cells = pd.DataFrame(index=found.index)
     cells["sum of the parts"] = (found["gain"] - found["point"]).map("{:+.1f}".format)
     cells["together"] = found["gain"].map("{:+.1f}".format)
@@ -133,14 +133,12 @@ def interaction_table(title, found, missing):
 
 
 def missing_text(missing):
-    """Return a sentence of the combinations that can't be told, or nothing."""
+    """Return a sentence of the combinations without two blocks, or nothing."""
     if not missing:
         return ""
     names = ", ".join(missing[:12])
     more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
-    return (
-        f"Can't be told, since no two blocks have all parts at the same strengths: {names}{more}."
-    )
+    return f"Left out, since no two blocks have all parts at the same strengths: {names}{more}."
 
 
 def row_text(row, sign):
@@ -152,16 +150,16 @@ def row_text(row, sign):
 
 def strongest(found):
     """Return a sentence on the strongest synergy and one on the strongest conflict."""
-    told = found[found["p"] < tables.LEVEL]
-    synergies = told[told["point"] > 0]
-    conflicts = told[told["point"] < 0]
+    significant = found[found["p"] < tables.LEVEL]
+    synergies = significant[significant["point"] > 0]
+    conflicts = significant[significant["point"] < 0]
     return f"{strongest_of(synergies, 'synergy')} {strongest_of(conflicts, 'conflict')}"
 
 
-def strongest_of(told, word):
-    if told.empty:
-        return f"No {word} can be told from chance."
-    row = told.loc[told["point"].abs().idxmax()]
+def strongest_of(found, word):
+    if found.empty:
+        return f"No {word} is significant."
+    row = found.loc[found["point"].abs().idxmax()]
     p = tables.p_text(row["p"])
     return f"The strongest {word} is {row.name}: {row_text(row, '+')}, p {p}."
 
@@ -530,15 +528,15 @@ def explain(rows, chosen, reps):
     estimates = [
         long_rows(quantity, values[quantity], names).iloc[order] for quantity in QUANTITIES
     ]
-    is_told = p[:, 0] < tables.LEVEL
-    told = [column for column, own in zip(sample.columns, is_told) if own]
+    is_significant = p[:, 0] < tables.LEVEL
+    significant = [column for column, own in zip(sample.columns, is_significant) if own]
     share, by_chance = label_share(found)
     return Explanation(
         sample=sample,
         estimates=pd.concat(estimates),
         p=pd.DataFrame(p, names, ["between", "within"]).iloc[order],
         regularisers=regularisers,
-        rests_on=rests_on(rows, chosen, told),
+        rests_on=rests_on(rows, chosen, significant),
         together=share_of_all(totals[:1]),
         label_share=share,
         chance_share=by_chance,

@@ -229,13 +229,15 @@ def improvements(rows, datasets):
     """Return by how many percent of the baseline's mean score each label is better than it.
 
     It is taken seed by seed, over the datasets. Rows of label, point, low, high. The interval is of
-    95 %, by Student's t, and takes the baseline's mean as known. There are no rows if that isn't
-    positive. Labels without an interval, or with the baseline's own runs, have none.
+    95 %, by Student's t, and takes the baseline's mean as known. There are no rows if its own
+    interval includes 0. Labels without an interval, or with the baseline's own runs, have none.
     """
     scores = by_seed(rows, "final", datasets)
     columns = ["label", "point", "low", "high"]
-    level = scores.loc[BASELINE].mean() if BASELINE in scores.index else np.nan
-    if not level > 0:  # otherwise percents of it mean nothing
+    if BASELINE not in scores.index:
+        return pd.DataFrame(columns=columns)
+    ((level, half),) = zip(*mean_and_interval(scores.loc[[BASELINE]]))
+    if not level > np.nan_to_num(half):  # otherwise percents of it mean nothing
         return pd.DataFrame(columns=columns)
     others = scores.drop([BASELINE, *same_as_baseline(rows, datasets)])
     means, halves = mean_and_interval(100 * (others - scores.loc[BASELINE]) / level)
@@ -265,11 +267,9 @@ def score_table(title, rows, datasets):
     runs = rows[rows["dataset"].isin(datasets)].groupby(["label", "dataset"])
     expected = runs.size().max()
     cells = runs.apply(score_cell, expected).unstack(fill_value="missing")[datasets]
-    means = runs["final"].mean().unstack()[datasets]
     if len(datasets) > 1:
-        means["mean"] = means.mean(axis=1, skipna=False)
-        cells["mean"] = means["mean"].map("{:.1f}".format).replace("nan", "incomplete")
-    cells = cells.where(means != means.max(), "**" + cells + "**")
+        means = runs["final"].mean().unstack()[datasets].mean(axis=1, skipna=False)
+        cells["mean"] = means.map("{:.1f}".format).replace("nan", "incomplete")
     note = "One seed."
     if expected > 1:
         note = (
