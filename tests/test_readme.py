@@ -130,6 +130,8 @@ def test_the_bundled_datasets_are_as_described():
         ("coefficients", 96),
         ("second", 1163),
         ("repeat", 112),
+        ("start", 3),
+        ("antmaze_tau", 2),
     ],
 )
 def test_the_runs_in_a_table_have_the_names_of_their_configs(table, number):

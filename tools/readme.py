@@ -281,6 +281,8 @@ BLOCKS = {
     "action-noise": lambda: results.under_noise(results.NOISE[0]),
     "state-noise": lambda: results.under_noise(results.NOISE[1]),
     "reach": results.reach,
+    "start": results.start,
+    "tau": results.tau,
     "trials": results.trials,
     "coefficients": results.coefficients,
     "demo": results.demo,

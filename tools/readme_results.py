@@ -77,6 +77,14 @@ FILES = {  # tables of runs in data/ -> what they are of, and the sweeps: {folde
         "[ReBRAC's coefficients](#rebracs-coefficients-for-the-second-study)",
         {"rebrac/second_study": "coefficients halfcheetah_coefficients"},
     ),
+    "start": (
+        "[HL-Gauss whose Q starts at 0](#how-far-ahead-the-critics-look)",
+        {"rebrac/second_study": "start"},
+    ),
+    "antmaze_tau": (
+        "[larger steps of the targets](#how-far-ahead-the-critics-look)",
+        {"rebrac/second_study": "antmaze_tau"},
+    ),
     "batch": (
         "[Pen's two-by-two](#pen-batch-and-rates-or-regularisers)",
         {"rebrac/second_study": "batch"},
@@ -150,6 +158,37 @@ def reach_text(config, moves):
     steps = moves * config.tau
     share = 1 - np.exp(-steps * (1 - config.gamma))
     return f"{steps:,.0f} steps ({100 * share:.0f} %)"
+
+
+def start():
+    """What HL-Gauss scores on HalfCheetah by its range of values, in whose middle Q starts.
+
+    The first row is of coefficients.csv, with the same coefficients.
+    """
+    paths = [path_of("data", f"{file}.csv") for file in ("coefficients", "start")]
+    seeds, _ = read_results(paths)
+    rows = {}
+    for seed in seeds:
+        config = seed["config"]
+        own = [config[name] for name in ("dataset_name", "actor_bc_coef", "critic_bc_coef")]
+        if config["critic_loss"] == "hl_gauss" and own == [next(iter(STUDIED)), 0.1, 0.1]:
+            rows.setdefault((config["v_min"], config["v_max"]), []).append(seed)
+    lines = []
+    for (low, high), own in rows.items():
+        span = "that of the data" if low is None else f"{low:g} to {high:g}"
+        error = np.mean([seed["evaluation/overestimation"] for seed in own])
+        scores = ", ".join(f"{seed['score']:.1f}" for seed in own)
+        lines.append([span, f"{error:+.0f}", scores])
+    return markdown(["range", "overestimation", "score, by seed"], lines)
+
+
+def tau():
+    """ReBRAC's success on AntMaze over the updates, by the step of its targets."""
+    seeds, _ = read_results([path_of("data", "antmaze_tau.csv")])
+    lines = []
+    for seed in seeds:
+        lines.append([seed["config"]["tau"], *(f"{score:.0f}" for score in seed["scores"])])
+    return markdown(["`tau`", *(f"{update:,} updates" for update in seeds[0]["updates"])], lines)
 
 
 CRITICS = dict(hl_gauss="HL-Gauss", mse="squared error")
