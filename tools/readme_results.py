@@ -168,7 +168,7 @@ def start():
     paths = [path_of("data", f"{file}.csv") for file in ("coefficients", "start")]
     seeds, _ = read_results(paths)
     rows = {}
-    for seed in seeds:
+    for seed in sorted(seeds, key=lambda seed: seed["seed"]):
         config = seed["config"]
         own = [config[name] for name in ("dataset_name", "actor_bc_coef", "critic_bc_coef")]
         if config["critic_loss"] == "hl_gauss" and own == [next(iter(STUDIED)), 0.1, 0.1]:
@@ -186,9 +186,10 @@ def tau():
     """ReBRAC's success on AntMaze over the updates, by the step of its targets."""
     seeds, _ = read_results([path_of("data", "antmaze_tau.csv")])
     lines = []
+    (updates,) = {tuple(seed["updates"]) for seed in seeds}
     for seed in seeds:
         lines.append([seed["config"]["tau"], *(f"{score:.0f}" for score in seed["scores"])])
-    return markdown(["`tau`", *(f"{update:,} updates" for update in seeds[0]["updates"])], lines)
+    return markdown(["`tau`", *(f"{update:,} updates" for update in updates)], lines)
 
 
 CRITICS = dict(hl_gauss="HL-Gauss", mse="squared error")
@@ -395,7 +396,7 @@ def batch():
         row = [name]
         for key in ((name, 256), (name, 1024), (name, "difference")):
             text = interval_text(means[key], halves[key], "+" if key in p else "")
-            row.append(f"{text}, p {p_text(p[key])}" if key in p else text)
+            row.append(bold(f"{text}, p {p_text(p[key])}", p[key]) if key in p else text)
         rows.append(row)
     return markdown(["", "256, rates 3e-4", "1,024, rates 1e-3", "difference"], rows)
 
