@@ -128,7 +128,7 @@ def test_the_bundled_datasets_are_as_described():
         ("batch", 20),
         ("curves", 73),
         ("coefficients", 96),
-        ("second", 1163),
+        ("second", 1283),
         ("repeat", 112),
         ("start", 3),
         ("antmaze_tau", 2),

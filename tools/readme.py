@@ -297,6 +297,7 @@ BLOCKS = {
     "less-data-datasets-rebrac": lambda: second.less_data_by_dataset("rebrac"),
     "cloning-rebrac": second.more_cloning,
     "critics-iql": lambda: second.places("iql"),
+    "critics-rebrac": lambda: second.places("rebrac"),
     "repeat-iql": second.repeated,
     "repeat-rebrac": second.other_draws,
     "pairs-iql": second.pairs,

@@ -62,7 +62,8 @@ FILES = {  # tables of runs in data/ -> what they are of, and the sweeps: {folde
         "[the second study](#the-second-study): less data, strengths, actor or critics, pairs",
         {
             "iql/second_study": "less_data dropout l2 both_ln both_dropout both_l2 pairs",
-            "rebrac/second_study": "less_data halfcheetah_less_data",
+            "rebrac/second_study": "less_data halfcheetah_less_data both_ln both_dropout both_l2 "
+            "halfcheetah_both_ln halfcheetah_both_dropout halfcheetah_both_l2",
         },
     ),
     "repeat": (
