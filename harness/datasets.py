@@ -59,11 +59,11 @@ def checksum(path, size, time):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_d4rls_own(name, sha256):
-    """Return whether a checksum is that of D4RL's file of this name, or None if it isn't known."""
+def is_other_file(name, sha256):
+    """Return whether a file's checksum is known not to be that of D4RL's file for a dataset."""
     url = gym.spec(name).kwargs.get("dataset_url") or ""
     known = known_files().get(os.path.basename(url))
-    return None if known is None or sha256 is None else known["sha256"] == sha256
+    return None not in (known, sha256) and known["sha256"] != sha256
 
 
 def load_dataset(config):
@@ -72,7 +72,7 @@ def load_dataset(config):
     raw = read_dataset(dataset_file(config), env)
     name = config.dataset_name
     scores = normalized_score(name, episode_returns(name, raw))
-    other = "; not D4RL's own file" if is_d4rls_own(name, config.dataset_sha256) is False else ""
+    other = "; not D4RL's own file" if is_other_file(name, config.dataset_sha256) else ""
     print(
         f"{name}: {len(raw['rewards'])} steps, {len(scores)} whole episodes, whose score is "
         f"{scores.mean():.1f} on average and {scores.max():.1f} at best{other}"

@@ -308,15 +308,13 @@ def test_the_known_sums_are_of_d4rls_files():
         assert int(row["bytes"]) > 1e6
 
 
-def test_a_file_is_d4rls_own_or_not_or_that_is_not_known():
+def test_a_file_is_another_than_d4rls_if_its_checksum_is():
     name = "halfcheetah-medium-replay-v2"
     own = "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683"
-    assert datasets.is_d4rls_own(name, own) is True
-    assert datasets.is_d4rls_own(name, "0" * 64) is False
-    assert datasets.is_d4rls_own(name, None) is None
-    assert (
-        datasets.is_d4rls_own("antmaze-medium-play-v2", own) is None
-    )  # there is no checksum of it
+    assert not datasets.is_other_file(name, own)
+    assert datasets.is_other_file(name, "0" * 64)
+    assert not datasets.is_other_file(name, None)
+    assert not datasets.is_other_file("antmaze-medium-play-v2", own)  # D4RL's isn't known
 
 
 # --- Sources ---

@@ -22,6 +22,7 @@ from harness.datasets import DOMAINS
 from harness.environments import d4rl
 from harness.errors import UserError, one_line_errors
 from harness.scripts import ROOT
+from tools import readme_long as long
 from tools import readme_results as results
 from tools import readme_second as second
 from tools.readme_results import SCRIPTS, markdown, path_of
@@ -287,6 +288,8 @@ BLOCKS = {
     "coefficients": results.coefficients,
     "demo": results.demo,
     "antmaze": results.antmaze,
+    "long": long.table,
+    "long-times": long.times,
     "batch": results.batch,
     "curves-cql": lambda: results.curves(results.curves_of("cql")),
     "curves-bcq": lambda: results.curves(results.second_study_of_bcq()),
@@ -314,6 +317,7 @@ FIGURES = {  # in data/
     "less-data-iql": lambda: second.less_data_figure("iql"),
     "less-data-rebrac": lambda: second.less_data_figure("rebrac"),
     "second-study": second.front_figure,
+    "long": long.figure,
     "interactions-iql": second.interaction_figure,
     "explanation-iql": lambda: second.explanation_figure("iql", "without strong dropout"),
     "explanation-rebrac": lambda: second.explanation_figure("rebrac", "both"),

@@ -409,7 +409,7 @@ def pairs():
     significant = (found["p"] < LEVEL).sum()
     positive = (found["point"] > 0).sum()
     return (
-        f"Significant are {significant} of {len(found)} interactions. The smallest p is "
+        f"{significant} of {len(found)} interactions are significant. The smallest p is "
         f"{p_text(found['p'].min())}. {positive} are above 0. An interaction with the median "
         f"standard deviation over the seeds needs {needed:.0f} points to be significant. "
         f"The baseline's score is {baseline:.0f}."

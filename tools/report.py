@@ -28,14 +28,21 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from harness.config import parse
-from harness.datasets import DOMAINS, is_d4rls_own
+from harness.datasets import DOMAINS, is_other_file
 from harness.errors import UserError, disk_errors, make_folder, one_line, one_line_errors
 from harness.scripts import scripts
 from tools import report_effects as effects
 from tools import report_figures as figures
 from tools import report_shares as shares
 from tools import report_tables as tables
-from tools.report_runs import BASELINE, by_label, by_settings, read_results, read_wandb
+from tools.report_runs import (
+    BASELINE,
+    by_label,
+    by_settings,
+    content,
+    read_results,
+    read_wandb,
+)
 from tools.results import mean_of_last, write_results
 
 
@@ -144,11 +151,6 @@ def final_score(seed, final):
     if final == "last":
         return seed["scores"][-1]
     return seed.get("mean_score", mean_of_last(seed["scores"], seed["domain"]))
-
-
-def is_of_other_file(seed):
-    """Return whether a seed's dataset has another checksum than D4RL's own file of that name."""
-    return is_d4rls_own(seed["config"]["dataset_name"], seed["config"]["dataset_sha256"]) is False
 
 
 def all_datasets(rows):
@@ -401,7 +403,8 @@ def main(config):
     if config.final == "mean":
         final = "the mean of the last 10 evaluations, on AntMaze 5"
     report.add_text(f"# Report\n\n{summary}. A run's score is that of {final}.\n")
-    others = sorted({seed["dataset"] for seed in seeds if is_of_other_file(seed)})
+    files = {seed["dataset"]: content(seed) for seed in seeds}
+    others = sorted(dataset for dataset, file in files.items() if is_other_file(*file))
     if others:
         report.add_text(f"Not D4RL's own files, by their checksums: {', '.join(others)}.\n")
     for settings, own in by_settings(pd.DataFrame(seeds)):

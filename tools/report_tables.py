@@ -236,8 +236,9 @@ def improvements(rows, datasets):
     columns = ["label", "point", "low", "high"]
     if BASELINE not in scores.index:
         return pd.DataFrame(columns=columns)
-    ((level, half),) = zip(*mean_and_interval(scores.loc[[BASELINE]]))
-    if not level > np.nan_to_num(half):  # otherwise percents of it mean nothing
+    means, halves = mean_and_interval(scores)
+    level = means[BASELINE]
+    if not level > halves.fillna(0)[BASELINE]:  # otherwise percents of it mean nothing
         return pd.DataFrame(columns=columns)
     others = scores.drop([BASELINE, *same_as_baseline(rows, datasets)])
     means, halves = mean_and_interval(100 * (others - scores.loc[BASELINE]) / level)
