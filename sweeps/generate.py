@@ -103,6 +103,7 @@ SECOND_PARTS = {
     "cloning": "DO+LN on 2 and 5 % of the episodes with more cloning",
     "repeat": "DO+LN on 2 and 5 % of the episodes once more, with other episodes",
     "repeat_critics": "LayerNorm in the critics once more, with new seeds",
+    "longer_critics": "LayerNorm in the critics, ten times as long",
     "repeat_hopper": "LayerNorm in the actor on 2 % of Hopper once more, with new seeds",
     "pairs": "all pairs on 10 % of the episodes",
     "curves": "learning curves",
@@ -302,6 +303,13 @@ def parts_for_iql(script):
         "dropout": dict(actor_dropout=[0, 0.1, 0.3, 0.5], validation_frac=[0.9]),
         "l2": dict(actor_wd=[0, 0.001, 0.01, 0.1], validation_frac=[0.9]),
         "repeat_critics": dict(critic_ln=[False, True], validation_frac=[0.1], seed=NEW_SEEDS),
+        "longer_critics": dict(
+            critic_ln=[False, True],
+            validation_frac=[0.1],
+            num_updates=[100_000],
+            eval_every=[20_000],
+            dataset_name=[STUDY_DATASETS[0], STUDY_DATASETS[2]],
+        ),
         "repeat_hopper": dict(
             regularisers=["none", "LN"],
             validation_frac=[0.98],
