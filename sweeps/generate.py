@@ -104,6 +104,7 @@ SECOND_PARTS = {
     "repeat": "DO+LN on 2 and 5 % of the episodes once more, with other episodes",
     "repeat_critics": "LayerNorm in the critics once more, with new seeds",
     "longer_critics": "LayerNorm in the critics, ten times as long",
+    "temperature": "LayerNorm in the critics on 10 % of the episodes, with other temperatures",
     "repeat_hopper": "LayerNorm in the actor on 2 % of Hopper once more, with new seeds",
     "pairs": "all pairs on 10 % of the episodes",
     "curves": "learning curves",
@@ -309,6 +310,14 @@ def parts_for_iql(script):
             num_updates=[100_000],
             eval_every=[20_000],
             dataset_name=[STUDY_DATASETS[0], STUDY_DATASETS[2]],
+        ),
+        "temperature": dict(
+            critic_ln=[True],
+            actor_ln=[False, True],
+            temperature=[0, 12],
+            validation_frac=[0.9],
+            seed=[0, 1, 2],
+            dataset_name=STUDY_DATASETS[:1],
         ),
         "repeat_hopper": dict(
             regularisers=["none", "LN"],

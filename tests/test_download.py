@@ -245,7 +245,8 @@ def test_ctrl_c_keeps_the_part(server, get, content, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.communicate()
+    output = process.communicate()
+    assert process.returncode == -signal.SIGINT, output
     assert part.exists()
     assert get() == content
     assert server.asked[1][1] > 0
