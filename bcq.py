@@ -71,7 +71,7 @@ NAME = "BCQ"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None: the default in its comment, else the original's."""
+    """Each field is a flag. None means the default in its comment, or else the original's."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -290,11 +290,13 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Test a strength by `is_on(config.x)`, never by `if config.x` (see harness/members.py): in compiled
-# code a float of the config is traced. Only a 0 isn't, so that its term is left out. But if runs
-# that are trained together have 0 and other strengths, the 0 is traced, too. Then its term is
-# compiled and must change nothing. Bools, integers and strings are never traced. Fields on which no
-# program depends, such as `seed`, are None in compiled code.
+# Test a strength by `is_on(config.x)`, never by `if config.x` (see harness/members.py):
+# - In compiled code a float of the config is traced, so that its value isn't known there.
+# - A 0 is not traced. Its term is left out of the program.
+# - But if runs that are trained together have 0 and other strengths, then the 0 is traced, too. Its
+#   term is compiled and must change nothing.
+# - Bools, integers and strings are never traced.
+# - Fields on which no program depends, such as `seed`, are None in compiled code.
 
 
 class ActorHidden(nn.Module):
@@ -378,7 +380,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics, as in targets."""
+    """Return the output as in evaluation: without dropout, with running statistics."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -903,7 +905,7 @@ def update(config, state, batch):
 
 
 def init_state(config, batch, seed):
-    """Return the state before the first update. `batch` shows the shapes of Transitions."""
+    """Return the state before the first update. Of `batch` only the shapes count."""
     key, actor_key, critic_key, encoder_key = jax.random.split(jax.random.key(seed), 4)
     network = Actor(config, batch.actions.shape[-1])
     actor = init_network(network, actor_key, batch.observations)
@@ -966,10 +968,11 @@ def train(config, run):
     samples = make_samples(data)
     data = jax.device_put(data)
     envs = make_envs(config)
-    states = init_states(init_state, config, transitions(data, np.arange(1)))
+    example = transitions(data, np.arange(1))
+    states = init_states(init_state, config, example)
     states, num_updates = run.restore(states, data)
 
-    def evaluation(states, at_update):
+    def evaluate_and_measure(states, at_update):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
@@ -984,10 +987,10 @@ def train(config, run):
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
         if is_due and num_updates > run.evaluated:
-            # A kill during the evaluation then costs no training
+            # The training is saved first, so that a kill during the evaluation loses none of it
             run.checkpoint(states, num_updates, now=True)
-            run.evaluate(evaluation, states, num_updates)
-        # This saves after an evaluation, once a minute and on a signal, which also ends the run
+            run.evaluate(evaluate_and_measure, states, num_updates)
+        # Save after an evaluation, once a minute, and on a signal, which also ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -1026,8 +1029,8 @@ def eval_actor_loss(config, state, batch):
 def overestimation(config, data, state, episodes):
     """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
 
-    Here s are the first states of the episodes without noise. Rewards are as the critics know
-    them. What an episode would gain after its time limit counts as 0.
+    Here s are the first states of the episodes without noise. Rewards are scaled as in training.
+    What an episode would gain after its time limit counts as 0.
     """
     starts = (episodes.starts - data["mean"]) / data["std"]
     actions = best_candidates(config, state.actor, data, episodes.starts)
@@ -1048,30 +1051,31 @@ PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
 def analyse(config, state, data, samples, episodes):
     """Return what is measured inside the actor, by names such as train/dead_neurons.
 
-    There are four batches: the steps samples["train"] and samples["validation"] of the data, the
-    normalised states samples["random"] (B, S), and the visited states of an evaluation's
-    `episodes`. Returns scalars, for each batch a matrix `gram` (F, F) for `with_ranks`, and
-    `features` (NUM_COMPARED, F), which a report compares with other runs'.
+    It is measured on four batches: the steps samples["train"] and samples["validation"] of the
+    data, of which the second may be missing; normalised states samples["random"] (B, S); and the
+    states that were visited in an evaluation's `episodes`. Returns scalars, for each batch a matrix
+    `gram` (F, F) for `with_ranks`, and `features` (NUM_COMPARED, F), which a report compares with
+    other runs'. Features are before the ReLU and the normalisation here, as in the paper.
     """
     batches = {}
     for part in ("train", "validation"):
         if part in samples:
             batches[part] = transitions(data, samples[part])
-    observations = {part: batch.observations for part, batch in batches.items()}
-    observations["evaluation"] = (episodes.visited - data["mean"]) / data["std"]
-    observations["random"] = samples["random"]
+    inputs = {part: batch.observations for part, batch in batches.items()}
+    inputs["evaluation"] = (episodes.visited - data["mean"]) / data["std"]
+    inputs["random"] = samples["random"]
 
-    def actions_in(states):
-        return act(config, state.actor, data, states)
+    def actions_in(observations):
+        return act(config, state.actor, data, observations)
 
     info = weight_norms(state.actor["params"])
     network = Actor(config, data["actions"].shape[-1])
-    for part, states in observations.items():
-        _, seen = network.apply(state.actor, states, train=False, mutable="intermediates")
+    for part, observations in inputs.items():
+        _, seen = network.apply(state.actor, observations, train=False, mutable="intermediates")
         features = seen["intermediates"][analysed_hidden(config)]["preactivations"][0]
         for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
-        info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, states[:NUM_COMPARED])
+        info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, observations[:NUM_COMPARED])
         if part == "train":
             info["features"] = features[:NUM_COMPARED]
     for part, batch in batches.items():
@@ -1085,8 +1089,8 @@ def analyse(config, state, data, samples, episodes):
         cloned = plasticity_probe(config, data, state, probe)
         error_before = action_error(config, data, state.actor, probe)
         info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
-    states = observations["evaluation"][:NUM_COMPARED]
-    distance = action_distance(states, actions_in(states), batches["train"])
+    visited = inputs["evaluation"][:NUM_COMPARED]
+    distance = action_distance(visited, actions_in(visited), batches["train"])
     info["evaluation/action_distance"] = distance
     info["evaluation/overestimation"] = overestimation(config, data, state, episodes)
     return info
@@ -1100,17 +1104,18 @@ def action_error(config, data, actor, batch):
 def q_gain(config, data, state, batch):
     """Return how much higher the critics value the policy's actions than the data's, as a mean."""
     actions = act(config, state.actor, data, batch.observations)
-    gains = q_values(config, state, batch.observations, actions)
-    return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
+    policy_values = q_values(config, state, batch.observations, actions)
+    data_values = q_values(config, state, batch.observations, batch.actions)
+    return jnp.mean(policy_values - data_values)
 
 
 def plasticity_probe(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch.
 
-    The share of the batch's loss that it leaves says how well the actor can still learn. The
-    optimiser is new, without decay of its rate or of the weights, and without noise. With fresh
-    moments the size of its steps depends on the learning rate alone, and not on the loss's unit
-    or on what came before.
+    The smaller the share of the batch's loss that is left then, the better the actor can still
+    learn. If its loss was small before, there was little to learn. The optimiser is new, without
+    decay of its rate or of the weights, and without noise. With fresh moments the size of its steps
+    depends on the learning rate alone, and not on the loss's unit or on what came before.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)
@@ -1172,7 +1177,7 @@ def tuned(config):
     hidden_dim, last_hidden_dim = (384, 288) if in_others else (400, 300)
     vae_hidden_dim = 736 if in_vae else 750
     is_antmaze = domain(config.dataset_name) == "antmaze"
-    values = dict(
+    defaults = dict(
         normalize_reward=False,
         hidden_dim=hidden_dim,
         last_hidden_dim=config.hidden_dim or last_hidden_dim,
@@ -1180,8 +1185,8 @@ def tuned(config):
         eval_every=50_000 if is_antmaze else 10_000,
         eval_episodes=100 if is_antmaze else 10,
     )
-    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return replace(config, **unset)
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return replace(config, **missing)
 
 
 # --- Main ---

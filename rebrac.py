@@ -64,7 +64,7 @@ NAME = "ReBRAC"  # by this line the tools find the script
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag. None: the default in its comment, else the paper's value."""
+    """Each field is a flag. None means the default in its comment, or else the paper's value."""
 
     # Data
     dataset_name: str = "halfcheetah-medium-replay-v2"  # D4RL's name of the dataset
@@ -76,7 +76,7 @@ class Config:
     validation_seed: Optional[int] = None  # picks the held-out episodes; default: the file's last
     # Algorithm
     preset: str = "none"  # a name in PRESETS; as-run: the paper's combination as published
-    critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (original)
+    critic_loss: str = "hl_gauss"  # hl_gauss: classification (paper); mse: squared error (ReBRAC)
     gamma: Optional[float] = None  # discount factor; default: 0.99 (AntMaze 0.999)
     tau: float = 0.005  # step size of the targets' Polyak average
     batch_size: Optional[int] = None  # transitions; default: 1024; Adroit, AntMaze (mse) 256
@@ -283,11 +283,13 @@ def transitions(data, index):
 
 # --- Regularised layers ---
 
-# Test a strength by `is_on(config.x)`, never by `if config.x` (see harness/members.py): in compiled
-# code a float of the config is traced. Only a 0 isn't, so that its term is left out. But if runs
-# that are trained together have 0 and other strengths, the 0 is traced, too. Then its term is
-# compiled and must change nothing. Bools, integers and strings are never traced. Fields on which no
-# program depends, such as `seed`, are None in compiled code.
+# Test a strength by `is_on(config.x)`, never by `if config.x` (see harness/members.py):
+# - In compiled code a float of the config is traced, so that its value isn't known there.
+# - A 0 is not traced. Its term is left out of the program.
+# - But if runs that are trained together have 0 and other strengths, then the 0 is traced, too. Its
+#   term is compiled and must change nothing.
+# - Bools, integers and strings are never traced.
+# - Fields on which no program depends, such as `seed`, are None in compiled code.
 
 
 class ActorHidden(nn.Module):
@@ -371,7 +373,7 @@ def init_network(network, key, *inputs):
 
 
 def forward(network, variables, *inputs):
-    """Return the output without dropout, with running statistics, as in targets."""
+    """Return the output as in evaluation: without dropout, with running statistics."""
     return network.apply(variables, *inputs, train=False)
 
 
@@ -506,7 +508,7 @@ class Critics(nn.Module):
         return jnp.stack(outputs)
 
 
-# --- Values as classes: HL-Gauss ---
+# --- Values as distributions over bins: HL-Gauss ---
 
 
 def support(config):
@@ -530,12 +532,12 @@ def hl_gauss(config, values):
     sigma = config.sigma_frac * (edges[1] - edges[0])
     if config.clip_targets:
         values = jnp.clip(values, edges[0], edges[-1])
-    # erf is twice the cumulative distribution, minus 1
-    cdf = jax.scipy.special.erf((edges - values[..., None]) / (math.sqrt(2) * sigma))
-    total = cdf[..., -1:] - cdf[..., :1]
+    # erf is 2 CDF - 1. The 2 and the 1 cancel in the ratio.
+    erfs = jax.scipy.special.erf((edges - values[..., None]) / (math.sqrt(2) * sigma))
+    total = erfs[..., -1:] - erfs[..., :1]
     if not config.clip_targets:
-        total = total + 1e-6
-    return jnp.diff(cdf) / total
+        total = total + 1e-6  # as in the paper's code
+    return jnp.diff(erfs) / total
 
 
 def critic_values(config, outputs):
@@ -547,7 +549,7 @@ def critic_values(config, outputs):
         return outputs[..., 0]
     edges = support(config)
     centres = (edges[1:] + edges[:-1]) / 2
-    # Not in the 10 bits of TF32, which are a GPU's default: each target would have that error
+    # A GPU's default, TF32, has 10 bits. Each target would be rounded to them.
     return jnp.matmul(jax.nn.softmax(outputs), centres, precision="highest")
 
 
@@ -573,7 +575,7 @@ def q_values(config, state, observations, actions):
 def critic_target(config, state, batch, key):
     """Return r + gamma (1 - d) [min_k Q'_k(s', a') - critic_bc_coef ||a' - a'_data||^2], (B,).
 
-    a' is the target actor's action at s', with clipped noise and clipped to [-1, 1] (ReBRAC).
+    a' is the target actor's action at s' plus clipped noise, clipped to [-1, 1] (ReBRAC).
     """
     noise = config.target_noise * jax.random.normal(key, batch.actions.shape)
     noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)
@@ -589,8 +591,8 @@ def critic_target(config, state, batch, key):
 def critic_loss(params, config, state, batch, target, key):
     """Return the cross-entropy of the critics' logits to HL-Gauss(target), or the squared error.
 
-    The loss is the sum over both critics. The logged one is their mean. Also returns the critics'
-    variables and scalars to log.
+    The loss is the sum of both critics' losses, and their mean is logged. Also returns the
+    critics' variables and scalars to log.
     """
     critic = {**state.critic, "params": params}
     outputs, critic = forward_train(Critics(config), critic, key, batch.observations, batch.actions)
@@ -605,7 +607,7 @@ def critic_loss(params, config, state, batch, target, key):
 def actor_loss(params, config, state, batch, keys):
     """Return actor_bc_coef ||pi(s) - a||^2 - actor_q_coef min_k Q_k(s, pi(s)) / mean |min_k Q_k|.
 
-    It is a mean over the batch, without a gradient through the denominator. The actor has dropout
+    It is a mean over the batch. No gradient flows through the denominator. The actor has dropout
     and noise. The critics see clean states. Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key = keys
@@ -616,7 +618,7 @@ def actor_loss(params, config, state, batch, keys):
     bc_targets = batch.actions
     if is_on(config.actor_bc_noise):
         noise = jax.random.normal(objective_key, bc_targets.shape)
-        bc_targets = bc_targets - config.actor_bc_noise * noise  # as in the paper's code
+        bc_targets = bc_targets - config.actor_bc_noise * noise
     actor = {**state.actor, "params": params}
     network = Actor(config, batch.actions.shape[-1])
     actions, actor = forward_train(network, actor, dropout_key, observations)
@@ -699,7 +701,7 @@ def update(config, state, batches):
     """Update the critics on each of `batches` (policy_freq, B, ...), the actor on the last one.
 
     Then update the targets. A pure function of a TrainState and Transitions. Returns the new state
-    and scalars to log. The critics' are those of their last update.
+    and scalars to log. The critics' scalars are from their last update.
     """
     for k in range(config.policy_freq):
         batch = Transitions(*(x[k] for x in batches))
@@ -709,7 +711,7 @@ def update(config, state, batches):
 
 
 def init_state(config, batch, seed):
-    """Return the state before the first update. `batch` shows the shapes of Transitions."""
+    """Return the state before the first update. Of `batch` only the shapes count."""
     key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
     network = Actor(config, batch.actions.shape[-1])
     actor = init_network(network, actor_key, batch.observations)
@@ -731,7 +733,8 @@ def init_state(config, batch, seed):
 def with_value_range(config, data):
     """Set v_min and v_max, unless given, to the data's smallest and largest return to go.
 
-    Held-out episodes count, too.
+    Held-out episodes count, too. A policy that is much better than the data has values above this
+    v_max, which are then clipped to the support.
     """
     if config.critic_loss == "mse":
         return config
@@ -746,11 +749,14 @@ def with_value_range(config, data):
 
 def returns_to_go(rewards, ends, gamma):
     """Return the discounted return from each step to the next end, (N,)."""
-    rewards, ends = rewards.tolist(), ends.tolist()  # since loops over arrays are slow
+    rewards = rewards.tolist()  # since loops over arrays are slow
+    ends = ends.tolist()
     returns = np.empty(len(rewards))
     return_to_go = 0.0
     for i in reversed(range(len(rewards))):
-        return_to_go = rewards[i] if ends[i] else rewards[i] + gamma * return_to_go
+        if ends[i]:
+            return_to_go = 0.0
+        return_to_go = rewards[i] + gamma * return_to_go
         returns[i] = return_to_go
     return returns
 
@@ -794,10 +800,11 @@ def train(config, run):
     samples = make_samples(data)
     data = jax.device_put(data)
     envs = make_envs(config)
-    states = init_states(init_state, config, transitions(data, np.arange(1)))
+    example = transitions(data, np.arange(1))
+    states = init_states(init_state, config, example)
     states, num_updates = run.restore(states, data)
 
-    def evaluation(states, at_update):
+    def evaluate_and_measure(states, at_update):
         """Return the returns of an evaluation's episodes, and what is measured in the actors."""
         with run.timed("evaluation"):
             act_in_all = host_policy(policy, config, states.actor, data)
@@ -812,10 +819,10 @@ def train(config, run):
         is_last = num_updates == config.num_updates
         is_due = num_updates % config.eval_every == 0 or is_last
         if is_due and num_updates > run.evaluated:
-            # A kill during the evaluation then costs no training
+            # The training is saved first, so that a kill during the evaluation loses none of it
             run.checkpoint(states, num_updates, now=True)
-            run.evaluate(evaluation, states, num_updates)
-        # This saves after an evaluation, once a minute and on a signal, which also ends the run
+            run.evaluate(evaluate_and_measure, states, num_updates)
+        # Save after an evaluation, once a minute, and on a signal, which also ends the run
         run.checkpoint(states, num_updates, now=is_last)
         if is_last:
             return run.finish()
@@ -834,7 +841,11 @@ def analysed_hidden(config):
 
 
 def eval_actor_loss(config, state, batch):
-    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics."""
+    """Return the actor's loss as evaluation sees it: no dropout, no noise, running statistics.
+
+    If all values of the batch have one sign, then the second term of the loss is
+    exactly -actor_q_coef or actor_q_coef, and only the cloning term varies. See `q_gain`.
+    """
     network = Actor(config, batch.actions.shape[-1])
     actions = forward(network, state.actor, batch.observations)
     loss, _ = actor_objective(config, state, batch, actions, batch.actions)
@@ -844,8 +855,9 @@ def eval_actor_loss(config, state, batch):
 def overestimation(config, data, state, episodes):
     """Return Q(s, pi(s)) minus the discounted return that the policy achieves from s, as a mean.
 
-    Here s are the first states of the episodes without noise. Rewards are as the critics know
-    them. What an episode would gain after its time limit counts as 0.
+    Here s are the first states of the episodes without noise. Rewards are scaled as in training.
+    What an episode would gain after its time limit counts as 0. Q has the penalties of
+    `critic_target`, and the return has not, so that the difference is too low by these.
     """
     starts = (episodes.starts - data["mean"]) / data["std"]
     values = q_values(config, state, starts, act(config, state.actor, data, starts))
@@ -865,30 +877,31 @@ PROBE_STEPS = 100  # of behaviour cloning in the plasticity probe
 def analyse(config, state, data, samples, episodes):
     """Return what is measured inside the actor, by names such as train/dead_neurons.
 
-    There are four batches: the steps samples["train"] and samples["validation"] of the data, the
-    normalised states samples["random"] (B, S), and the visited states of an evaluation's
-    `episodes`. Returns scalars, for each batch a matrix `gram` (F, F) for `with_ranks`, and
-    `features` (NUM_COMPARED, F), which a report compares with other runs'.
+    It is measured on four batches: the steps samples["train"] and samples["validation"] of the
+    data, of which the second may be missing; normalised states samples["random"] (B, S); and the
+    states that were visited in an evaluation's `episodes`. Returns scalars, for each batch a matrix
+    `gram` (F, F) for `with_ranks`, and `features` (NUM_COMPARED, F), which a report compares with
+    other runs'. Features are before the ReLU and the normalisation here, as in the paper.
     """
     batches = {}
     for part in ("train", "validation"):
         if part in samples:
             batches[part] = transitions(data, samples[part])
-    observations = {part: batch.observations for part, batch in batches.items()}
-    observations["evaluation"] = (episodes.visited - data["mean"]) / data["std"]
-    observations["random"] = samples["random"]
+    inputs = {part: batch.observations for part, batch in batches.items()}
+    inputs["evaluation"] = (episodes.visited - data["mean"]) / data["std"]
+    inputs["random"] = samples["random"]
 
-    def actions_in(states):
-        return act(config, state.actor, data, states)
+    def actions_in(observations):
+        return act(config, state.actor, data, observations)
 
     info = weight_norms(state.actor["params"])
     network = Actor(config, data["actions"].shape[-1])
-    for part, states in observations.items():
-        _, seen = network.apply(state.actor, states, train=False, mutable="intermediates")
+    for part, observations in inputs.items():
+        _, seen = network.apply(state.actor, observations, train=False, mutable="intermediates")
         features = seen["intermediates"][analysed_hidden(config)]["preactivations"][0]
         for key, value in feature_statistics(features).items():
             info[f"{part}/{key}"] = value
-        info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, states[:NUM_COMPARED])
+        info[f"{part}/jacobian_norm"] = jacobian_norm(actions_in, observations[:NUM_COMPARED])
         if part == "train":
             info["features"] = features[:NUM_COMPARED]
     for part, batch in batches.items():
@@ -902,8 +915,8 @@ def analyse(config, state, data, samples, episodes):
         cloned = plasticity_probe(config, data, state, probe)
         error_before = action_error(config, data, state.actor, probe)
         info["plasticity/loss_left"] = action_error(config, data, cloned, probe) / error_before
-    states = observations["evaluation"][:NUM_COMPARED]
-    distance = action_distance(states, actions_in(states), batches["train"])
+    visited = inputs["evaluation"][:NUM_COMPARED]
+    distance = action_distance(visited, actions_in(visited), batches["train"])
     info["evaluation/action_distance"] = distance
     info["evaluation/overestimation"] = overestimation(config, data, state, episodes)
     return info
@@ -917,17 +930,18 @@ def action_error(config, data, actor, batch):
 def q_gain(config, data, state, batch):
     """Return how much higher the critics value the policy's actions than the data's, as a mean."""
     actions = act(config, state.actor, data, batch.observations)
-    gains = q_values(config, state, batch.observations, actions)
-    return jnp.mean(gains - q_values(config, state, batch.observations, batch.actions))
+    policy_values = q_values(config, state, batch.observations, actions)
+    data_values = q_values(config, state, batch.observations, batch.actions)
+    return jnp.mean(policy_values - data_values)
 
 
 def plasticity_probe(config, data, state, batch):
     """Return the actor after PROBE_STEPS of behaviour cloning on the batch.
 
-    The share of the batch's loss that it leaves says how well the actor can still learn. The
-    optimiser is new, without decay of its rate or of the weights, and without noise. With fresh
-    moments the size of its steps depends on the learning rate alone, and not on the loss's unit
-    or on what came before.
+    The smaller the share of the batch's loss that is left then, the better the actor can still
+    learn. If its loss was small before, there was little to learn. The optimiser is new, without
+    decay of its rate or of the weights, and without noise. With fresh moments the size of its steps
+    depends on the learning rate alone, and not on the loss's unit or on what came before.
     """
     config = replace(config, actor_lr_decay="none", actor_wd=0.0)
     optimizer = actor_optimizer(config)
@@ -988,7 +1002,7 @@ PRESETS = {
     "as-run": "the published configuration of best",
     "as-run-L2": "the published configuration of best-L2",
     "as-run-none": "the published configuration of the baseline",
-    "batch-1024": "the batch size and learning rates that as-run has on Adroit, and no more",
+    "batch-1024": "only the batch size and learning rates that as-run has on Adroit",
     "td3-bc": "TD3+BC (arXiv 2106.06860), see `presets`",
 }
 
@@ -1060,7 +1074,7 @@ relocate-expert-v1            0.05   401   0.05    0.05    0.01       0.01    Tr
 
 
 # On AntMaze `best` was tuned once more for the published configuration. There as-run takes these
-# values in place of TUNED's
+# values in place of TUNED's.
 AS_RUN_ANTMAZE = read_table("""
 dataset                       bc     expand  ln     dropout  noise
 antmaze-umaze-v2              0.01   0.1     False  0.0      0.01
@@ -1083,19 +1097,16 @@ def tuned(config):
     is_mse = config.critic_loss == "mse"
     is_antmaze = domain(config.dataset_name) == "antmaze"
     is_adroit = domain(config.dataset_name) == "adroit"
-    is_scaled = is_antmaze and config.normalize_reward is not False  # the returns are 0 to 100
+    is_scaled = is_antmaze and config.normalize_reward in (None, True)  # the returns are 0 to 100
+    rates = dict(batch_size=1024, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
+    if is_adroit:
+        rates = dict(batch_size=256, actor_learning_rate=3e-4, critic_learning_rate=3e-4)
     if is_antmaze and is_mse:
-        batch_size, actor_learning_rate, critic_learning_rate = 256, 3e-4, 5e-5
-    elif is_adroit:
-        batch_size, actor_learning_rate, critic_learning_rate = 256, 3e-4, 3e-4
-    else:
-        batch_size, actor_learning_rate, critic_learning_rate = 1024, 1e-3, 1e-3
-    values = dict(
+        rates = dict(batch_size=256, actor_learning_rate=3e-4, critic_learning_rate=5e-5)
+    defaults = dict(
+        **rates,
         normalize_reward=is_antmaze,
         gamma=0.999 if is_antmaze else 0.99,
-        batch_size=batch_size,
-        actor_learning_rate=actor_learning_rate,
-        critic_learning_rate=critic_learning_rate,
         actor_bc_coef=row["mse_bc"] if is_mse else row["bc"],
         critic_bc_coef=row["critic_bc"] if is_mse else 0.001,  # with HL-Gauss the same for all
         n_classes=row["bins"],
@@ -1105,18 +1116,20 @@ def tuned(config):
         eval_every=50_000 if is_antmaze else 10_000,
         eval_episodes=100 if is_antmaze else 10,
     )
-    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return replace(config, **unset)
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return replace(config, **missing)
 
 
 def presets(config, best, best_l2):
     """Return the fields that each name of PRESETS stands for, given `best` and `best-L2`.
 
-    TD3+BC minimises the mean over action dimensions of (pi(s) - a)^2, minus 2.5 Q / mean |Q|.
-    Here that is divided by 2.5. Adam's steps don't depend on it. These differences are left: Q is
-    the smaller critic's, not the first one's; networks start as ReBRAC's do; on AntMaze rewards are
-    multiplied by 100, not lowered by 1, and states are not normalised, as its author advises.
+    TD3+BC minimises a difference: (pi(s) - a)^2, as a mean over the action's dimensions, less
+    2.5 Q / mean |Q|. Here both terms are divided by 2.5, on which Adam's steps don't depend. Three
+    differences are left. Q is the smaller critic's, not the first one's. Networks start as
+    ReBRAC's do. On AntMaze rewards are multiplied by 100, not lowered by 1. States are not
+    normalised there, as TD3+BC's author advises.
     """
+    # On Adroit the regularised runs of the paper have this, but not those of the baseline
     large_batch = dict(batch_size=1024, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
     baseline = dict(clip_targets=False)
     as_run = baseline
