@@ -131,6 +131,7 @@ def test_the_bundled_datasets_are_as_described():
         ("second", 1283),
         ("repeat", 112),
         ("start", 3),
+        ("temperature", 12),
         ("antmaze_tau", 2),
     ],
 )

@@ -301,6 +301,7 @@ BLOCKS = {
     "cloning-rebrac": second.more_cloning,
     "critics-iql": lambda: second.places("iql"),
     "critics-rebrac": lambda: second.places("rebrac"),
+    "temperature": second.temperatures,
     "repeat-iql": second.repeated,
     "repeat-rebrac": second.other_draws,
     "pairs-iql": second.pairs,

@@ -17,15 +17,11 @@ MEASURES = {  # columns of the two tables -> titles and digits
     "score/action_noise=0.2": ("score with noise on the actions", 1),
     "score/state_noise=0.05": ("score with noise on the states", 1),
     "q": ("Q of the data's actions", 1),
-    "critic_loss": ("critics' loss", 3),
     "evaluation/overestimation": ("overestimation", 1),
     "train/action_error": ("action error on training data", 3),
     "validation/action_error": ("action error on held-out data", 3),
-    "gap/action_error": ("its gap", 3),
     "evaluation/action_distance": ("action distance in evaluation", 3),
-    "train/dead_neurons": ("dead neurons", 3),
     "train/pca_rank": ("PCA rank", 1),
-    "train/srank": ("srank", 1),
     "train/feature_norm": ("feature norm", 1),
     "train/jacobian_norm": ("norm of the actions' Jacobian", 2),
     "weight_norm": ("weight norm, all layers", 1),
@@ -36,8 +32,8 @@ PANELS = {  # of the figure: title -> columns; the second is drawn dashed
     "Q of the data's actions": ["q"],
     "overestimation": ["evaluation/overestimation"],
     "action error (dashed: held out)": ["train/action_error", "validation/action_error"],
-    "dead neurons": ["train/dead_neurons"],
     "PCA rank": ["train/pca_rank"],
+    "norm of the actions' Jacobian": ["train/jacobian_norm"],
     "weight norm, all layers": ["weight_norm"],
     "loss left after 100 steps of cloning": ["plasticity/loss_left"],
 }
@@ -55,18 +51,18 @@ def directory(algorithm):
 
 
 @functools.cache
-def evaluations(algorithm):
-    """Return a run's evaluations, with the losses' means since the evaluation before.
+def epochs(algorithm):
+    """Return what a run's training logged. A row is of 1,000 updates, and the index the last."""
+    return pd.read_csv(f"{directory(algorithm)}/train.csv", index_col="update")
 
-    A row is an evaluation, and the index its update.
-    """
-    path = directory(algorithm)
-    measured = pd.read_csv(f"{path}/evaluations.csv", index_col="update")
+
+@functools.cache
+def evaluations(algorithm):
+    """Return a run's evaluations, each with the row of `epochs` that ends there."""
+    measured = pd.read_csv(f"{directory(algorithm)}/evaluations.csv", index_col="update")
     layers = measured.filter(like="weight_norm/")
     measured["weight_norm"] = np.sqrt((layers**2).sum(axis=1))
-    losses = pd.read_csv(f"{path}/train.csv", index_col="update").drop(columns="seed")
-    ends = measured.index[np.searchsorted(measured.index, losses.index)]
-    return measured.join(losses.groupby(ends).mean())
+    return measured.join(epochs(algorithm).drop(columns="seed"))
 
 
 def table():
@@ -108,11 +104,13 @@ def figure():
     drawn, axes = figures.make_axes(len(PANELS), width=3.0, height=2.3)
     for axis, (title, columns) in zip(axes, PANELS.items()):
         for (algorithm, script), color in zip(algorithms().items(), figures.COLOURS):
-            measured = evaluations(algorithm)
             for column, line in zip(columns, ("-", "--")):
+                values = evaluations(algorithm)[column]
+                if column in epochs(algorithm):
+                    values = epochs(algorithm)[column]
                 label = script.NAME if line == "-" else None
                 style = dict(color=color, linestyle=line, marker="", label=label)
-                axis.plot(measured.index / 1000, measured[column], **style)
-        axis.set(title=title, xlabel="1000 updates")
+                axis.plot(values.index / 1000, values, **style)
+        axis.set(title=title, xlabel="updates (thousands)")
     figures.add_legend(drawn)
     return drawn

@@ -78,6 +78,10 @@ FILES = {  # tables of runs in data/ -> what they are of, and the sweeps: {folde
         "[ReBRAC's coefficients](#rebracs-coefficients-for-the-second-study)",
         {"rebrac/second_study": "coefficients halfcheetah_coefficients"},
     ),
+    "temperature": (
+        "[other temperatures of IQL](#actor-or-critics)",
+        {"iql/second_study": "temperature"},
+    ),
     "start": (
         "[HL-Gauss whose Q starts at 0](#how-far-ahead-the-critics-look)",
         {"rebrac/second_study": "start"},

@@ -233,6 +233,27 @@ def places(algorithm):
     return markdown(["episodes", "regulariser", "in", *texts, "p of the mean"], lines)
 
 
+def temperatures():
+    """IQL's scores on 10 % of HalfCheetah by LN in actor and critics and by the temperature."""
+    placed = place_rows("iql", "LN")
+    rows = pd.concat([placed[placed["share"] == TENTH], finished("iql", "temperature.csv")])
+    cells = {}
+    for _, row in rows.sort_values("seed").iterrows():
+        config = row["config"]
+        if config["dataset_name"] == CHEETAH and config["seed"] in (0, 1, 2):
+            kind = (config["critic_ln"], config["temperature"])
+            texts = cells.setdefault(kind, {False: [], True: []})
+            texts[config["actor_ln"]].append(f"{row['final']:.1f}")
+    lines = []
+    for (critic_ln, temperature), texts in sorted(cells.items()):
+        critics = "LN" if critic_ln else "baseline"
+        if temperature == 0:
+            critics = "any"
+        scores = [", ".join(texts[actor_ln]) for actor_ln in (False, True)]
+        lines.append([critics, f"{temperature:g}", *scores])
+    return markdown(["critics", "`temperature`", "actor", "actor with LN"], lines)
+
+
 def front_figure():
     """Draw gains on less data, and IQL's by regularisers in the actor and the critics.
 

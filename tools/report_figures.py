@@ -70,7 +70,7 @@ def learning_curves(rows, labels, datasets):
             x = scores.index / 1000
             (line,) = axis.plot(x, mean, label=label, markevery=max(1, len(x) // 6))
             axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.12)
-        axis.set(title=dataset, xlabel="1000 updates", ylabel="score")
+        axis.set(title=dataset, xlabel="updates (thousands)", ylabel="score")
     add_legend(figure)
     return figure
 
