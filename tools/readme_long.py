@@ -112,5 +112,7 @@ def figure():
                 style = dict(color=color, linestyle=line, marker="", label=label)
                 axis.plot(values.index / 1000, values, **style)
         axis.set(title=title, xlabel="updates (thousands)")
+        if title == "score":  # whose changes are small
+            axis.set_ylim(bottom=0)
     figures.add_legend(drawn)
     return drawn
