@@ -104,6 +104,7 @@ SECOND_PARTS = {
     "repeat": "DO+LN on 2 and 5 % of the episodes once more, with other episodes",
     "repeat_critics": "LayerNorm in the critics once more, with new seeds",
     "longer_critics": "LayerNorm in the critics, ten times as long",
+    "longer_both": "LayerNorm in the critics and in the actor, ten times as long",
     "temperature": "LayerNorm in the critics on 10 % of the episodes, with other temperatures",
     "repeat_hopper": "LayerNorm in the actor on 2 % of Hopper once more, with new seeds",
     "pairs": "all pairs on 10 % of the episodes",
@@ -299,17 +300,22 @@ def parts_for_rebrac(for_both):
 def parts_for_iql(script):
     chosen = papers_regularisers(script)
     all_pairs = ["none", *chosen, *pairs(chosen)]
+    longer = dict(validation_frac=[0.1], num_updates=[100_000], eval_every=[20_000])
     return {
         "long": LONG,
         "dropout": dict(actor_dropout=[0, 0.1, 0.3, 0.5], validation_frac=[0.9]),
         "l2": dict(actor_wd=[0, 0.001, 0.01, 0.1], validation_frac=[0.9]),
         "repeat_critics": dict(critic_ln=[False, True], validation_frac=[0.1], seed=NEW_SEEDS),
         "longer_critics": dict(
+            longer,
             critic_ln=[False, True],
-            validation_frac=[0.1],
-            num_updates=[100_000],
-            eval_every=[20_000],
             dataset_name=[STUDY_DATASETS[0], STUDY_DATASETS[2]],
+        ),
+        "longer_both": dict(
+            longer,
+            critic_ln=[True],
+            actor_ln=[True],
+            dataset_name=STUDY_DATASETS[:1],
         ),
         "temperature": dict(
             critic_ln=[True],

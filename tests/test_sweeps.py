@@ -169,7 +169,7 @@ def test_the_files_are_what_the_generator_writes(tmp_path):
         number += "batch-1024" in presets  # on Adroit alone
     number += 3  # BCQ's networks
     assert len(FILES) == number
-    assert len(SECOND_STUDY) == 16 + 13 + 2 + 4  # ReBRAC, IQL, CQL, BCQ
+    assert len(SECOND_STUDY) == 16 + 14 + 2 + 4  # ReBRAC, IQL, CQL, BCQ
     for path in written:
         with open(os.path.join(FOLDER, path)) as file:
             assert (tmp_path / path).read_text() == file.read()

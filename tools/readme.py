@@ -302,6 +302,7 @@ BLOCKS = {
     "critics-iql": lambda: second.places("iql"),
     "critics-rebrac": lambda: second.places("rebrac"),
     "temperature": second.temperatures,
+    "longer": second.longer,
     "repeat-iql": second.repeated,
     "repeat-rebrac": second.other_draws,
     "pairs-iql": second.pairs,

@@ -78,6 +78,10 @@ FILES = {  # tables of runs in data/ -> what they are of, and the sweeps: {folde
         "[ReBRAC's coefficients](#rebracs-coefficients-for-the-second-study)",
         {"rebrac/second_study": "coefficients halfcheetah_coefficients"},
     ),
+    "longer": (
+        "[longer trainings of IQL](#ln-in-the-critics-in-longer-trainings)",
+        {"iql/second_study": "longer_critics longer_both"},
+    ),
     "temperature": (
         "[other temperatures of IQL](#actor-or-critics)",
         {"iql/second_study": "temperature"},

@@ -15,6 +15,7 @@ from harness.scripts import load_script
 from tools import report_effects as effects
 from tools import report_figures as figures
 from tools import report_shares as shares
+from tools.readme_long import range_text
 from tools.readme_results import COMBINATIONS, STUDIED, as_block, in_order, markdown, path_of
 from tools.report_runs import BASELINE, by_label, read_results
 from tools.report_tables import (
@@ -335,6 +336,35 @@ def repeated():
         lines.append([f"`{flag}`", f"{100 * share:g} %", name, *cells])
     titles = ["LN in", "episodes", "dataset", "seeds 0 to 4", "seeds 20 to 24", "p of the latter"]
     return markdown(titles, lines)
+
+
+def longer():
+    """IQL's scores over longer trainings, with LN in the critics, in the actor too, and in neither.
+
+    Holm corrects p, of the last evaluation.
+    """
+    runs = finished("iql", "longer.csv")
+    places = [(config["actor_ln"], config["critic_ln"]) for config in runs["config"]]
+    runs = runs.assign(label=[PLACES[place] for place in places])
+    gained = {}
+    for dataset in in_order(runs):
+        scores = by_seed(runs, "final", [dataset])
+        gained[dataset] = scores.drop(BASELINE) - scores.loc[BASELINE]
+    texts, p = shares.texts_and_p(pd.concat(gained))
+    ends = dict(zip(pd.concat(gained).index, zip(texts, map(p_text, p))))
+
+    (updates,) = set(map(tuple, runs["updates"]))
+    lines = []
+    for dataset, label in itertools.product(gained, PLACES.values()):
+        own = runs[(runs["dataset"] == dataset) & (runs["label"] == label)]
+        if len(own) > 0:
+            by_update = np.array(own["scores"].tolist()).T
+            cells = [range_text(scores, 1) for scores in by_update]
+            place = "neither" if label == BASELINE else label
+            end = ends.get((dataset, label), ["", ""])
+            lines.append([STUDIED[dataset], place, len(own), *cells, *end])
+    header = ["dataset", "LN in", "seeds", *(f"{update:,} updates" for update in updates)]
+    return markdown([*header, "difference at the end", "p"], lines)
 
 
 def cheetah_runs(file):
