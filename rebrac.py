@@ -733,8 +733,8 @@ def init_state(config, batch, seed):
 def with_value_range(config, data):
     """Set v_min and v_max, unless given, to the data's smallest and largest return to go.
 
-    Held-out episodes count, too. A policy that is much better than the data has values above this
-    v_max, which are then clipped to the support.
+    Held-out episodes count, too. The values of a policy that is much better than the data may lie
+    beyond the support. `hl_gauss` says what becomes of such targets.
     """
     if config.critic_loss == "mse":
         return config
