@@ -3,7 +3,6 @@
 import functools
 import glob
 import json
-import os
 
 import numpy as np
 import pandas as pd
@@ -39,11 +38,6 @@ PANELS = {  # of the figure: title -> columns; the second is drawn dashed
 }
 
 
-def algorithms():
-    """Return the algorithms whose long run is there, and their scripts."""
-    return {name: SCRIPTS[name] for name in SCRIPTS if os.path.isdir(path_of("data", "long", name))}
-
-
 def directory(algorithm):
     """Return the directory of an algorithm's long run."""
     (path,) = glob.glob(path_of("data", "long", algorithm, "*", "*"))
@@ -69,7 +63,7 @@ def table():
     """The means of what was measured over each quarter of the training, and its least and most."""
     lines = []
     for column, (title, digits) in MEASURES.items():
-        for algorithm, script in algorithms().items():
+        for algorithm, script in SCRIPTS.items():
             values = evaluations(algorithm)[column]
             cells = [range_text(own, digits) for own in np.array_split(values, PERIODS)]
             lines.append([title, script.NAME, *cells])
@@ -88,7 +82,7 @@ def range_text(values, digits):
 def times():
     """How long the runs took, and on what machine."""
     lines = []
-    for algorithm, script in algorithms().items():
+    for algorithm, script in SCRIPTS.items():
         with open(f"{directory(algorithm)}/finished.json") as file:
             about = json.load(file)
         minutes = {phase: seconds / 60 for phase, seconds in about["seconds"].items()}
@@ -103,7 +97,7 @@ def figure():
     """Draw measures of both runs over the updates."""
     drawn, axes = figures.make_axes(len(PANELS), width=3.0, height=2.3)
     for axis, (title, columns) in zip(axes, PANELS.items()):
-        for (algorithm, script), color in zip(algorithms().items(), figures.COLOURS):
+        for (algorithm, script), color in zip(SCRIPTS.items(), figures.COLOURS):
             for column, line in zip(columns, ("-", "--")):
                 values = evaluations(algorithm)[column]
                 if column in epochs(algorithm):

@@ -248,7 +248,7 @@ def temperatures():
     lines = []
     for (critic_ln, temperature), texts in sorted(cells.items()):
         critics = "LN" if critic_ln else "baseline"
-        if temperature == 0:
+        if temperature == 0:  # all weights are 1, whatever the critics say
             critics = "any"
         scores = [", ".join(texts[actor_ln]) for actor_ln in (False, True)]
         lines.append([critics, f"{temperature:g}", *scores])
@@ -350,12 +350,13 @@ def longer():
     for dataset in in_order(runs):
         scores = by_seed(runs, "final", [dataset])
         gained[dataset] = scores.drop(BASELINE) - scores.loc[BASELINE]
-    texts, p = shares.texts_and_p(pd.concat(gained))
-    ends = dict(zip(pd.concat(gained).index, zip(texts, map(p_text, p))))
+    gained = pd.concat(gained)
+    texts, p = shares.texts_and_p(gained)
+    ends = dict(zip(gained.index, zip(texts, map(p_text, p))))
 
     (updates,) = set(map(tuple, runs["updates"]))
     lines = []
-    for dataset, label in itertools.product(gained, PLACES.values()):
+    for dataset, label in itertools.product(in_order(runs), PLACES.values()):
         own = runs[(runs["dataset"] == dataset) & (runs["label"] == label)]
         if len(own) > 0:
             by_update = np.array(own["scores"].tolist()).T
