@@ -1,5 +1,6 @@
 """The sweeps are those listed here, and run: by W&B's agent, on a cluster and here."""
 
+import contextlib
 import csv
 import errno
 import fcntl
@@ -1274,10 +1275,17 @@ def own_process(pool):
 
 
 def locked_by(process):
-    """Return the directories of the runs whose locks a process has open."""
-    folder = f"/proc/{process}/fd"
-    files = [os.path.realpath(os.path.join(folder, name)) for name in os.listdir(folder)]
-    return {os.path.dirname(file) for file in files if os.path.basename(file) == "lock"}
+    """Return the directories of the runs whose locks a process has open.
+
+    A file that it closes meanwhile isn't among them, and nothing is when the process has ended.
+    """
+    directories = set()
+    for link in glob.glob(f"/proc/{process}/fd/*"):
+        with contextlib.suppress(FileNotFoundError):
+            file = os.readlink(link)
+            if os.path.basename(file) == "lock":
+                directories.add(os.path.dirname(file))
+    return directories
 
 
 @pytest.mark.slow
