@@ -108,15 +108,15 @@ def sweep_files():
         counts = [f"{number:,}" for number in runs.values()]
         updates = f"{sum(runs.values()) / 1000:.2f}"
         rows.append([f"`{name}.yaml`", *about_experiments()[name], *counts, updates])
-    total = f"{number_of_runs() / 1000:.2f}"
+    total = f"{number_of_runs('rebrac') / 1000:.2f}"
     rows.append(["all of ReBRAC's", "", "", "", "", "", total])
     return markdown(["file", "what varies", "in the paper", *DOMAINS, "10⁹ updates"], rows)
 
 
-def number_of_runs(of_paper=False):
-    """Return the runs of ReBRAC's files, or of those whose experiments the paper has."""
+def number_of_runs(algorithm, of_paper=False):
+    """Return the runs of an algorithm's files, or of those whose experiments the paper has."""
     number = 0
-    for name, runs in experiments("rebrac").items():
+    for name, runs in experiments(algorithm).items():
         if about_experiments()[name][1].startswith("yes") or not of_paper:
             number += sum(runs.values())
     return number
@@ -210,24 +210,33 @@ def cost():
         if match:
             days = 1 / float(cells[0]) / 86400
             rates[match[1], int(match[2])] = np.array([days, 1e9 * float(match[3])])
-    five_seeds = 5 * 1_000_000
     rebrac = 24 * rates["ReBRAC (hl_gauss)", 1024] + 12 * rates["ReBRAC (hl_gauss)", 256]
-    per_script = {"ReBRAC": five_seeds * rebrac, "IQL": five_seeds * 36 * rates["IQL", 256]}
+    one_update = {"rebrac": rebrac / 36, "iql": rates["IQL", 256]}  # means over the datasets
+    runs = {  # by algorithm
+        "one configuration on 36 datasets, 5 seeds": dict.fromkeys(one_update, 180),
+        "14: the baseline, 12 regularisers, the combination": dict.fromkeys(one_update, 14 * 180),
+        "the files with `yes` above: the paper": {
+            name: number_of_runs(name, of_paper=True) for name in one_update
+        },
+        "all files": {name: number_of_runs(name) for name in one_update},
+    }
     rows = []
-    for text, factor in (
-        ("one configuration on 36 datasets, 5 seeds", 1),
-        ("14: the baseline, 12 regularisers, the combination", 14),
-        ("the files with `yes` above: the paper", number_of_runs(of_paper=True) / 180),
-        ("all of ReBRAC's files", number_of_runs() / 180),
-    ):
-        row = [text, f"{0.18 * factor:.2f}"]
-        for days, operations in per_script.values():
-            gpu_days = factor * operations / 2e12 / 86400
-            row += [f"{factor * days:,.0f}", f"{gpu_days:,.1f}", f"{gpu_days / 8:,.1f}"]
+    for text, numbers in runs.items():
+        row = [text]
+        for name, number in numbers.items():
+            days, operations = number * 1_000_000 * one_update[name]
+            gpu_days = operations / 2e12 / 86400
+            row += [
+                f"{number / 1000:.2f}",
+                f"{days:,.0f}",
+                f"{gpu_days:,.1f}",
+                f"{gpu_days / 8:,.1f}",
+            ]
         rows.append(row)
-    header = ["days", "10⁹ updates"]
-    for name in per_script:
-        header += [f"{name}: two cores", "one GPU", "eight GPUs"]
+    header = ["days"]
+    for name in one_update:
+        title = f"{SCRIPTS[name].NAME}: 10⁹ updates"
+        header += [title, "two cores", "one GPU", "eight GPUs"]
     return markdown(header, rows)
 
 
