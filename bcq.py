@@ -3,7 +3,7 @@
 The paper: "The Role of Deep Learning Regularizations on Actors in Offline RL" (arXiv 2409.07606).
 It leaves open whether the gain depends on the algorithm. BCQ is a check of that.
 The algorithm: "Off-Policy Deep Reinforcement Learning without Exploration" (BCQ, arXiv 1812.02900),
-for continuous actions.
+for continuous actions. The original is its authors' code, sfujim/BCQ.
 
     python bcq.py --dataset_name hopper-medium-v2  # the baseline, with the original's values
     python bcq.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
@@ -11,10 +11,12 @@ for continuous actions.
 
 The actor is two networks. The decoder of a variational autoencoder (VAE) clones the data's
 actions. The perturbation network then changes an action by at most phi, to raise Q. `regularise`
-names the network on which the actor's regularisers act. They never act on the encoder. The analysis
-measures features, their ranks and dead neurons in that network, or with both in the perturbation
-network. All else is measured in the decoder and the perturbation network together: weight norms,
-Jacobian, action errors, Q and the plasticity probe.
+names the network on which the actor's regularisers act. They never act on the encoder.
+
+In evaluation the policy takes the best of many actions. The analysis looks at a simpler one, with
+one action, at the latent 0. Features, ranks, dead neurons and the actor's loss are those of the
+network in `regularise`, or with both of the perturbation network. All else is of both networks
+together. Only the overestimation is of the policy that is evaluated.
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
 features, I inputs, L numbers in a latent, n candidates. A prime marks what belongs to the next
@@ -94,12 +96,12 @@ class Config:
     phi: float = 0.05  # the most by which the perturbation network changes an action's entry
     min_weight: float = 0.75  # BCQ's lambda: the smaller critic's weight in targets
     n_candidates: int = 10  # sampled actions for each next state, of which targets take the best
-    n_eval_candidates: int = 100  # sampled actions for each state in evaluation
+    n_eval_candidates: int = 100  # sampled actions for each state in evaluation; the paper: 10
     rl_start: int = 0  # first updates, in which the VAE alone is trained
     # Networks
-    hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400, for GroupNorm 384
-    last_hidden_dim: Optional[int] = None  # the last's; default: hidden_dim if given, or 300 (288)
-    vae_hidden_dim: Optional[int] = None  # the VAE's; default: hidden_dim if given, or 750 (736)
+    hidden_dim: Optional[int] = None  # units in a hidden layer; default: 400 (GroupNorm: 384)
+    last_hidden_dim: Optional[int] = None  # of the last one; default: hidden_dim, else 300 (288)
+    vae_hidden_dim: Optional[int] = None  # of the VAE's; default: hidden_dim, else 750 (736)
     actor_layers: int = 2  # hidden layers of the encoder, the decoder, the perturbation network
     critic_layers: int = 2  # hidden layers of each critic
     # Regularisers of the actor; 0 or false is exactly off
@@ -466,7 +468,10 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 
 
 def plain_dense(size, name=None):
-    """Return a Dense: weights uniform within +-1 / sqrt(fan_in), as PyTorch's, biases 0."""
+    """Return a Dense: weights uniform within +-1 / sqrt(fan_in), biases 0.
+
+    PyTorch, and so the original, draws the biases from this range, too.
+    """
     init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return nn.Dense(size, kernel_init=init, name=name)
 
@@ -477,14 +482,13 @@ def hidden_dense(config, is_last):
 
 
 def network_config(config, network):
-    """Return the config of the encoder, the decoder or the perturbation network.
+    """Return the config of a network: "encoder", "decoder" or "perturbation".
 
-    It has the actor's regularisers only if they act on this network. It has the network's own
-    widths. The VAE's has no rl_start, since it learns from the first update on.
+    Without regularisers of the actor, unless `regularise` has them act on this network. With the
+    VAE's widths in the VAE, and without rl_start there: it learns from the first update on.
     """
-    both = ("decoder", "perturbation")
-    regularised = both if config.regularise == "both" else (config.regularise,)
-    if network not in regularised:
+    is_regularised = network != "encoder" and config.regularise in (network, "both")
+    if not is_regularised:
         names = [name for name in vars(config) if is_of_regulariser(name)]
         config = replace(config, **{name: getattr(type(config), name) for name in names})
     if network != "perturbation":
@@ -556,8 +560,8 @@ class Perturbation(nn.Module):
 class Actor(nn.Module):
     """The decoder and the perturbation network, at the latent 0: states (B, S) to actions (B, A).
 
-    It holds the variables of both. Decoder and Perturbation may be applied to these, too: each
-    reads its own part.
+    share_scope puts the layers of both networks side by side in its variables, without a level for
+    each. So Decoder and Perturbation run on these variables, too: each reads its own layers.
     """
 
     config: Config
@@ -628,8 +632,8 @@ def best_candidates(config, actor, data, observations):
     """Return the best actions (B, A) by Q_1 of n_eval_candidates each (BCQ, equation 11).
 
     The states (B, S) are as the environment gives them. A state's latents are drawn by a key of
-    its bits. So results repeat, whatever else is evaluated with it, and each state has draws of
-    its own, as in the original. A state that differs by rounding has other latents.
+    its bits, the same for all seeds. So the policy is deterministic, where the original draws new
+    latents at each step. A state that differs by rounding has other latents.
     """
     action_dim = data["actions"].shape[-1]
 
@@ -640,7 +644,7 @@ def best_candidates(config, actor, data, observations):
     latents = jax.vmap(draw)(observations)
     states = (observations - data["mean"]) / data["std"]
     rows, actions = candidates(config, action_dim, actor, actor, states, latents)
-    (values,) = forward(Critics(config, num_critics=1), actor["critic"], rows, actions)
+    values = forward(Critics(config, num_critics=1), actor["critic"], rows, actions)[0]
     best = values.reshape(latents.shape[:2]).argmax(1)
     actions = actions.reshape(*latents.shape[:2], -1)
     return jnp.take_along_axis(actions, best[:, None, None], 1)[:, 0]
@@ -661,7 +665,7 @@ def state_key(observation):
 
 
 class TrainState(NamedTuple):
-    actor: dict  # variables of decoder and perturbation network, and "critic": what `policy` needs
+    actor: dict  # of decoder and perturbation network; and a copy of the critics, for `policy`
     decoder_opt: optax.OptState
     actor_opt: optax.OptState  # of the perturbation network
     target_actor: dict  # of the perturbation network
@@ -716,8 +720,8 @@ def vae_objective(config, actions, bc_targets, means, log_stds):
 def critic_target(config, state, batch, key):
     """Return r + gamma (1 - d) max_i [w min_k Q'_k(s', a_i) + (1 - w) max_k Q'_k(s', a_i)], (B,).
 
-    (BCQ, equation 13.) The a_i are n_candidates actions of the decoder, which the target of the
-    perturbation network changes, and w is min_weight.
+    (BCQ, equation 13.) The weight w is min_weight, the paper's lambda. The a_i are n_candidates
+    actions of the decoder, which the target of the perturbation network changes.
     """
     batch_size, action_dim = batch.actions.shape
     shape = (batch_size, config.n_candidates, latent_dim(action_dim))
@@ -860,14 +864,14 @@ def update_actor(config, state, batch):
         grads, _ = grad_fn(uphill, config, state, batch, loss_keys)
     perturbation, actor_opt = optimize(
         actor_optimizer(own),
-        {"params": params, "batch_stats": actor["batch_stats"]},
+        {"params": params},
         state.actor_opt,
         grads,
         own.actor_grad_noise,
         noise_key,
     )
     return state._replace(
-        # The critics are there for `policy`, which ranks the candidates by them
+        # `policy` ranks the candidates by this copy of the critics
         actor={**with_params(actor, perturbation["params"]), "critic": state.critic},
         actor_opt=actor_opt,
         key=key,
@@ -889,26 +893,26 @@ def update_targets(config, state):
 def update(config, state, batch):
     """Update the VAE, the critics, the perturbation network by the new critics, then the targets.
 
-    In the first `rl_start` updates all but the VAE stay as they are. What the others log is then
-    of updates that are undone. A pure function of a TrainState and Transitions. Returns the new
+    In the first `rl_start` updates only the VAE's is kept. The other updates are computed, logged
+    and discarded. A pure function of a TrainState and Transitions. Returns the new
     state and scalars to log.
     """
     state, vae_info = update_vae(config, state, batch)
-    cloned = state
+    vae_only = state
     state, critic_info = update_critics(config, state, batch)
     state, actor_info = update_actor(config, state, batch)
     state = update_targets(config, state)
     if config.rl_start > 0:
         has_started = state.decoder_opt[0].count > config.rl_start
-        state = jax.tree.map(lambda new, old: jnp.where(has_started, new, old), state, cloned)
+        state = jax.tree.map(lambda new, old: jnp.where(has_started, new, old), state, vae_only)
     return state, {**critic_info, **actor_info, **vae_info}
 
 
 def init_state(config, batch, seed):
     """Return the state before the first update. Of `batch` only the shapes count."""
     key, actor_key, critic_key, encoder_key = jax.random.split(jax.random.key(seed), 4)
-    network = Actor(config, batch.actions.shape[-1])
-    actor = init_network(network, actor_key, batch.observations)
+    actor_network = Actor(config, batch.actions.shape[-1])
+    actor = init_network(actor_network, actor_key, batch.observations)
     critic = init_network(Critics(config), critic_key, batch.observations, batch.actions)
     encoder = init_network(Encoder(config), encoder_key, batch.observations, batch.actions)
     decoder = own_params(actor, "decoder")
@@ -1170,7 +1174,9 @@ def group_norms(config):
 def tuned(config):
     """Fill in what the user left open with the original's values.
 
-    Where GroupNorm acts, a width is the nearest below that its 32 groups divide.
+    Where GroupNorm acts, a width is the nearest below that its 32 groups divide. Then the critics
+    have the perturbation network's width, and the encoder the decoder's. So the baseline of GN
+    has slightly wider networks.
     """
     config = with_regularisers(config, CHOSEN)
     in_vae, in_others = group_norms(config)

@@ -3,15 +3,16 @@
 The paper: "The Role of Deep Learning Regularizations on Actors in Offline RL" (arXiv 2409.07606).
 It leaves open whether the gain depends on the algorithm, and names CQL.
 The algorithm: "Conservative Q-Learning for Offline Reinforcement Learning" (CQL, arXiv 2006.04779),
-which is CQL(H) on Soft Actor-Critic (SAC, arXiv 1812.05905).
+in its form CQL(H), on Soft Actor-Critic (SAC, arXiv 1812.05905). Values are those of CORL
+(corl-team/CORL, algorithms/offline/cql.py). tests/README.md lists what differs from it.
 
     python cql.py --dataset_name hopper-medium-v2  # the baseline, with CORL's values
     python cql.py --dataset_name hopper-medium-v2 --actor_ln true --actor_dropout 0.1
     python cql.py --dataset_name antmaze-umaze-v2 --regularisers DO+LN --seed 3
 
 Shapes: N steps of the data, B of a batch, E episodes; S numbers in a state, A in an action; F
-features, I inputs, n samples. A prime marks what belongs to the next step, or to a target network,
-but alpha' is the Lagrange multiplier.
+features, I inputs; num samples, or n of each kind. A prime marks what belongs to the next step, or
+to a target network, but alpha' is the Lagrange multiplier.
 
 Two CPU cores make about 14 updates a second (Hopper's sizes).
 """
@@ -81,14 +82,14 @@ class Config:
     batch_size: int = 256  # transitions per update
     actor_learning_rate: Optional[float] = None  # default: 1e-4 (Gym-MuJoCo 3e-5)
     critic_learning_rate: float = 3e-4  # learning rate of the critics' Adam
-    reward_scale: Optional[float] = None  # on top of normalize_reward; default: 1 (AntMaze 10)
-    reward_shift: Optional[float] = None  # then this is added; default: 0 (AntMaze -5)
+    reward_scale: Optional[float] = None  # multiplies rewards after that; default: 1 (AntMaze 10)
+    reward_shift: Optional[float] = None  # added to the scaled rewards; default: 0 (AntMaze -5)
     cql_weight: Optional[float] = None  # alpha: the gap's weight; default: 10 (AntMaze 5, Adroit 1)
     n_actions: int = 10  # samples from each of three sources, which estimate CQL's gap
-    lagrange_gap: Optional[float] = None  # the gap's target, CQL's tau; default: none (AntMaze 0.8)
-    gap_clip: Optional[float] = None  # gap >= -gap_clip; default: 0, no bound (AntMaze 200)
+    lagrange_gap: Optional[float] = None  # CQL's tau; 0: no alpha'; default: 0 (AntMaze 0.8)
+    gap_clip: Optional[float] = None  # gap >= -gap_clip; 0: no bound; default: 0 (AntMaze 200)
     max_backup: Optional[bool] = None  # targets take the best of n_actions; default: on AntMaze
-    bc_steps: int = 0  # first updates in which the actor clones the data in place of raising Q
+    bc_steps: int = 0  # first updates, in which log pi of the data replaces Q (no BCN then)
     log_std_min: float = -20.0  # lower bound of the policy's log standard deviation
     log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
     # Networks
@@ -454,7 +455,7 @@ def optimize(optimizer, variables, opt_state, grads, noise, key):
 def hidden_dense(config):
     """Return a hidden Dense: orthogonal weights, biases 0.
 
-    CORL initialises its critics so, but not its actor.
+    CORL initialises its critics so. Its actor has PyTorch's default and small last weights.
     """
     return nn.Dense(config.hidden_dim, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))
 
@@ -513,8 +514,8 @@ def log_prob(unbounded, means, log_stds):
     log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2 u)), which is finite for all u.
     """
     gaussian = jax.scipy.stats.norm.logpdf(unbounded, means, jnp.exp(log_stds))
-    slope = 2 * (math.log(2) - unbounded - jax.nn.softplus(-2 * unbounded))
-    return (gaussian - slope).sum(-1)
+    log_slope = 2 * (math.log(2) - unbounded - jax.nn.softplus(-2 * unbounded))
+    return (gaussian - log_slope).sum(-1)
 
 
 def log_prob_of_data(actions, means, log_stds):
@@ -523,7 +524,7 @@ def log_prob_of_data(actions, means, log_stds):
     return log_prob(jnp.arctanh(jnp.clip(actions, -bound, bound)), means, log_stds)
 
 
-UNIFORM, NOW, NEXT = range(3)  # sources of samples: uniform, pi(.|s), pi(.|s')
+UNIFORM, CURRENT, NEXT = range(3)  # sources of samples: uniform, pi(.|s), pi(.|s')
 
 
 class Samples(NamedTuple):
@@ -587,9 +588,8 @@ def repeated(observations, actions):
 def critic_target(config, state, batch, next_actions):
     """Return r + gamma (1 - d) min_k Q'_k(s', a'), (B,).
 
-    r is scaled and shifted. There is no term of entropy. a' is the first of next_actions
-    (n, B, A), which are also the gap's samples. With max_backup it is the best of them: it has the
-    largest min_k Q'_k(s', a'), as in CORL.
+    r is scaled and shifted. The target has no entropy, as in CORL. a' is the first of next_actions
+    (n, B, A). With max_backup it is that of the n with the largest min_k Q'_k(s', a'), as in CORL.
     """
     if not config.max_backup:
         next_actions = next_actions[:1]
@@ -601,12 +601,14 @@ def critic_target(config, state, batch, next_actions):
 
 
 def conservative_gap(config, values, log_probs, data_values):
-    """Return log sum_j [exp(Q(s, a_j)) / mu_j(a_j)] - Q(s, a), (2, B) (CQL, equation 4).
+    """Return log sum_j [exp(Q(s, a_j)) / mu_j(a_j)] - Q(s, a), (2, B), at least -gap_clip.
 
-    The samples a_j have the densities mu_j: values (2, num, B), log densities (num, B) (CQL,
-    appendix F). Those of pi(.|s') are judged at s, too, as in CORL and the authors' code. As there,
-    this is a sum and not a mean, which adds log num to the gap and makes lagrange_gap a bound on
-    more. For a Q that is constant in the action the gap is about log num + A log 2.
+    It estimates CQL's regulariser (CQL, equation 4 and appendix F). The sample a_j is drawn from
+    the density mu_j. `values` (2, num, B) are Q(s, a_j), `log_probs` (num, B) are log mu_j(a_j).
+    Samples of pi(.|s') are evaluated at s, as in CORL and the code of CQL's authors. As in both,
+    the sum isn't divided by num. So the gap is larger by log num than the estimate, and
+    lagrange_gap bounds this larger gap. If Q is constant in the action, it is about
+    log num + A log 2.
     """
     gap = jax.nn.logsumexp(values - log_probs, axis=1) - data_values
     if is_on(config.gap_clip):
@@ -618,9 +620,9 @@ def critic_loss(params, config, state, batch, target, samples, key):
     """Return (Q(s, a) - target)^2 + cql_weight gap, a mean over the batch (CQL, equation 4).
 
     As in CORL, the squared error lacks equation 4's factor 1/2. In the Lagrange form the weight is
-    also multiplied by alpha' (CQL, appendix F). The loss is summed over both critics; the logged
-    one is their mean. The data's actions and the samples go through the critics as one batch. Also
-    returns the critics' variables and scalars to log.
+    alpha' cql_weight, as in CORL; in appendix F it is alpha' alone. The loss is summed over both
+    critics; the logged one is their mean. The data's actions and the samples go through the critics
+    as one batch. Also returns the critics' variables and scalars to log.
     """
     critic = {**state.critic, "params": params}
     sampled = samples.actions.reshape(-1, *batch.actions.shape)
@@ -649,7 +651,7 @@ def multiplier_loss(params, config, gap):
     """Return -alpha' cql_weight (gap - lagrange_gap): alpha' rises while the gap is too large.
 
     (CQL, appendix F.) The gap is the mean of both critics'. As in CORL the weight multiplies both
-    terms. The authors' code has alpha' (cql_weight gap - lagrange_gap).
+    terms. The code of CQL's authors has alpha' (cql_weight gap - lagrange_gap).
     """
     return -multiplier(params) * config.cql_weight * (gap - config.lagrange_gap)
 
@@ -657,10 +659,9 @@ def multiplier_loss(params, config, gap):
 def actor_loss(params, config, state, batch, keys):
     """Return alpha log pi(a|s) - min_k Q_k(s, a) of one a of pi(.|s) (CQL, algorithm 1, step 4).
 
-    It is a mean over the batch. The actor has dropout and noise. The critics see clean states. The
-    objective's noise is on the action that they judge, which smooths Q around the policy: noise
-    on Q itself would have no gradient. log pi is that of the action before this noise. Also
-    returns the actor's variables and scalars to log.
+    It is a mean over the batch. Dropout and input noise act on the actor only. The objective's
+    noise (BCN) is added to the action whose Q is taken, not to that of log pi. Noise on Q itself
+    would have no gradient. Also returns the actor's variables and scalars to log.
     """
     dropout_key, input_key, objective_key, action_key = keys
     observations = batch.observations
@@ -671,32 +672,32 @@ def actor_loss(params, config, state, batch, keys):
     network = Actor(config, batch.actions.shape[-1])
     distribution, actor = forward_train(network, actor, dropout_key, observations)
     drawn, log_probs = draw_actions(action_key, *distribution, 1)
-    judged = drawn[0]
+    actions = drawn[0]
     if is_on(config.actor_bc_noise):
-        noise = jax.random.normal(objective_key, judged.shape)
-        judged = jnp.clip(judged + config.actor_bc_noise * noise, -1, 1)
-    loss = actor_objective(config, state, batch, distribution, log_probs[0], judged)
+        noise = jax.random.normal(objective_key, actions.shape)
+        actions = jnp.clip(actions + config.actor_bc_noise * noise, -1, 1)
+    loss = actor_objective(config, state, batch, distribution, log_probs[0], actions)
     return loss, (actor, {"actor_loss": loss, "log_pi": log_probs.mean()})
 
 
-def actor_objective(config, state, batch, distribution, log_probs, judged):
-    """Return the actor's loss for log pi (B,) of its actions, and those that are judged (B, A).
+def actor_objective(config, state, batch, distribution, log_probs, actions):
+    """Return the actor's loss, given log pi (B,) and the actions (B, A) that go into Q.
 
     `distribution` has the policy's means and log standard deviations. In the first bc_steps
-    updates log pi of the data's action is in place of Q.
+    updates log pi of the data's action replaces Q.
     """
-    values = q_values(config, state, batch.observations, judged)
+    objective = q_values(config, state, batch.observations, actions)
     if config.bc_steps > 0:
         adam = state.actor_opt[0]
-        log_probs_of_data = log_prob_of_data(batch.actions, *distribution)
-        values = jnp.where(adam.count < config.bc_steps, log_probs_of_data, values)
-    return jnp.mean(temperature(state.temperature["params"]) * log_probs - values)
+        data_log_probs = log_prob_of_data(batch.actions, *distribution)
+        objective = jnp.where(adam.count < config.bc_steps, data_log_probs, objective)
+    return jnp.mean(temperature(state.temperature["params"]) * log_probs - objective)
 
 
 def temperature_loss(params, log_probs, action_dim):
-    """Return -log alpha (log pi(a|s) - |A|), whose target entropy is -|A| (SAC, equation 18).
+    """Return -log alpha (log pi(a|s) - A) (SAC, equation 18): the target entropy is -A.
 
-    As in the authors' code, log alpha replaces alpha.
+    As in CORL and the code of CQL's authors, log alpha replaces alpha.
     """
     return -params["log_alpha"] * (log_probs.mean() - action_dim)
 
@@ -780,7 +781,7 @@ def update_temperature(config, state, samples):
     """
     action_dim = samples.actions.shape[-1]
     grads = jax.grad(temperature_loss)(
-        state.temperature["params"], samples.log_probs[NOW], action_dim
+        state.temperature["params"], samples.log_probs[CURRENT], action_dim
     )
     variables, opt_state = optimize(
         scalar_optimizer(config.actor_learning_rate),
