@@ -80,7 +80,7 @@ class Parser(pyrallis.argparsing.ArgumentParser):
 
 @functools.cache  # since a sweep reads thousands of configs
 def parser(config_class, for_help):
-    """Return a parser. Reading words spoils the defaults that --help shows: it has its own."""
+    """Return a parser. --help has its own: one that has read words no longer shows defaults."""
     for field in dataclasses.fields(config_class):
         if isinstance(field.type, types.UnionType):
             raise UserError(f"{field.name}: write Optional[X] in place of X | None")
@@ -112,8 +112,8 @@ def read_flags(config_class, arguments=None):
 def given_values(config_class, arguments=None):
     """Return the fields that are asked for, {name: value}.
 
-    These are the command line's, and those of a config file that are on. A run's own file spells
-    out all fields. So what is off there isn't asked for.
+    Of the command line these are all. Of a config file they are those that are on, since a run's
+    own config.yaml lists every field.
     """
     words = given_words(config_class, arguments)
     values = file_values(config_class, words)
@@ -226,7 +226,7 @@ def check(config, constraints, bounds, given=None):
 
     `bounds` maps fields to words of HOLDS. Without one an int must be 1 or more and a float 0 or
     more. `constraints(config)` maps messages to whether they hold. `given` are the
-    fields that were asked for, which the config must have.
+    values that were asked for, {name: value}. The config must still have them.
     """
     for name, value in (given or {}).items():
         if name in SHORTHANDS or getattr(config, name) == value:

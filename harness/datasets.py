@@ -26,7 +26,7 @@ def domain(name):
 
 
 def tuned_values(table, name):
-    """Return a dataset's row of a table, or for one that isn't in it its domain's default.
+    """Return a dataset's row of a table. One that isn't there has its domain's default.
 
     A default is the lower median over the domain's datasets, column by column.
     """
@@ -61,13 +61,19 @@ def checksum(path, size, time):
 
 def is_other_file(name, sha256):
     """Return whether a file's checksum is known not to be that of D4RL's file for a dataset."""
-    url = gym.spec(name).kwargs.get("dataset_url") or ""
+    try:
+        url = gym.spec(name).kwargs.get("dataset_url") or ""
+    except gym.error.Error:  # a run of another checkout, which has this dataset
+        return False
     known = known_files().get(os.path.basename(url))
-    return None not in (known, sha256) and known["sha256"] != sha256
+    return bool(known and sha256) and known["sha256"] != sha256
 
 
 def load_dataset(config):
-    """Return the arrays of the config's dataset, and print a line about it."""
+    """Return the arrays of the config's dataset (see `read_dataset`), and print a line about it.
+
+    Raises UserError if its file isn't there, or has something else.
+    """
     env = make_env(config.dataset_name)
     raw = read_dataset(dataset_file(config), env)
     name = config.dataset_name

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-# Of a `Spread`'s arguments without members, by its position: the argument, the number of devices,
-# and the copies on them
+# What each program was last given beside the members, by the program's Spread and the argument's
+# position: the argument, the number of devices, and the copies on them
 COPIES = {}
 
 
@@ -123,12 +123,16 @@ class Spread:
         return [{**traced, **split(of_members, size, number)}, *placed]
 
     def copy(self, position, argument, number):
-        """Return an argument with a copy on each of the devices, which is made once."""
-        last_argument, last_number, copies = COPIES.get((self, position), (None, None, None))
-        if last_argument is not argument or last_number != number:
-            copies = jax.device_put(argument, NamedSharding(mesh_of(number), PartitionSpec()))
-            COPIES[self, position] = (argument, number, copies)
-        return copies
+        """Return an argument with a copy on each of the devices, which all programs share."""
+        own = COPIES.get((self, position))
+        for known in [own, *COPIES.values()]:
+            if known is not None and known[0] is argument and known[1] == number:
+                break
+        else:
+            sharding = NamedSharding(mesh_of(number), PartitionSpec())
+            known = (argument, number, jax.device_put(argument, sharding))
+        COPIES[self, position] = known
+        return known[2]
 
 
 def split(arrays, size, number):

@@ -38,7 +38,7 @@ class Broken(Exception):
 
 
 class Unreachable(Broken):
-    """No connection to the server can be made. At the start another try is of no use."""
+    """No connection to the server can be made. If nothing has come yet, it isn't tried again."""
 
 
 class Changed(Broken):
@@ -77,9 +77,10 @@ def disk_errors(path):
     try:
         yield
     except OSError as error:
+        why = error.strerror or one_line(error)
         raise UserError(
-            f"can't write {error.filename or path} ({error.strerror}); mend that, or name another "
-            "folder in D4RL_DATASET_DIR"
+            f"can't write {error.filename or path} ({why}); mend that, or name another folder in "
+            "D4RL_DATASET_DIR"
         ) from error
 
 
@@ -101,7 +102,7 @@ def sources(url):
 def locked_part(path):
     """Yield the path of a file's part, and its lock file, which holds the part's version.
 
-    Both stay if the part isn't renamed meanwhile. On a disk without locks they are temporary.
+    Both stay until the part is whole and renamed. On a disk without locks they are temporary.
     """
     part = f"{path}.part"
     lock = open_locked(f"{part}.lock")

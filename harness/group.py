@@ -5,7 +5,7 @@
 
 flags.json has a list of each run's flags. The runs differ in seeds and numbers alone, as
 `in_common` in members.py has it. Each has its own directory, as if it had been trained alone, and
-its own output.txt. What is printed of the data is in the first run's. A run that diverges ends
+its own output.txt. Lines about the data are in the first run's alone. A run that diverges ends
 alone, with its error. When the device's memory runs out, half of the runs go on, and the others
 follow.
 """
@@ -62,6 +62,7 @@ class Group(Run):
                     print(error)
                 except UserError as error:
                     self.fail({record: error})
+                    self.close([record], 1)
                     self.problem = error
         if not positions:
             raise self.problem or BusyError("other processes are training all of these runs")
@@ -88,12 +89,11 @@ class Group(Run):
                 print(f"error: {error}")
 
     def fail(self, broken):
-        """End runs that have failed, {record: error}."""
+        """Note that runs have failed, {record: error}. `close` ends them."""
         for record, error in broken.items():
             with self.printing(record):
                 print(f"error: {error}")
             record.fail(error)
-        self.close(broken, 1)
 
     def take(self, records):
         """Make these the group's, with one config for all their members."""
@@ -109,11 +109,14 @@ class Group(Run):
         """
         self.send_last(broken)
         parts = [(record, part) for record, part in self.parts() if record not in broken]
-        if states is not None:
-            self.save(parts, states, update)
         self.fail(broken)
-        self.bar.close()
         self.records = [record for record, _ in parts]
+        try:
+            if states is not None:
+                self.save(parts, states, update)
+        finally:
+            self.close(broken, 1)
+        self.bar.close()
         if not self.records:
             raise next(iter(broken.values()))
         self.take(self.records)
@@ -176,7 +179,10 @@ def train(script, group):
 
 
 def num_at_once(script, configs):
-    """Return how many runs to train at once. Memory has room for them, and parts are even."""
+    """Return how many runs to train at once.
+
+    They are as many as memory has room for, or fewer, so that all parts are about equally large.
+    """
     config = stack_configs(configs)
     with contextlib.redirect_stdout(io.StringIO()):
         data = script.make_dataset(config, load_dataset(config))
@@ -208,7 +214,7 @@ def main():
     if "fit" in sys.argv[2:] and len(configs) > 1:
         try:
             at_once = num_at_once(script, configs)
-        except Exception as error:  # most come again in training, where each run has its own
+        except Exception as error:  # most come again in training, which tells them run by run
             print(f"how many runs fit isn't known ({one_line(error)}); trying all", file=sys.stderr)
     problem = None
     while configs:
@@ -227,6 +233,7 @@ def main():
             raise
         except UserError as error:  # the others are still trained
             problem = error
+        forget_copies()  # of this group's data
         at_once = min(at_once, group.at_once)
         configs = []
         for config in group.later + later:

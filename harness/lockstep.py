@@ -200,8 +200,8 @@ class Envs:
 def receive(connection):
     """Wait for a message of another process and return it.
 
-    A core that sleeps takes as long as several steps to wake. So this one stays awake at first,
-    but other processes may have it in the meantime.
+    A core that sleeps takes as long as several steps to wake. So this one stays awake for AWAKE
+    seconds at first. sched_yield gives it to another process that needs it.
     """
     end = time.perf_counter() + AWAKE
     while not connection.poll() and time.perf_counter() < end:

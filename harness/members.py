@@ -59,8 +59,8 @@ def has_accelerator():
 def is_on(strength):
     """Return whether a coefficient is not 0.
 
-    A 0 is static, so that its term is not compiled. Any other float is a traced array, whose
-    value isn't known here. It may be 0 only where another member's isn't.
+    A 0 is static, so that its term is not compiled. Any other float is a traced array, whose value
+    isn't known here. It may be 0 for a member that is trained beside others without a 0.
     """
     return isinstance(strength, jax.Array) or strength > 0
 

@@ -12,7 +12,7 @@ import yaml
 from harness.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint, write_file
 from harness.datasets import normalized_score
 from harness.directory import check_same_config, is_finished, run_directory, saved_fields
-from harness.errors import BusyError, UserError
+from harness.errors import BusyError, UserError, one_line
 from harness.evaluation import score_columns, summary
 from harness.tables import Tables, episode_rows, seed_rows
 from harness.versions import made_with
@@ -30,6 +30,9 @@ class Record:
     checkpoint.npz   everything from which the run resumes; previous.npz, the one before it
     finished.json    once the run is finished: how long it took, and what trained it
     failed.txt       once an error has stopped it: the error
+    lock             held by the process that trains it
+    output.txt       what it printed, where a sweep has started it
+    wandb/           W&B's own files; wandb_id and wandb_sent: its W&B run, and what that has
     """
 
     def __init__(self, algorithm, config, tuned):
@@ -40,7 +43,7 @@ class Record:
         self.is_finished = is_finished(self.directory)
         self.score = {}  # to show
         self.losses = {}  # to show
-        self.saved = 0  # the last checkpoint's update; None: there is one, not read yet
+        self.saved = 0  # update of the last checkpoint; None if that hasn't been read yet
         self.lock = None  # the file, once the directory is this process's
         self.wandb = None
         self.held = None  # rows that W&B gets after an evaluation that is still played
@@ -60,9 +63,10 @@ class Record:
         try:
             yield
         except OSError as error:
+            why = error.strerror or one_line(error)
             raise UserError(
-                f"can't write to {self.directory} ({error.strerror}); once that is fixed, the "
-                f"same command resumes from {self.checkpoint_text()}"
+                f"can't write to {self.directory} ({why}); once that is fixed, the same command "
+                f"resumes from {self.checkpoint_text()}"
             ) from error
 
     def checkpoint_text(self):
@@ -91,7 +95,10 @@ class Record:
             self.wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
 
     def take_lock(self):
-        """Take the run's lock, or raise BusyError. `is_busy` elsewhere holds it for an instant."""
+        """Take the run's lock, or raise BusyError.
+
+        Three tries are made, since `is_busy` of another process holds it for an instant.
+        """
         try:
             self.lock = open(self.path("lock"), "a")  # NFS locks what can be written
         except PermissionError:  # another user's file
@@ -130,15 +137,12 @@ class Record:
             wandb.wait()
 
     def position(self):
-        """Return the last checkpoint's update, and the last evaluation's before it."""
+        """Return the updates of the last checkpoint, and of the last evaluation that it has."""
         found = last_checkpoint(self.directory)
         return (found[2]["update"], found[2]["evaluated"]) if found else (0, 0)
 
     def go_back(self, position):
-        """Make the checkpoint before the last one the last, if it is of this position.
-
-        Returns whether it is.
-        """
+        """Make previous.npz the last checkpoint, if it has this position. Return whether it has."""
         try:
             about = read_checkpoint(self.path("previous.npz"))[1]
         except (OSError, ValueError):
@@ -186,8 +190,8 @@ class Record:
     def restore(self, initial):
         """Return the arrays of the last whole checkpoint, and what was written about it.
 
-        A new run has the `initial` ones, by their paths, and None. The tables are cut to what they
-        were then. W&B begins here, too.
+        A new run has the `initial` ones, by their paths, and None. The tables are cut to their
+        sizes at that checkpoint. W&B begins here, too.
         """
         with self.disk_errors():
             self.tables.create()

@@ -34,7 +34,7 @@ class Task(threading.Thread):
         super().__init__(daemon=True)  # so that it never keeps the process from its end
         self.function = function
         self.error = None
-        # Python's `join` takes the thread for ended once a signal has interrupted it
+        # Not `join`: once a signal has interrupted it, it says that the thread has ended
         self.ended = threading.Event()
         self.start()
 
@@ -58,10 +58,10 @@ def copied(tree):
 
 
 class Run:
-    """What `train` is given: a run. A `Group` is several that are trained in one program.
+    """A run that is being trained. A `Group` is several runs in one program.
 
-    In a `with` statement it handles SIGTERM, Ctrl-C, and SIGHUP unless nohup has it ignored: see
-    `stop`.
+    In a `with` statement it handles SIGTERM, Ctrl-C and SIGHUP, see `stop`. Under nohup SIGHUP
+    stays ignored.
     """
 
     stopping = 0  # the signal that asked for the end
@@ -78,11 +78,11 @@ class Run:
         self.begin([record], config)
 
     def begin(self, records, config):
-        """Begin with some records, whose members have one config in all."""
+        """Begin with some records. `config` is that of all their members."""
         self.records = records
         self.config = config
         self.phase = "starting"
-        self.update = 0  # at which it has resumed
+        self.update = 0  # of the checkpoint from which it has resumed
         self.evaluated = 0  # the last evaluation's update
         self.timed_until = (0, 0.0)  # update and seconds of training at the last evaluation
         self.saved_at = -np.inf  # when the last checkpoint was made
@@ -132,8 +132,10 @@ class Run:
         error = self.explain(cause)
         if isinstance(error, Exception):
             self.print_error(error)
-        # A run that has lost its device goes on elsewhere
-        is_stopped = bool(self.stopping) or isinstance(error, DeviceError)
+        # A run that has lost its device goes on elsewhere. One may fail after a signal, too.
+        is_stopped = isinstance(error, DeviceError)
+        if self.stopping and isinstance(error, SystemExit):
+            is_stopped = True
         if error is not None and not is_stopped:
             for record in self.records:
                 record.fail(error)
@@ -142,11 +144,12 @@ class Run:
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-        # A normal exit would crash in an evaluation's thread. Where wandb.init was cut short, it
-        # would also hang: Python waits for wandb's process, and that process for Python.
-        if self.stopping and (self.is_evaluating() or self.is_wandb_beginning()):
-            sys.stdout.flush()
-            os._exit(128 + self.stopping)
+            # A normal exit would crash in an evaluation's thread. Where wandb.init was cut short,
+            # it would also hang: Python waits for wandb's process, and that process for Python.
+            # A second signal has cut short the end of a W&B run, whose thread Python waits for.
+            if self.stopping and (self.is_evaluating() or self.is_wandb_busy()):
+                sys.stdout.flush()
+                os._exit(128 + self.stopping)
         if self.is_evaluating():
             self.pending.ended.wait()
         if error is not cause:
@@ -155,9 +158,9 @@ class Run:
     def print_error(self, error):
         """Print the error that ends the run where nobody else does. A script's `main` prints it."""
 
-    def is_wandb_beginning(self):
-        """Return whether the start of a W&B run was cut short."""
-        return any(record.wandb and record.wandb.is_beginning for record in self.records)
+    def is_wandb_busy(self):
+        """Return whether the start or the end of a W&B run was cut short."""
+        return any(record.wandb and record.wandb.is_busy() for record in self.records)
 
     def explain(self, error):
         """Return an error as it is, or one that says what to do if JAX or memory has failed."""
@@ -166,7 +169,7 @@ class Run:
         kind = UserError
         what = "JAX has failed"
         if is_out_of_memory(error):
-            what = "memory ran out; other programs may use it, or give this one less to do"
+            what = "memory ran out; end other programs that use it, or give this one less to do"
         elif not devices_work():
             kind = DeviceError
             what = "JAX's device has failed"
@@ -186,8 +189,8 @@ class Run:
         """End the run on a signal.
 
         While it trains it stops at its next checkpoint. While it starts or evaluates it stops at
-        once: then nothing is lost but what it has trained beside that evaluation. A second signal
-        always stops it at once. Two SIGTERMs within SAME_SIGNAL seconds are one: a machine that
+        once. On a GPU this loses the updates made during the evaluation. A second signal always
+        stops it at once. Two SIGTERMs within SAME_SIGNAL seconds are one: a machine that
         shuts down sends it to tools.sweep, which passes it on, and to this process, too.
         """
         is_second = self.stopping
@@ -228,9 +231,8 @@ class Run:
     def restore(self, states, data):
         """Start or resume the run. `data` is a script's dataset.
 
-        Returns the states and the number of updates made. They are those of the last whole
-        checkpoint; a new run has `states` and 0. The tables are cut to what they were then. W&B
-        begins here, too.
+        Returns the states and the number of updates of the last whole checkpoint; a new run has
+        `states` and 0. The tables are cut to their sizes at that checkpoint. W&B begins here, too.
         """
         # What the policy needs beside the actor: how states were normalised, the actions' shape
         self.policy_data = dict(mean=data["mean"], std=data["std"], actions=data["actions"][:1])
@@ -274,8 +276,8 @@ class Run:
 
         A save of more than 3 s is made less often, so that it takes at most 5 % of the time.
 
-        After a signal, exit. An evaluation that is played beside training is waited for if `now`;
-        otherwise saving waits for its end.
+        After a signal, exit. While an evaluation is played beside training nothing is saved, unless
+        `now`: then its end is waited for.
         """
         if self.pending and (now or not self.is_evaluating()):
             self.end_evaluation()
@@ -307,7 +309,7 @@ class Run:
     # Logs
 
     def evaluate(self, evaluation, states, update):
-        """Log what `evaluation(states, update)` returns: (members, E) returns, and measurements.
+        """Log what `evaluation(states, update)` returns: returns (members, E), and measurements.
 
         On a GPU the episodes are played while training goes on, and `checkpoint` waits for them.
         """
@@ -338,7 +340,10 @@ class Run:
         self.log_evaluation(*result)
 
     def log_evaluation(self, returns, measured):
-        """Log the last evaluation: returns (members, E), and what was measured, (members,)."""
+        """Log the last evaluation: returns (members, E), and measurements by their names.
+
+        These are (members,), and "features" (members, NUM_COMPARED, F).
+        """
         for (record, part), losses in zip(self.parts(), self.losses):
             own = {key: values[part] for key, values in measured.items()}
             with self.printing(record):

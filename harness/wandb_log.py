@@ -69,8 +69,8 @@ class WandB:
     """A W&B run for a run's directory. A resumed run continues in the same W&B run.
 
     wandb sends from a process of its own, so that only the start and the end wait for it, each for
-    about TIME_LIMIT at most. Nor do many runs of one process wait for longer: once one
-    has started in vain the others don't try to, and they end at the same time.
+    about TIME_LIMIT at most. Many runs of one process wait no longer: after one that has started
+    in vain the others begin offline, and all end at the same time.
     """
 
     waited_at = -np.inf  # when a run of this process has waited for W&B in vain
@@ -87,7 +87,7 @@ class WandB:
         self.directory = directory
         self.run = None
         self.is_beginning = False
-        self.ending = None  # once it has begun
+        self.ending = None  # the future of its end, once that has begun
         self.first_step = 0  # the first one that W&B lacks
         self.step = 0
         self.sent = 0  # the last step that was sent whole
@@ -122,6 +122,10 @@ class WandB:
         self.is_beginning = False  # unless a signal has ended the process before
         for rows in updates:
             self.send(rows)
+
+    def is_busy(self):
+        """Return whether it is at its start, which a signal may have cut short, or at its end."""
+        return self.is_beginning or (self.ending is not None and not self.ending.done())
 
     def begin(self):
         """Return a W&B run, offline if W&B can't be reached in time."""

@@ -23,7 +23,7 @@ from test_members import mixed_members, networks
 import iql
 from harness import group
 from harness.checkpoint import last_checkpoint
-from harness.devices import num_devices
+from harness.devices import COPIES, Spread, num_devices
 from harness.members import split_config, stack_configs
 from harness.scripts import scripts
 
@@ -95,6 +95,8 @@ def check(name):
         assert len(jax.tree.leaves(states)[0].sharding.device_set) == 3
         assert {len(leaf) for leaf in jax.tree.leaves((states, infos))} == {6}
         assert_close(states, expected, bound)
+    copies = [known for known in COPIES.values() if known[0] is data]
+    assert Spread([None]).copy(0, data, 3) is copies[0][2]  # another program makes no second one
     print("checked")
 
 

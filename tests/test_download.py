@@ -316,6 +316,7 @@ def test_a_file_is_another_than_d4rls_if_its_checksum_is():
     assert datasets.is_other_file(name, "0" * 64)
     assert not datasets.is_other_file(name, None)
     assert not datasets.is_other_file("antmaze-medium-play-v2", own)  # D4RL's isn't known
+    assert not datasets.is_other_file("mine-v2", own)  # in a report of a fork's runs
 
 
 # --- Sources ---

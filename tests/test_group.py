@@ -33,10 +33,11 @@ from runs_helpers import (
 
 import harness.run
 import iql
+from harness import group
 from harness.checkpoint import last_checkpoint, read_checkpoint
 from harness.directory import status
 from harness.environments import make_env, reset
-from harness.errors import one_line_errors
+from harness.errors import UserError, one_line_errors
 from harness.record import Record
 from harness.run import Run
 from harness.tables import TABLES
@@ -306,6 +307,19 @@ def test_one_that_diverges_ends_alone_and_the_others_go_on(start_group, start_al
     start_group(PLAIN, STRONG, STRONGER)  # again, which retries
     assert status(strong).state == "finished"
     assert_same_to_rounding(strong, start_alone(STRONG, results="alone"))
+
+
+def test_one_that_diverges_on_a_full_disk_keeps_its_own_error(start_group, monkeypatch):
+    def save(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(group.Group, "save", save, raising=True)
+    monkeypatch.setattr(group.Group, "checkpoint", lambda *_, **__: None)
+    break_member(monkeypatch, member=1, epoch=3)
+    exits(1, start_group, PLAIN, STRONG)
+    plain, strong = start_group.directories
+    assert status(plain).reason == "error: the disk is full\n"
+    assert status(strong).reason.startswith("error: critic_loss is nan after update 23")
 
 
 def test_where_all_diverge_each_has_its_error_and_the_process_fails(start_group, monkeypatch):

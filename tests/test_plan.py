@@ -21,7 +21,7 @@ from harness.environments import d4rl
 from harness.memory import Memory
 from tools import measure as measuring
 from tools import plan
-from tools.jobs import read_jobs
+from tools.jobs import make_groups, read_jobs
 from tools.timing import num_operations, products_of_two_updates, random_data
 
 ROW = dict(steps=1.0, shared=1e9, each=5e8, host=2e8, fitting=4, about="it")
@@ -113,6 +113,23 @@ def test_what_is_to_be_done_and_how_long_it_takes(jobs, capsys, monkeypatch):
     row, lines = rows(capsys)
     assert row[0][7] == "170.2"
     assert "  the share of a program, with --processes 8: cores: 1" in lines
+
+
+def test_it_measures_the_largest_program_of_each_kind(jobs, capsys, monkeypatch):
+    """Whatever dataset that has. Room is needed for the kind's largest dataset."""
+    sizes = iter(range(1000, 2000))  # so that later and smaller programs have larger datasets
+    monkeypatch.setattr(plan, "num_transitions", lambda *_: next(sizes))
+    seen = []
+
+    def watched(questions, processes):
+        seen.extend((len(own["configs"]), own["shapes"][0]) for own in questions)
+        return measure(questions, processes)
+
+    plan.print_plan(jobs, 1, 4, watched)
+    programs = [len(own) for own in make_groups(jobs[1:], 4)]
+    assert sorted(programs) == [1, 2, 4, 4]
+    assert [members for members, _ in seen] == [4, 4]
+    assert max(size for _, size in seen) == 1003
 
 
 @pytest.mark.parametrize("update, left", [(0, 3), (3, 3), (4, 3), (5, 2), (8, 2), (9, 1), (10, 1)])

@@ -1025,6 +1025,25 @@ def test_without_locks_and_an_array_one_command_is_alone(
     assert len(programs) == 2
 
 
+def test_without_locks_nothing_is_claimed_and_programs_are_seldom_looked_at(
+    two_pools, no_locks, monkeypatch
+):
+    _, (pool, _) = two_pools
+    pool.fill(0)
+    (program,) = pool.running.values()
+    assert program.claims == []
+    looks = []
+
+    def look(directory):
+        looks.append(directory)
+        return Status("unfinished", "", 0, False)
+
+    monkeypatch.setattr(sweep, "status", look)
+    for _ in range(5):
+        pool.look_after(0, program)
+    assert looks == [job.directory for job in program.jobs]  # each once
+
+
 def test_looking_for_locks_leaves_nothing(write_sweep, monkeypatch, capsys, tmp_path):
     programs_of(write_sweep(seed=0), 1, monkeypatch, capsys)
     assert list((tmp_path / "results").iterdir()) == []
@@ -1038,14 +1057,39 @@ def test_what_ends_a_program_of_several_runs_is_told_of_each(tmp_path):
     with open(jobs[0].output_path(), "w") as file:
         file.write("Traceback\nKeyError: 'my_column'\n--------------------\n")
         file.write("For simplicity, JAX has removed its internal frames from the traceback ...\n")
-    now = Status("unfinished", "", 0, False)
     for job in jobs:
-        assert sweep.why_it_failed(job, now, 1, jobs) == "KeyError: 'my_column'"
+        assert sweep.why_it_failed(job, "", 1, jobs) == "KeyError: 'my_column'"
     with open(jobs[1].output_path(), "w") as file:
         file.write("one of 2 runs that are trained together\nerror: 'my_column'\n")
-    now = Status("failed", "KeyError: 'my_column'\n", 0, False)
+    reason = "KeyError: 'my_column'\n"
     for job in jobs:
-        assert sweep.why_it_failed(job, now, 1, jobs) == "KeyError: 'my_column'"
+        assert sweep.why_it_failed(job, reason, 1, jobs) == "KeyError: 'my_column'"
+
+
+def test_a_failed_run_has_its_own_reason_and_not_an_earlier_one(tmp_path):
+    """The first has failed before, and now ends before it begins. The second is killed."""
+    jobs = [ShellJob(tmp_path / f"job{i}", "") for i in range(2)]
+
+    def fail(job):
+        os.makedirs(job.directory)
+        with open(os.path.join(job.directory, "failed.txt"), "w") as file:
+            file.write("error: actor_loss is nan\n")
+
+    fail(jobs[0])
+    pool = sweep.Pool(jobs, 1, 1)
+    fail(jobs[1])
+    lines = []
+    pool.bar = SimpleNamespace(write=lambda line, stream: lines.append(line))
+    for program, code in zip(pool.waiting, (1, -signal.SIGKILL)):
+        with open(program.jobs[0].output_path(), "a") as file:
+            file.write("error: JAX finds no device\n")
+        program.process = SimpleNamespace(poll=lambda code=code: code)
+        pool.running[0] = program
+        pool.look_after(0, program)
+    assert [line.splitlines()[1].strip() for line in lines] == [
+        "error: JAX finds no device",
+        "error: actor_loss is nan",
+    ]
 
 
 @pytest.mark.parametrize("code", [0, os.EX_TEMPFAIL])

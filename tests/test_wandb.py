@@ -667,6 +667,32 @@ def test_a_signal_ends_the_run_although_wandbs_own_process_does_not_end(
     assert "stopped; the same command goes on" in output
 
 
+HANGING = """
+import time
+from harness import wandb_log
+
+def finish(self, *_):
+    open(f"{self.directory}/ending", "w").close()
+    time.sleep(1000)
+
+wandb_log.WandB.finish = finish
+"""
+
+
+def test_a_second_signal_ends_the_run_while_wandb_ends(
+    spawn, quick, wandb_server, monkeypatch, tmp_path
+):
+    log_in(monkeypatch, wandb_server)
+    flags = {**quick, "results": tmp_path, "num_updates": 10**6, "eval_every": 10**6}
+    run = spawn("-c", HANGING + IMPATIENT, *command_line(flags), "--log_every", "100")
+    wait_until(lambda: any(known["history"] for known in wandb_server.runs.values()), run)
+    run.send_signal(signal.SIGINT)
+    wait_until(lambda: glob.glob(f"{tmp_path}/*/*/*/ending"), run)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGINT, output
+
+
 @pytest.mark.parametrize("dies", ["at once", "later"])
 def test_a_process_with_a_dead_server_exits(
     spawn, quick, wandb_server, monkeypatch, tmp_path, dies

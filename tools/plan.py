@@ -1,9 +1,9 @@
 """A plan of a sweep on this machine: `python -m tools.sweep FILES --plan` prints it.
 
-No run is started, and no run's directory made. measure.py measures, of each script, the updates a
-second of the kind of program that has the most to do, and in each domain the steps a second of an
-evaluation. The rest is reckoned. All kinds are taken to make as many floating-point operations a
-second in their matrix products. The number of these operations follows from the shapes.
+No run is started, and no run's directory made. measure.py measures updates a second, once for each
+script, on its kind of program that has the most to do. It measures an evaluation's steps a second,
+once for each domain. The rest is reckoned. All kinds are taken to make as many floating-point
+operations a second in their matrix products, whose number follows from the shapes.
 """
 
 import functools
@@ -32,7 +32,7 @@ from tools.jobs import AS_MANY_AS_FIT, make_groups
 TRANSITIONS = 1_000_000  # of a dataset whose file isn't here
 
 # Fields that don't set the cost of an update
-NO_SIZES = (*NOT_COMPILED, "dataset_name", "num_seeds", "num_updates", "log_every", "preset")
+NO_SIZES = (*NOT_COMPILED, "dataset_name", "num_seeds", "num_updates", "log_every")
 
 # In a run's files, as finished runs have them
 BYTES_OF_NUMBER = 10  # in train.csv
@@ -57,9 +57,10 @@ def file_of_d4rl(name):
 
 
 def with_known_checksum(config):
-    """Return the config with its dataset's checksum. A file of D4RL's that isn't here has its own.
+    """Return the config with its dataset's checksum, for which nothing is downloaded.
 
-    So nothing is downloaded, and the names of runs are right, unless that isn't known: None.
+    Of D4RL's file that isn't here it is the known one, or None if that isn't known. A run's name
+    depends on it.
     """
     path = file_of_d4rl(config.dataset_name)
     if config.dataset_path or not path or os.path.exists(path):
@@ -119,18 +120,17 @@ class Estimate:
                 sizes.append(value)
         return self.row, *sizes
 
-    def size(self):
-        """Return the transitions and the members, for both of which a device needs memory."""
-        return self.transitions or TRANSITIONS, self.members
+    def question(self, transitions, as_many_as_fit):
+        """Return what `measurements` needs to know of the program's kind.
 
-    def question(self, as_many_as_fit):
-        """Return what `measurements` needs to know of the program's kind."""
+        `transitions` are those of the kind's largest dataset, for which a device needs memory.
+        """
         return dict(
             script=self.script.__name__,
             configs=[vars(job.config) for job in self.jobs],
             row=self.row,
             as_many_as_fit=as_many_as_fit,
-            shapes=(self.transitions or TRANSITIONS, self.state_dim, self.action_dim),
+            shapes=(transitions, self.state_dim, self.action_dim),
         )
 
     def reckon(self, found, costs, as_many_as_fit):
@@ -196,10 +196,15 @@ def print_plan(jobs, processes, together, measure=ask):
     kinds = sorted(by_kind, key=lambda kind: -sum(own.updates for own in by_kind[kind]))
     print("measuring, about a minute for each algorithm; no run is started", flush=True)
     fit = together == AS_MANY_AS_FIT
-    examples = [max(by_kind[kind], key=Estimate.size) for kind in kinds]
-    found = measure([program.question(fit) for program in examples], processes)
-    for program in programs:
-        program.reckon(found, found["kinds"][kinds.index(program.kind())], fit)
+    questions = []
+    for kind in kinds:
+        example = max(by_kind[kind], key=lambda program: program.members)
+        transitions = max(program.transitions or TRANSITIONS for program in by_kind[kind])
+        questions.append(example.question(transitions, fit))
+    found = measure(questions, processes)
+    for kind, costs in zip(kinds, found["kinds"]):
+        for program in by_kind[kind]:
+            program.reckon(found, costs, fit)
     print(aligned(table(jobs, programs, num_at_once(processes, found))))
     print(*about_measured(found, processes), *about_evaluation(programs, found), sep="\n")
     print(*about_room(programs, processes, found), sep="\n")

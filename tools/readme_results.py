@@ -1,6 +1,6 @@
 """The tables of results in data/README.md: the demo, the study, and the other runs in data/.
 
-Each function without an argument, and each that takes an algorithm, is a block of `readme.py`.
+Functions whose docstring begins with a noun are blocks of `readme.py`.
 """
 
 import functools
@@ -277,7 +277,8 @@ def under_noise(column):
     for kind in NOISE:
         for key, values in seeds_by_dataset(kind).T.groupby(level=[0, 1], sort=False):
             changes = values.T - values.T.loc[BASELINE]
-            p[kind, *key] = p_values(changes).where(changes.any(axis=1))  # without the same runs
+            is_other = changes.any(axis=1)  # a label may have the baseline's own runs
+            p[kind, *key] = p_values(changes).where(is_other)
     p = pd.DataFrame(p)
     p[:] = holm(p)
     texts = means_by_dataset(column).map("{:.1f}".format)

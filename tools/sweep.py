@@ -18,7 +18,7 @@ has its own directory, as if it had been trained alone, and may go on alone or i
 They are spread over all GPUs that the program sees.
 
 Several commands may share a sweep, also on machines that share the disk. Each group is trained by
-one of them. At its end a command waits for the others, and takes up what a machine that died had.
+one of them. At its end a command waits for the others, and takes up runs whose machine has died.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Program:
         self.as_many_as_fit = as_many_as_fit
         self.signals_sent = 0
         self.claims = []  # locked files
-        self.num_locks = 0  # of its runs, how many its process has taken
+        self.num_locks = 0  # how many of its runs its process has locked
         self.locked_at = 0.0  # when it took the last of them
         self.next_look = 0.0  # at how far they are
 
@@ -73,15 +73,18 @@ class Program:
         the claims are gone.
         """
         for job in self.jobs:
-            try:
-                os.makedirs(job.directory, exist_ok=True)
-                self.claims.append(open(job.output_path(), "ab"))
-                fcntl.flock(self.claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.release()
-                return False
-            except OSError:  # nothing can be written or locked, which `start` and `own_share` say
-                continue
+            with contextlib.ExitStack() as unless_locked:
+                try:
+                    os.makedirs(job.directory, exist_ok=True)
+                    file = unless_locked.enter_context(open(job.output_path(), "ab"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self.release()
+                    return False
+                except OSError:  # can't be written or locked, which `start` and `own_share` say
+                    continue
+                unless_locked.pop_all()
+                self.claims.append(file)
         return True
 
     def release(self):
@@ -156,7 +159,7 @@ class Pool:
         self.busy = []  # those that other processes train
         self.signals = []  # that have come
         self.updates = {}  # of all jobs, how far they are
-        self.failed_before = {}  # when the unfinished ones have failed, None if they haven't
+        self.failed_before = {}  # of the unfinished ones: when they failed, or None
         for job in jobs:
             now = status(job.directory)
             self.updates[job] = now.update
@@ -249,7 +252,10 @@ class Pool:
         return now.state == "finished" or is_failed_anew
 
     def fill(self, slot):
-        """Start a program in a slot if that is free, without jobs that other processes train."""
+        """Start a waiting program in a slot that is free.
+
+        Jobs that other processes train are left out.
+        """
         for program in list(self.waiting):
             if self.signals or slot in self.running:
                 return
@@ -314,14 +320,18 @@ class Pool:
         elif now.state == "finished":
             self.note(job, self.done, job.last_words())
         elif not self.signals:
-            self.note(job, self.failed, why_it_failed(job, now, code, group))
+            reason = now.reason if self.has_ended(job, now) else ""
+            self.note(job, self.failed, why_it_failed(job, reason, code, group))
 
     def note(self, job, ended, words):
         """Note that a job has ended, and print it."""
         ended.append(job)
-        to_go = len(self.unfinished) - len(self.done) - len(self.failed)
-        counts = f"{len(self.done)} done, {len(self.failed)} failed, {to_go} to go"
+        counts = f"{len(self.done)} done, {len(self.failed)} failed, {self.to_go()} to go"
         self.say(f"{counts}: {job.name}\n    {words or 'no output'}")
+
+    def to_go(self):
+        """Return how many jobs have neither finished nor failed."""
+        return len(self.unfinished) - len(self.done) - len(self.failed)
 
 
 def failed_at(job):
@@ -331,21 +341,22 @@ def failed_at(job):
     return None
 
 
-def why_it_failed(job, now, code, group):
-    """Return why a job of a group has failed, also where its process couldn't write it.
+def why_it_failed(job, reason, code, group):
+    """Return why a job of a group has failed: the `reason` in its failed.txt, if it has a new one.
 
-    What the process prints beside its runs, such as a traceback, is in the first job's output.
+    Its process may have been killed, or unable to write. What it prints beside its runs, such as a
+    traceback, is in the first job's output.
     """
+    if reason:
+        return one_line(reason)
     if code < 0:
         why = signal.strsignal(-code)
         if code == -signal.SIGKILL:
             why = "killed, perhaps since memory had run out"
         return f"{why}; the same command resumes from the last checkpoint"
-    if now.reason:  # it could write its failed.txt
-        return one_line(now.reason)
     try:
         with open(job.output_path(), "ab") as output:
-            output.write(b"\n")
+            output.write(b"\n")  # on a full disk an empty file could still be made
     except OSError as error:
         return (
             f"can't write to {job.directory} ({error.strerror}); once that is fixed, the same "
@@ -488,7 +499,7 @@ def main():
         sys.exit(128 + pool.signals[0])
     if len(pool.lost) == pool.slots:
         raise UserError(
-            f"JAX's devices have failed, with {len(pool.unfinished) - len(pool.done)} runs to go; "
+            f"JAX's devices have failed, with {pool.to_go()} runs to go; "
             "once they are fixed, or on another machine, the same command resumes"
         )
     if pool.failed:
