@@ -132,7 +132,7 @@ def test_the_bundled_datasets_are_as_described():
         ("repeat", 112),
         ("start", 3),
         ("temperature", 12),
-        ("longer", 19),
+        ("longer", 25),
         ("antmaze_tau", 2),
     ],
 )
