@@ -16,7 +16,7 @@ import urllib.request
 
 from tqdm import tqdm
 
-from harness.errors import UserError, one_line
+from harness.errors import UserError, disk_errors, one_line
 from harness.hdf5 import SIGNATURE, content, open_hdf5
 
 # Has the 24 files of D4RL's gym_mujoco_v2
@@ -51,7 +51,7 @@ def download(url, path):
     After a break it goes on with NAME.part, beside it. Of several processes one downloads.
     """
     failures = []
-    with disk_errors(path):
+    with disk_errors(path, "mend that, or name another folder in D4RL_DATASET_DIR"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with locked_part(path) as (part, lock):
             if os.path.exists(path):  # by now, thanks to another process
@@ -69,19 +69,6 @@ def download(url, path):
         f"can't download {' or '.join(failures)}; try again, get it by hand and put it at {path}, "
         "or use --dataset_path, or D4RL_DATASET_URL for a mirror"
     )
-
-
-@contextlib.contextmanager
-def disk_errors(path):
-    """Say what to do when the disk is full or can't be written to."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or one_line(error)
-        raise UserError(
-            f"can't write {error.filename or path} ({why}); mend that, or name another folder in "
-            "D4RL_DATASET_DIR"
-        ) from error
 
 
 def sources(url):

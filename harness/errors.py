@@ -50,13 +50,16 @@ def one_line_errors():
 
 
 @contextlib.contextmanager
-def disk_errors(path):
-    """Make a UserError about `path` of an error of the disk, as where it is full."""
+def disk_errors(path, *advice):
+    """Make a UserError about `path` of an error of the disk, as where it is full.
+
+    It ends with the `advice`, if there is any.
+    """
     try:
         yield
     except OSError as error:
         why = error.strerror or one_line(error)
-        raise UserError(f"can't write to {path} ({why})") from error
+        raise UserError("; ".join([f"can't write to {path} ({why})", *advice])) from error
 
 
 def make_folder(path):

@@ -12,7 +12,7 @@ import yaml
 from harness.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint, write_file
 from harness.datasets import normalized_score
 from harness.directory import check_same_config, is_finished, run_directory, saved_fields
-from harness.errors import BusyError, UserError, one_line
+from harness.errors import BusyError, UserError, disk_errors
 from harness.evaluation import score_columns, summary
 from harness.tables import Tables, episode_rows, seed_rows
 from harness.versions import made_with
@@ -57,17 +57,11 @@ class Record:
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.path(name))
 
-    @contextlib.contextmanager
     def disk_errors(self):
-        """Say what to do when the disk is full or can't be written to."""
-        try:
-            yield
-        except OSError as error:
-            why = error.strerror or one_line(error)
-            raise UserError(
-                f"can't write to {self.directory} ({why}); once that is fixed, the same command "
-                f"resumes from {self.checkpoint_text()}"
-            ) from error
+        """Return a context that says what to do when the disk is full or can't be written to."""
+        start = self.checkpoint_text()
+        advice = f"once that is fixed, the same command resumes from {start}"
+        return disk_errors(self.directory, advice)
 
     def checkpoint_text(self):
         """Return words for the last checkpoint."""
