@@ -4,6 +4,7 @@ An .npz is one file with checksums, so that damage is noticed. (Orbax writes man
 mostly doesn't notice a flipped byte.)
 """
 
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from harness.directory import is_finished
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 
 FORMAT = 2  # of checkpoint files; raise it when they change
 
@@ -90,16 +91,18 @@ def write_checkpoint(path, tree, about, keep=None):
 def read_checkpoint(path):
     """Return a checkpoint's arrays by their paths, and what was written about them.
 
-    Raises ValueError if it isn't whole, which the file's checksums show. Nothing in it is ever
-    executed.
+    Raises ValueError if it isn't whole, which the file's checksums show, and OSError if it can't be
+    read. Nothing in it is ever executed.
     """
+    with open(path, "rb") as file:
+        content = io.BytesIO(file.read())
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(content, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         about = json.loads(arrays.pop("about").tobytes())
         if list(arrays) != about.pop("arrays"):
             raise ValueError("arrays are missing")
-    except (FileNotFoundError, PermissionError):
+    except MemoryError:  # which says nothing about the file
         raise
     except Exception as error:  # zipfile, zlib and json have many
         raise ValueError(f"{path} is cut short or damaged") from error
@@ -120,9 +123,9 @@ def last_checkpoint(directory):
             arrays, about = read_checkpoint(path)
         except FileNotFoundError:
             continue
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
+        except OSError as error:  # the file may be whole, so it must stay the last one
+            raise UserError(f"can't read {path} ({error.strerror or one_line(error)})") from error
+        except ValueError as error:
             problems.append(str(error))
             continue
         if problems:

@@ -112,7 +112,7 @@ def evaluate(config, policy, envs, update):
     samples = sample_visited(visited, ~has_noise.reshape(shape), update)
     padding = -len(step_rewards) % 1000
     rewards = np.pad(np.transpose(step_rewards), [(0, 0), (0, padding)])
-    # An episode is there once for each of its steps
+    # An episode ran at each of its steps
     lengths = np.bincount(np.concatenate([running for running, _ in visited]))
     without_noise = slice(0, config.eval_episodes)
     return Episodes(

@@ -1,4 +1,4 @@
-"""Reads arrays from HDF5 files, and says what a file is that isn't in D4RL's layout."""
+"""Reads and writes HDF5 files, and says what a file is that isn't in D4RL's layout."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import os
 import h5py
 import numpy as np
 
-from harness.errors import UserError, one_line
+from harness.errors import UserError, disk_errors, one_line
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"  # with which HDF5 files begin
 OTHER_SIGNATURES = {
@@ -50,6 +50,23 @@ def read_columns(path, keys):
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} {problem(path, error)}") from error
+
+
+def write_columns(path, columns, attributes, level):
+    """Write arrays and attributes, compressed by gzip of a level. A part is never at `path`.
+
+    Raises UserError if they can't be written.
+    """
+    options = dict(compression="gzip", compression_opts=level, shuffle=True)
+    with disk_errors(path):
+        try:
+            with h5py.File(f"{path}.partial", "w") as file:
+                for key, column in columns.items():
+                    file.create_dataset(key, data=column, **options)
+                file.attrs.update(attributes)
+        except RuntimeError as error:  # a full disk, when the file is closed
+            raise OSError(one_line(error)) from error
+        os.replace(f"{path}.partial", path)
 
 
 def open_hdf5(path):

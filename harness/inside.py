@@ -134,9 +134,12 @@ def action_distance(observations, actions, batch):
 def linear_cka(x, y):
     """Return the linear CKA of features (B, F) and (B, G) on the same states (arXiv 1905.00414).
 
-    It is 1 if they differ by rotation, scale and shift, and 0 if they have nothing in common.
+    It is 1 if they differ by rotation, scale and shift, and 0 if they have nothing in common. It is
+    NaN if one is the same in all states.
     """
     x = x - x.mean(0)
     y = y - y.mean(0)
+    if not x.any() or not y.any():
+        return np.nan
     in_common = np.linalg.norm(x.T @ y) ** 2
     return in_common / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))

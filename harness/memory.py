@@ -59,7 +59,10 @@ def host_bytes(config, state_dim):
 
 
 def first_members(config, number):
-    """Return a config of so many members, whose program has all terms of the config's own."""
+    """Return a config of so many members.
+
+    If one of the config's members has a strength on, the program keeps its term.
+    """
     own = {name: np.resize(x, number) for name, x in own_numbers(config).items()}
     return replace(config, num_seeds=number, **own)
 
@@ -87,30 +90,44 @@ def free_memory():
 
 
 def free_host_memory():
-    """Return the bytes that are free on the host, at most what this process may have."""
-    return min(psutil.virtual_memory().available, *memory_limits())
+    """Return the bytes that are free on the host, at most what its control groups leave."""
+    return min(psutil.virtual_memory().available, *free_in_groups())
 
 
-def memory_limits(root="/"):
-    """Return the limits in bytes of the process's control groups, as of a container or SLURM."""
+def free_in_groups(root="/"):
+    """Return the bytes left to the process's control groups, as of a container or SLURM.
+
+    Each group has a limit, and bytes in use. Of these the system can take back old pages of files.
+    """
     found = [sys.maxsize]
     try:
-        with open(os.path.join(root, "proc/self/cgroup")) as file:
-            lines = file.read().splitlines()
+        lines = read_text(root, "proc/self/cgroup").splitlines()
     except OSError:
         return found
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):  # version 2 has one group for all
             continue
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        limit, usage, old_pages = "memory.max", "memory.current", "inactive_file"
+        if controllers:
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            old_pages = "total_inactive_file"
         folder = os.path.join(root, "sys/fs/cgroup", controllers)
         for word in ["", *path.split("/")]:  # from the root down, as each level may have a limit
             folder = os.path.join(folder, word)
-            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                with open(os.path.join(folder, name)) as file:
-                    found.append(int(file.read()))
+            # The root lacks these files, and the limit "max" is none
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                left = int(read_text(folder, limit)) - int(read_text(folder, usage))
+                words = read_text(folder, "memory.stat").split()
+                statistics = dict(zip(words[::2], words[1::2]))
+                found.append(max(0, left + int(statistics[old_pages])))
     return found
+
+
+def read_text(*path):
+    """Return the contents of a small file."""
+    with open(os.path.join(*path)) as file:
+        return file.read()
 
 
 def num_fitting(memory):

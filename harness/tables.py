@@ -89,7 +89,10 @@ class Tables:
             os.truncate(self.path(name), size)
 
     def close(self):
-        """Close the files. On a full disk rows may be lost, which come after the checkpoint."""
+        """Close the files.
+
+        On a full disk rows after the last checkpoint may be lost. Resuming writes them again.
+        """
         for file in self.files.values():
             with contextlib.suppress(OSError):
                 file.close()

@@ -1,5 +1,6 @@
 """Checkpoints: when they come, what is in them, and that a damaged one is noticed."""
 
+import errno
 import json
 import os
 import shutil
@@ -177,6 +178,28 @@ def test_every_cut_and_flipped_byte_is_noticed_or_without_effect(tmp_path):
             assert about["update"] == 5
             assert all(np.array_equal(arrays[key], expected[key]) for key in expected)
     assert noticed > 1.5 * len(good)
+
+
+def test_a_checkpoint_that_can_not_be_read_now_stays_the_last_one(start, monkeypatch):
+    def fail_to_open(path, mode):
+        if mode == "rb":
+            raise OSError(errno.EIO, "Input/output error")
+        return open(path, mode)
+
+    def fail_to_load(*_, **__):
+        raise MemoryError
+
+    directory = stopped(start, monkeypatch)
+    before = contents(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open", fail_to_open, raising=False)
+        line = fails("can't read", start)
+        assert line == f"can't read {directory}/checkpoint.npz (Input/output error)"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.np, "load", fail_to_load)
+        fails("memory ran out", start)
+    assert differences(before, contents(directory)) == []
+    assert start() == directory
 
 
 def test_a_pickle_in_a_checkpoint_is_never_loaded(tmp_path):

@@ -78,6 +78,8 @@ def test_medium_expert_is_one_after_the_other(collected):
     [
         (dict(env="ant"), "unknown ant; there are halfcheetah, hopper"),
         (dict(kinds=["rndom"]), "unknown rndom; there are random, medium-replay"),
+        (dict(kinds=[]), "kinds names no dataset; there are random, medium-replay"),
+        (dict(seed=-1), "seed must be 0 or more"),
         (dict(transitions=0), "medium_steps and transitions must be 1 or more"),
         (
             dict(kinds=["expert"], expert_steps=50_000),

@@ -149,6 +149,7 @@ def test_more_processes_make_the_same_file(tmp_path):
         (dict(walker="mine", walker_steps=5), "walker must end in .npz"),
         (dict(trajectories=0), "trajectories and processes must be 1 or more"),
         (dict(walker="nowhere.npz"), "there is no file nowhere.npz; make it by --walker_steps"),
+        (dict(walker=os.path.join(ROOT, "data", "antmaze.csv")), "walker must end in .npz"),
         (
             dict(walker=WALKER, walker_steps=5),
             f"{WALKER} is there; leave --walker_steps out",
@@ -158,3 +159,23 @@ def test_more_processes_make_the_same_file(tmp_path):
 def test_a_senseless_flag_is_an_error_before_any_work(flags, message):
     with pytest.raises(UserError, match=f"^{message}"):
         collect_antmaze.check(Config(**flags))
+
+
+def test_another_file_is_no_walker(tmp_path):
+    path = str(tmp_path / "mine.npz")
+    for make in (lambda: open(path, "w").close(), lambda: np.savez(path, a=1)):
+        make()
+        with pytest.raises(UserError, match=f"^{path} is no walker's file$"):
+            collect_antmaze.check(Config(walker=path))
+
+
+def end(job):
+    os._exit(1)
+
+
+def test_a_process_that_is_killed_ends_the_collection(monkeypatch, tmp_path):
+    monkeypatch.setattr(collect_antmaze, "walk_trajectories", end)
+    config = Config(walker=WALKER, trajectories=6, directory=str(tmp_path))
+    with pytest.raises(UserError, match="^a process was killed"):
+        collect_antmaze.collect(config, "umaze")
+    assert list(tmp_path.iterdir()) == []

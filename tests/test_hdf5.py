@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ from conftest import random_columns
 from runs_helpers import fails
 
 from harness.datasets import read_dataset
+from harness.errors import UserError
+from harness.hdf5 import write_columns
 
 COLUMNS = random_columns(0)
 WITHOUT_REWARDS = {key: column for key, column in COLUMNS.items() if key != "rewards"}
@@ -283,3 +287,23 @@ def test_an_array_compressed_by_a_filter_that_h5py_lacks(read_fails, path):
         array = h5py.h5d.create(file.id, b"rewards", h5py.h5t.NATIVE_FLOAT, space, properties)
         array.write_direct_chunk((0,), bytes(800))
     read_fails("rewards in .* is compressed by HDF5's filter 32001, which h5py lacks")
+
+
+def test_a_full_disk_leaves_no_file_and_says_so(tmp_path):
+    """By a limit on the size of files, which is as good."""
+    path = str(tmp_path / "mine.hdf5")
+    columns = {"rewards": np.random.default_rng(0).standard_normal(10**6)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=f"^can't write to {path} \\(.*File too large"):
+            write_columns(path, columns, {}, level=4)
+    finally:
+        signal.signal(signal.SIGXFSZ, handler)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.path.exists(path)
+    write_columns(path, columns, {"made_by": "me"}, level=4)
+    with h5py.File(path) as file:
+        assert file.attrs["made_by"] == "me"
+        assert np.array_equal(file["rewards"], columns["rewards"])

@@ -85,20 +85,30 @@ def test_as_many_fit_as_the_free_memory_has_room_for(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_jobs_limit_counts_as_much_as_the_machines_memory(version, tmp_path, monkeypatch):
-    """The process is in the group job/step, and the job's limit is the smaller one."""
+def test_what_a_job_has_left_counts_as_much_as_the_machines_memory(version, tmp_path, monkeypatch):
+    """The process is in the group job/step. The job's limit is the smaller one.
+
+    Of that 3000 bytes are in use, and 500 of these are old pages of files.
+    """
+    names = {
+        1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("", "memory.max", "memory.current", "inactive_file"),
+    }
+    controller, limit, usage, old_pages = names[version]
     (tmp_path / "proc" / "self").mkdir(parents=True)
-    controller, name = ("memory", "memory.limit_in_bytes") if version == 1 else ("", "memory.max")
     text = f"5:cpu:/other\n4:{controller}:/job/step\n"
     (tmp_path / "proc" / "self" / "cgroup").write_text(text)
     step = tmp_path / "sys" / "fs" / "cgroup" / controller / "job" / "step"
     step.mkdir(parents=True)
-    (step / name).write_text("9000\n" if version == 1 else "max\n")
-    (step.parent / name).write_text("4000\n")
-    limits = harness.memory.memory_limits(tmp_path)
-    assert min(limits) == 4000
-    monkeypatch.setattr(harness.memory, "memory_limits", lambda: limits)
-    assert harness.memory.free_host_memory() == 4000
+    (step / limit).write_text("9000\n" if version == 1 else "max\n")
+    (step.parent / limit).write_text("4000\n")
+    for folder in (step, step.parent):
+        (folder / usage).write_text("3000\n")
+        (folder / "memory.stat").write_text(f"cache 700\n{old_pages} 500\nswap 9\n")
+    free = harness.memory.free_in_groups(tmp_path)
+    assert min(free) == 1500
+    monkeypatch.setattr(harness.memory, "free_in_groups", lambda: free)
+    assert harness.memory.free_host_memory() == 1500
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Numbers are held against rliable's, and against those that are worked out by han
 """
 
 import dataclasses
+import errno
 import glob
 import itertools
 import json
@@ -37,6 +38,7 @@ from harness.wandb_log import WandB
 from tools import report, report_figures, report_runs, report_shares, report_tables
 from tools.report import MOST_DRAWN, Config, Report
 from tools.report_tables import Table
+from tools.results import write_results
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # such as the mean of nothing
 
@@ -178,6 +180,12 @@ def make_rows(scores):
             dict(preset="as-run"),
             (("normalize_reward", "False"),),
             ("DO(0.2)+L2(0.01)", "as-run"),
+        ),
+        (
+            "rebrac",
+            dict(preset="as-run", critic_ln=False),
+            (("clip_targets", "False"),),
+            ("DO(0.2)+LN+GrN(0.01)+critic_ln=False",),
         ),
         ("rebrac", dict(regularisers="best"), (), ("DO(0.2)+LN+GrN(0.01)", "best")),
         (
@@ -381,6 +389,43 @@ def test_damaged_runs_are_left_out_with_the_reason(
     assert re.search(f"left out: {re.escape(path)}: .*{reason}", output)
 
 
+def test_a_folder_that_can_not_be_read_is_left_out_with_the_reason(make_run, tmp_path, monkeypatch):
+    path = make_run([[1, 40]], seed=0)
+    folder = str(tmp_path / "results" / "secret")
+    os.mkdir(folder)
+    scandir = os.scandir
+
+    def refuse(path):
+        if path == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    seeds, left_out = report_runs.read_results([str(tmp_path / "results")])
+    assert [seed["run"] for seed in seeds] == [path]
+    assert left_out == [(folder, "it can't be read (Permission denied)")]
+
+
+def test_a_column_of_text_is_named(make_run, tmp_path):
+    make_run([[1, 40]], seed=0)
+    seeds, _ = report_runs.read_results([str(tmp_path / "results")])
+    path = str(tmp_path / "mine.csv")
+    write_results(path, seeds)
+    frame = pd.read_csv(path)
+    frame.assign(note="try again").to_csv(path, index=False)
+    _, left_out = report_runs.read_results([path])
+    assert left_out[0][1] == "its column 'note' has 'try again', which is no number"
+
+
+def test_a_mean_is_of_the_seeds_that_have_all_datasets(make_run, make_report):
+    """As the table of differences has it."""
+    for seed, score in enumerate([10, 20, 90]):
+        make_run([[1, score]], seed=seed)
+        make_run([[1, score]], seed=seed, dataset_name=WALKER, finished=seed < 2)
+    cells = make_report("results")["ReBRAC, Gym-MuJoCo: scores"]
+    assert list(cells["mean"]) == ["15.0"]
+
+
 def test_validation_seed_is_no_setting_where_nothing_is_held_out(make_run, tmp_path):
     paths = [make_run([[1.0, 50]], seed=0, validation_seed=number) for number in (None, 1)]
     assert paths[0] != paths[1]
@@ -534,6 +579,13 @@ def test_other_peoples_scores_stand_in_a_section_of_their_own(make_run, make_rep
     assert "Not trained here." in text
 
 
+def test_a_score_without_a_std_is_shown_without_one():
+    columns = ["source", "algorithm", "dataset_name", "mean", "std"]
+    rows = [["A", "IQL", HOPPER, 67.5, np.nan], ["A", "CQL", HOPPER, 59.1, 3.8]]
+    table = report_tables.published_table("", pd.DataFrame(rows, columns=columns), [HOPPER])
+    assert list(table.cells[HOPPER]) == ["67.5", "59.1 ± 3.8"]
+
+
 def test_a_wrong_table_of_other_peoples_scores_is_an_error_before_any_work(make_report, tmp_path):
     header = "source,algorithm,dataset_name,mean,std\n"
     row = f"CORL,IQL,{HOPPER},67.5,3.8\n"
@@ -543,6 +595,7 @@ def test_a_wrong_table_of_other_peoples_scores_is_an_error_before_any_work(make_
         ("source,mean\nCORL,1\n", "needs the columns"),
         (header + row.replace("67.5", "many"), "a mean or a std is no number"),
         (header + row + row, "two scores of one algorithm on one dataset"),
+        (header + row.replace("67.5", ""), "a mean is missing"),
     ):
         if text is not None:
             path.write_text(text)

@@ -9,8 +9,8 @@ is one file after the other. SAC is sbx-rl's with its defaults and 10,000 random
 
 The files bear D4RL's names: `D4RL_DATASET_DIR=collected python rebrac.py --dataset_name
 halfcheetah-medium-replay-v2` finds the one above, which takes about 15 minutes on two cores. Of
-Adroit's tasks D4RL has none of these kinds but `expert`. The others get names such as
-pen-medium-replay-v1.hdf5, too, for `--dataset_path`.
+Adroit's tasks D4RL has only `expert`. Other kinds get names like D4RL's, such as
+pen-medium-replay-v1.hdf5. Give these as `--dataset_path`.
 """
 
 import os
@@ -23,14 +23,14 @@ from typing import List
 if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 from harness.config import parse
 from harness.datasets import episode_returns, normalized_score
 from harness.environments import d4rl, gym
-from harness.errors import UserError, disk_errors, make_folder, one_line_errors
+from harness.errors import UserError, make_folder, one_line_errors
+from harness.hdf5 import write_columns
 
 try:  # after gym, which sbx would import aloud
     import gymnasium
@@ -69,6 +69,10 @@ def check(config):
         unknown = sorted(set(words) - set(known))
         if unknown:
             raise UserError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    if not config.kinds:
+        raise UserError(f"kinds names no dataset; there are {', '.join(KINDS)}")
+    if config.seed < 0:
+        raise UserError("seed must be 0 or more")
     if config.medium_steps < 1 or config.transitions < 1:
         raise UserError("medium_steps and transitions must be 1 or more")
     if needs(config, "full-replay", "expert") and config.expert_steps <= config.medium_steps:
@@ -156,15 +160,9 @@ def write(config, kind, data):
         return
     path = file_path(config, kind)
     about = summary(data, ENVS[config.env])
-    options = dict(compression="gzip", compression_opts=9, shuffle=True)
-    with disk_errors(path), h5py.File(f"{path}.partial", "w") as file:
-        for key, column in data.items():
-            file.create_dataset(key, data=column, **options)
-        file.attrs["made_by"] = f"python -m tools.collect {shlex.join(sys.argv[1:])}"
-        file.attrs["algorithm"] = f"sbx-rl SAC, seed {config.seed}"
-        for key, value in about.items():
-            file.attrs[key] = value
-    os.replace(f"{path}.partial", path)
+    made_by = f"python -m tools.collect {shlex.join(sys.argv[1:])}"
+    algorithm = f"sbx-rl SAC, seed {config.seed}"
+    write_columns(path, data, dict(made_by=made_by, algorithm=algorithm, **about), level=9)
     print(path, *(f"{key} {value:.6g}" for key, value in about.items()), flush=True)
 
 

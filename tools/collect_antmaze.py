@@ -9,8 +9,8 @@
    on its actions. A trajectory goes on at the goal, until its time is up.
 3. Rewards and terminals are written for the task of the evaluation: 1 near that task's goal.
 
-The files bear D4RL's names. Differences from how D4RL made its own: SAC's reward is the speed in a
-direction that changes; the evaluation's goal is the middle of where its goals are drawn.
+The files bear D4RL's names. Two things differ from how D4RL made its own. SAC's reward is the speed
+in a direction that changes. The goal is the middle of where D4RL draws the evaluation's goals.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ import os
 import shlex
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import List
@@ -26,7 +28,6 @@ from typing import List
 if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from harness.checkpoint import write_file
 from harness.config import parse
 from harness.environments import d4rl, gym, make_env, removing_maze_files
 from harness.errors import UserError, disk_errors, make_folder, one_line_errors
+from harness.hdf5 import write_columns
 
 ant = d4rl.locomotion.ant
 maze_env = d4rl.locomotion.maze_env
@@ -77,6 +79,11 @@ def check(config):
         raise UserError("walker must end in .npz")
     if config.walker_steps == 0 and not os.path.isfile(config.walker):
         raise UserError(f"there is no file {config.walker}; make it by --walker_steps 300000")
+    if config.walker_steps == 0:
+        try:
+            read_walker(config.walker)
+        except Exception as error:  # NumPy has many for a file that isn't its own
+            raise UserError(f"{config.walker} is no walker's file") from error
     if config.walker_steps and os.path.exists(config.walker):
         raise UserError(
             f"{config.walker} is there; leave --walker_steps out to use it, or name another file "
@@ -225,7 +232,7 @@ def walk_trajectory(env, navigate, seed):
 def evaluation_goal(kind):
     """Return the middle of where the evaluation's goals are drawn, (2,).
 
-    D4RL adds to the goal's cell two uniform offsets, up to a quarter and an eighth of its side.
+    In x and in y D4RL adds two uniform offsets: up to 1/4 and up to 1/8 of the cell's side.
     """
     env = make_env(f"antmaze-{kind}-v2").unwrapped
     cells = np.argwhere(np.array(env._maze_map) == maze_env.GOAL)
@@ -256,10 +263,18 @@ def collect(config, kind):
     seeds = seeds.spawn(config.trajectories)
     jobs = [(kind, config.walker, seeds[i : i + 5]) for i in range(0, len(seeds), 5)]
     parts = []
-    with multiprocessing.get_context("spawn").Pool(config.processes) as pool:
-        results = pool.imap(walk_trajectories, jobs)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(config.processes, context)
+    try:
+        results = pool.map(walk_trajectories, jobs)
         for part in tqdm(results, kind, len(jobs), disable=not sys.stderr.isatty()):
             parts.append(part)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process was killed, perhaps since memory had run out; give fewer --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
     data = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     write(config, kind, data)
 
@@ -282,21 +297,21 @@ def write(config, kind, data):
     }
     url = gym.spec(f"antmaze-{kind}-v2").kwargs["dataset_url"]
     path = os.path.join(config.directory, os.path.basename(url))
-    with disk_errors(path), h5py.File(f"{path}.partial", "w") as file:
-        for key, column in columns.items():
-            column = column.reshape(-1, *column.shape[2:])
-            file.create_dataset(key, data=column, compression="gzip", shuffle=True)
-        file.attrs["made_by"] = f"python -m tools.collect_antmaze {shlex.join(sys.argv[1:])}"
-        file.attrs["evaluation_goal"] = evaluation_goal(kind)
-        file.attrs["episodes"] = len(is_near)
-        file.attrs["transitions"] = is_near.size
-        file.attrs["mean_score"] = 100 * is_near.any(1).mean()
-        file.attrs["best_score"] = 100.0 * is_near.any()
-    os.replace(f"{path}.partial", path)
+    columns = {key: column.reshape(-1, *column.shape[2:]) for key, column in columns.items()}
+    attributes = dict(
+        made_by=f"python -m tools.collect_antmaze {shlex.join(sys.argv[1:])}",
+        evaluation_goal=evaluation_goal(kind),
+        episodes=len(is_near),
+        transitions=is_near.size,
+        mean_score=100 * is_near.any(1).mean(),
+        best_score=100.0 * is_near.any(),
+    )
+    write_columns(path, columns, attributes, level=4)
     first = is_near.argmax(1)[is_near.any(1)]
+    after = f", first after {np.median(first):.0f} steps in the median" if len(first) else ""
     print(
         f"{path}: {len(is_near)} trajectories, {is_near.size:,} steps; {len(first)} reach the "
-        f"evaluation's goal, first after {np.median(first):.0f} steps in the median",
+        f"evaluation's goal{after}",
         flush=True,
     )
 

@@ -22,7 +22,7 @@ with warnings.catch_warnings():  # of pydantic, which it uses by old names
 
 # --- Sweeps ---
 
-# What YAML and W&B's engine raise for a file that is wrong
+# Errors that YAML and W&B's engine raise for a wrong file
 ERRORS = (OSError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
 ERRORS += (RecursionError, yaml.YAMLError)
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # of a sweep that has none

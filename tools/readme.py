@@ -55,9 +55,7 @@ def regularisers():
     texts = {**WHERE, **BEYOND}
     rebrac, iql = SCRIPTS.values()
     for name, flags in rebrac.CHOSEN.items():
-        if (
-            name not in texts and name in iql.CHOSEN
-        ):  # a fork's: its field's comment says what it is
+        if name not in texts and name in iql.CHOSEN:  # a fork's: its field's comment says it
             comment = inline_comment(rebrac.Config, next(iter(flags)))
             texts[name] = comment.comment_inline.removeprefix(f"{name}: ")
     rows = []

@@ -1,6 +1,6 @@
 """The tables of results in data/README.md: the demo, the study, and the other runs in data/.
 
-Functions whose docstring begins with a noun are blocks of `readme.py`.
+The functions in the BLOCKS of `readme.py` return Markdown.
 """
 
 import functools
@@ -208,22 +208,25 @@ def trials():
     """The scores of seed 0 by which the study's `actor_bc_coef` was chosen."""
     paths = [path_of("data", "trials.csv"), path_of("data", "study.csv")]
     seeds, _ = read_results(paths)
-    plain = [seed for seed in seeds if seed["algorithm"] == "rebrac" and seed["seed"] == 0]
     cells = {}
-    for seed in plain:
-        config = seed["config"]
-        if BASELINE not in seed["labels"]:
+    for seed in seeds:
+        if (seed["algorithm"], seed["seed"]) != ("rebrac", 0) or BASELINE not in seed["labels"]:
             continue
+        config = seed["config"]
         critic = CRITICS[config["critic_loss"]]
         coefficient = f"{config['actor_bc_coef']:g}"
         if coefficient not in ("0.4", "0.1"):
             coefficient = "the paper's"
         cells[f"{critic}, {coefficient}", config["dataset_name"]] = f"{seed['score']:.1f}"
     rows = []
-    for name in ("HL-Gauss, the paper's", "squared error, the paper's", "squared error, 0.4"):
+    for critic, coefficient in (
+        ("HL-Gauss", "the paper's"),
+        ("squared error", "the paper's"),
+        ("squared error", "0.4"),
+        ("squared error", "0.1"),
+    ):
+        name = f"{critic}, {coefficient}"
         rows.append([name, *(cells.get((name, dataset), "") for dataset in STUDIED)])
-    name = "squared error, 0.1"
-    rows.append([name, *(cells[name, dataset] for dataset in STUDIED)])
     return markdown(["critic, `actor_bc_coef`", *STUDIED.values()], rows)
 
 
@@ -271,7 +274,7 @@ def under_noise(column):
     """The mean scores with noise.
 
     Bold is what differs from the baseline, seed by seed: p by Student's t is below 0.05, corrected
-    by Holm over both kinds of noise.
+    by Holm over both kinds of noise, both algorithms, and all datasets and labels.
     """
     p = {}
     for kind in NOISE:

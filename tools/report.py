@@ -155,7 +155,8 @@ def final_score(seed, final):
 
 def all_datasets(rows):
     """Return the datasets, in the order of their domains."""
-    return list(datasets_by_domain(rows).values())[-1]
+    titles = [title for title in datasets_by_domain(rows) if title != ALL]
+    return [name for title in titles for name in datasets_by_domain(rows)[title]]
 
 
 def datasets_by_domain(rows):
@@ -349,6 +350,8 @@ def read_published(path):
     scores = published[["mean", "std"]]
     if not all(pd.api.types.is_numeric_dtype(scores[name]) for name in scores):
         raise UserError(f"beside: in {path} a mean or a std is no number")
+    if published["mean"].isna().any():
+        raise UserError(f"beside: in {path} a mean is missing")
     if published.duplicated(["source", "algorithm", "dataset_name"]).any():
         raise UserError(f"beside: {path} has two scores of one algorithm on one dataset")
     return published

@@ -20,10 +20,10 @@ BLOCK = ["dataset", "seed"]
 
 
 def combination(label, config, chosen):
-    """Return a label's regularisers without strengths: "DO+LN" of "DO+LN".
+    """Return a label's regularisers without strengths: "DO+LN+GrN" of "DO+LN+GrN(0.01)".
 
-    Return None unless each of them has the strength chosen for it alone. In some of the paper's
-    own combinations one has another.
+    Return None unless each of them has the strength chosen for it alone. In COMBINED some have
+    others.
     """
     if label == BASELINE:
         return BASELINE
@@ -190,7 +190,7 @@ def kind(column):
 def measures(rows):
     """Return the columns of what is inside the actor: those of INSIDE, and those of other kinds.
 
-    A kind that isn't in INSIDE has the column of one batch alone, the first in BATCHES that has it.
+    Each other kind counts once: on the first batch in BATCHES that has it.
     """
     inside = [column for column in tables.INSIDE if not column.startswith(NO_MEASURES)]
     found = [column for column in inside if column in rows]
@@ -284,8 +284,8 @@ def varying(squares):
 def shares_beside(products, columns):
     """Return what each measure adds to the share explained by those of other kinds.
 
-    Other columns of its own kind, such as the same on other states, are left aside. A measure that
-    those of other kinds determine adds 0.
+    The shares are (reps + 1, measures). Other columns of a measure's own kind, such as the same on
+    other states, are left aside. A measure that those of other kinds determine adds 0.
     """
     squares = np.diagonal(products, axis1=1, axis2=2)
     kinds = np.array([kind(column) for column in columns])
@@ -297,7 +297,7 @@ def shares_beside(products, columns):
         left = np.diagonal(rest, axis1=1, axis2=2)[:, :-1]
         is_determined = left <= 1e-6 * squares[:, own]
         explained = rest[:, :-1, -1] ** 2 / np.where(is_determined, np.inf, left)
-        added[:, own] = explained / squares[:, -1:]
+        added[:, own] = explained / varying(squares)[:, -1:]
     return added
 
 
@@ -410,9 +410,9 @@ def regulariser(label, chosen):
 def between_p(sample, products, chosen):
     """Return p values (measures,): do regularisers that move a measure more also gain more?
 
-    Two things may be chance. One is which regulariser moves which measure: for it the regularisers
+    Chance has two sources. One is which regulariser moves which measure: for it the regularisers
     are permuted. The other is the seeds, which all regularisers share: for it Student's t is over
-    the blocks. p is the larger of the two. Also return the number of regularisers.
+    the blocks. p is the larger one. Also return the number of regularisers.
     """
     means = regulariser_means(sample, chosen)
     number = means.shape[1]

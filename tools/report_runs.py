@@ -76,9 +76,10 @@ def abbreviation(script, strength, modes):
 
 
 def label(script, found):
-    """Return {"DO": 0.3, "LN": True} as "DO(0.3)+LN". The paper's strengths are left out.
+    """Return {"DO": 0.3, "LN": True} as "DO(0.3)+LN".
 
-    They are those that it chose for the combination, if it did.
+    A strength is shown unless it is the paper's: that in COMBINED for a combination there, or else
+    that in CHOSEN.
     """
     flags = {}
     for combination, others in getattr(script, "COMBINED", {}).items():
@@ -96,14 +97,17 @@ def label(script, found):
 def published_name(script, config, default, presets):
     """Return the preset of a run, and the settings that come with it: ("as-run", ["batch_size"]).
 
-    Both are empty if a run has none of `presets`, or one that is the baseline.
+    Both are empty if a run has none of `presets`, or one that is the baseline. A run with a further
+    regulariser, or a fork's, has none.
     """
+    if unknown_fields(config, default):
+        return "", []
     regularisers = named_fields(script)
     others = unnamed_fields(script)
     usual = changed_fields(presets.get("as-run-none", default), default)
     for name, variant in presets.items():
         changed = changed_fields(variant, default)
-        is_same = all(config[key] == variant[key] for key in changed)
+        is_same = all(config[key] == variant[key] for key in {*changed, *others})
         is_baseline = strengths(script, variant) == strengths(script, default)
         is_baseline = is_baseline and others.isdisjoint(changed)
         if is_same and not is_baseline and strengths(script, config) == strengths(script, variant):
@@ -367,6 +371,7 @@ def read_results(paths):
     """Return the seeds of tables (.csv) and of all runs below folders, and what was left out."""
     rows = {}
     directories = {}
+    unreadable = []  # folders and reasons
     for path in paths:
         if path.endswith(".csv"):
             for number, row in enumerate(read_table(path), 2):  # as a spreadsheet numbers them
@@ -376,10 +381,10 @@ def read_results(paths):
                     name += f", row {number}"
                 rows[name] = row
         else:
-            directories |= find_runs(path)
+            directories |= find_runs(path, unreadable)
     seeds, left_out = read_all(rows, read_row)
     more_seeds, more_left_out = read_all(directories, read_directory)
-    seeds, left_out = count_once(seeds + more_seeds, left_out + more_left_out)
+    seeds, left_out = count_once(seeds + more_seeds, unreadable + left_out + more_left_out)
     return with_cka(seeds), left_out
 
 
@@ -416,15 +421,22 @@ def read_features(seed):
         return None
 
 
-def find_runs(folder):
-    """Return the directories of the runs below a folder, by their names, which they are."""
+def find_runs(folder, unreadable):
+    """Return the directories of the runs below a folder, by their names, which they are.
+
+    Folders that can't be read are added to the list `unreadable`, with the reason.
+    """
     if not os.path.isdir(folder):
         if os.path.exists(folder):
             raise UserError(f"{folder} is neither a directory of runs nor a .csv table")
         raise UserError(f"there is no directory {folder}")
     found = {}
     seen = set()  # by their real paths, since links may lead in circles
-    for path, inside, files in os.walk(folder, followlinks=True):
+
+    def note(error):
+        unreadable.append((error.filename, f"it can't be read ({error.strerror})"))
+
+    for path, inside, files in os.walk(folder, onerror=note, followlinks=True):
         inside.sort()
         if os.path.realpath(path) in seen:
             inside.clear()
@@ -453,10 +465,10 @@ def read_wandb(project):
 def by_settings(seeds):
     """Yield settings and the seeds (a DataFrame) that have them, the most first.
 
-    A seed has settings if its config agrees with them, and if it differs from the defaults in
-    nothing else. So a dataset whose batch size is 256 anyway is with batch_size=256, too, and IQL
-    with a critic_loss, which it doesn't have. Settings whose seeds are all with others, too, are
-    left out.
+    A seed has settings if two things hold. Its config has these values, or lacks the field. And it
+    differs from its dataset's defaults in nothing else. So a seed may have several settings:
+    batch_size=256 also has the datasets whose default is 256, and critic_loss=mse has IQL, which
+    lacks that field. Settings are left out if others have all their seeds and more.
     """
     members = {}
     pairs = list(zip(seeds["settings"], seeds["config"]))

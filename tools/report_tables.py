@@ -122,8 +122,8 @@ def by_seed(rows, column, datasets):
 def standard_errors(values):
     """Return the standard errors of the means of rows over seeds.
 
-    A row of fewer than two seeds has none: NaN. Nor has a row of equal values, since no spread says
-    nothing of chance. AntMaze's scores, which are coarse, may have such rows.
+    It is NaN for fewer than two seeds. It is NaN for equal values, too, since without a spread
+    chance can't be judged. AntMaze's coarse scores may be equal.
     """
     errors = values.sem(axis=1)
     return errors.where(errors > ROUNDING * values.abs().max(axis=1))
@@ -178,7 +178,8 @@ def score_arrays(rows, datasets):
 def interval(function, measures, labels, arrays, reps):
     """Return rliable's estimates and 95 % intervals: rows of measure, label, point, low, high.
 
-    `function` makes an array (measures, labels) of arrays of scores (seeds, datasets, labels).
+    `function` takes the `arrays` of scores, (seeds, datasets, labels), and returns an array
+    (measures, labels).
     """
 
     def flat(*resampled):
@@ -269,7 +270,8 @@ def score_table(title, rows, datasets):
     expected = runs.size().max()
     cells = runs.apply(score_cell, expected).unstack(fill_value="missing")[datasets]
     if len(datasets) > 1:
-        means = runs["final"].mean().unstack()[datasets].mean(axis=1, skipna=False)
+        by_seeds = by_seed(rows, "final", datasets)
+        means = by_seeds.mean(axis=1)
         cells["mean"] = means.map("{:.1f}".format).replace("nan", "incomplete")
     note = "One seed."
     if expected > 1:
@@ -277,6 +279,8 @@ def score_table(title, rows, datasets):
             f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: "
             f"(finished/{expected}). {STANDARD_DEVIATION}"
         )
+        if len(datasets) > 1 and by_seeds.isna().any(axis=None):
+            note += " The mean is of the seeds that have all datasets."
     return Table(title, cells, note)
 
 
@@ -464,8 +468,8 @@ def published_table(title, published, datasets):
     """Return a table of other people's scores, a DataFrame of data/corl.csv's columns."""
     names = published["source"] + ": " + published["algorithm"]
     mean = published["mean"].map("{:.1f}".format)
-    std = published["std"].map("{:.1f}".format)
-    texts = published.assign(label=names, text=mean + " ± " + std)
+    std = published["std"].map(" ± {:.1f}".format).replace(" ± nan", "")
+    texts = published.assign(label=names, text=mean + std)
     cells = texts.pivot(index="label", columns="dataset_name", values="text")
     cells = cells.reindex(index=names.unique(), columns=datasets).fillna("")
     note = (

@@ -17,7 +17,7 @@ import os
 import numpy as np
 import pandas as pd
 
-from harness.config import read_flags
+from harness.config import decode
 from harness.directory import default_config, saved_fields
 from harness.errors import UserError, disk_errors, one_line
 from harness.scripts import scripts
@@ -28,7 +28,7 @@ UNKNOWN = "config/"  # before the name of a field that only a fork's script has
 
 
 def mean_of_last(scores, domain):
-    """Return the mean of the last 10 scores, on AntMaze 5: the paper's score when it compares."""
+    """Return the mean of the last 10 scores, on AntMaze 5, by which the paper compares."""
     number = 5 if domain == "antmaze" else 10
     return np.mean(scores[-number:])
 
@@ -109,17 +109,24 @@ def read_table(path):
     return table.to_dict("records")
 
 
+def to_number(name, text):
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"its column {name!r} has {text!r}, which is no number") from error
+
+
 def parse_row(row):
     """Return a row's algorithm, config, evaluations and state.
 
-    Of the evaluations but the last one only the score is known.
+    The last evaluation has all columns. Of earlier ones only the score is known.
     """
     algorithm = row["algorithm"]
     if algorithm not in scripts():
         raise UserError(f"{algorithm} is no algorithm of this project")
     script = scripts()[algorithm]
     fields = vars(script.Config())
-    words = []
+    texts = {}
     unknown = {}
     evaluation = {}
     for name, text in row.items():
@@ -128,12 +135,13 @@ def parse_row(row):
         if name.startswith(UNKNOWN):
             unknown[name.removeprefix(UNKNOWN)] = json.loads(text)
         elif name in fields:
-            words += [f"--{name}", text]
+            texts[name] = text
         elif name == "made_with":
             evaluation[name] = text
         else:
-            evaluation[name] = float(text)
-    config = {**saved_fields(vars(script.tuned(read_flags(script.Config, words)))), **unknown}
+            evaluation[name] = to_number(name, text)
+    config = script.tuned(script.Config(**decode(script.Config, texts)))
+    config = {**saved_fields(vars(config)), **unknown}
     evaluation["seed"] = config["seed"]
     evaluation["update"] = config["num_updates"]
     evaluations = []

@@ -129,7 +129,7 @@ def num_operations(shapes, dimension_numbers):
 
 
 def products_of_two_updates(script, config, data):
-    """Return the matrix products of two updates. Of two, since ReBRAC's actor has one in two."""
+    """Return the matrix products of two updates: ReBRAC's actor is updated in each second one."""
     static, traced = split_config(replace(config, log_every=2))
     program = jax.make_jaxpr(script.epoch.program, static_argnums=0)
     epoch = program(static, traced, first_states(script, config, data), data)

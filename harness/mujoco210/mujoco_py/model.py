@@ -84,7 +84,7 @@ def _to_local(body, parent):
     `parent` is the position (3,) of the body around `body`. No body in global coordinates is
     rotated.
     """
-    here = _numbers(body.get("pos"))
+    here = _numbers(body.get("pos", "0 0 0"))
     body.set("pos", _text(here - parent))
     for child in body:
         if child.tag == "body":
