@@ -55,7 +55,9 @@ def feature_statistics(features):
 def with_ranks(measured):
     """Replace the Gram matrices (members, F, F) of `feature_statistics` by ranks (members,).
 
-    In NumPy, since JAX's batched eigenvalues can hang on a CPU. The other arrays stay.
+    In NumPy, since JAX's batched eigenvalues can hang on a CPU. The other arrays stay. The Gram
+    matrices are in float32. So srank and effective_rank come out larger where singular values fall
+    fast: srank 54 in place of 49 of 256, where they fall as 1 / k^2.
     """
     measured = jax.device_get(measured)
     grams = [key for key in measured if key.endswith("/gram")]
