@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 
@@ -69,7 +70,7 @@ def first_members(config, number):
 
 def first_state(script, config, data):
     """Return a state as `init_states` makes it of one member."""
-    own = {name: x[0] for name, x in own_numbers(config).items()}
+    own = {name: jnp.asarray(x[0]) for name, x in own_numbers(config).items()}  # 0 is on, too
     batch = script.transitions(data, np.arange(1))
     return script.init_state(replace(config, **own), batch, 0)
 

@@ -213,15 +213,15 @@ class Record:
         return arrays, about
 
     def check_checkpoint(self, path, arrays, initial):
-        """Raise UserError if a checkpoint is of another version of the script."""
+        """Raise UserError if a checkpoint doesn't fit the script, as one of another version."""
         expected = {key: array.shape for key, array in initial.items()}
         found = {key: x.shape for key, x in arrays.items() if key.startswith("states/")}
         for key in {**expected, **found}:
             if expected.get(key) != found.get(key):
                 raise UserError(
-                    f"{path} is of another version of the script: {key} has shape "
-                    f"{found.get(key)} there and {expected.get(key)} here; resume with that "
-                    f"version, or remove {self.directory} to start anew"
+                    f"{path} is of another version of the script: of {key} the shape is "
+                    f"{found.get(key, 'missing')} there and {expected.get(key, 'missing')} here; "
+                    "resume with that version, or remove its directory to start anew"
                 )
 
     def save(self, tree, about):

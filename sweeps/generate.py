@@ -22,7 +22,7 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback in the imports, which ta
 import yaml
 
 from harness.datasets import DOMAINS, domain
-from harness.errors import disk_errors, one_line_errors
+from harness.errors import UserError, disk_errors, one_line_errors
 from harness.scripts import scripts
 
 # Experiments: what varies, and whether the paper has it
@@ -53,6 +53,9 @@ EXPERIMENTS = {
     "rms_and_sam": ("RMSNorm, sharpness-aware minimisation, and both", "no"),
 }
 NUM_SEEDS = {"final": 10, "as_run": 10}  # else 5
+with one_line_errors():
+    if "rebrac" not in scripts():
+        raise UserError("the datasets come from rebrac.py: put it back beside your own script")
 PAPERS_DATASETS = list(scripts()["rebrac"].TUNED)
 
 NORMALISATIONS = ["LN", "FN", "GN", "BN", "SN"]
@@ -389,10 +392,16 @@ def write_sweep(path, name, program, title, grid):
         parameter = {"values": values} if len(values) > 1 else {"value": values[0]}
         text = yaml.safe_dump(parameter, default_flow_style=True, width=90).strip()
         lines.append(f"  {flag}: " + text.replace("\n", "\n  "))
+    text = "\n".join(lines) + "\n"
+    if os.path.exists(path):
+        with open(path) as file:
+            if file.read() == text:
+                return
     with disk_errors(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write(text)
+    print(f"wrote {path}")
 
 
 def write_sweeps(directory, algorithm, script, seeds_in_a_run):

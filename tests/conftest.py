@@ -204,7 +204,7 @@ def small_state(script, config, seed=0, spread=0.3):
 
     perturbed = {}
     for name, value in state._asdict().items():
-        if isinstance(value, dict):  # a network's variables
+        if isinstance(value, dict) and "params" in value:  # a network's variables
             perturbed[name] = {**value, "params": jax.tree.map(perturb, value["params"])}
     return state._replace(**perturbed)
 

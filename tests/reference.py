@@ -553,7 +553,7 @@ def numpy_state(state):
     """Return the networks' parameters of a TrainState, with fresh optimisers."""
     found = {}
     for name, value in state._asdict().items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "params" in value:
             params = tree_map(np.asarray, value["params"])
             found[name] = params
             found[f"{name}_opt"] = init_adam(params)

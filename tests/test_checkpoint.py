@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_version_is_an_error(start, monkeypatch):
     directory = stopped(start, monkeypatch)
     old = os.path.join(ROOT, "tests", "old_runs", "rebrac", "checkpoint.npz")  # of 4 hidden units
     shutil.copy(old, directory)
-    line = r"is of another version of the script: states/actor/\S+ has shape .*4.* there and .*64"
+    line = r"another version of the script: of states/actor/\S+ the shape is .*4.* there and .*64"
     fails(line, start)
     os.replace(os.path.join(directory, "previous.npz"), os.path.join(directory, "checkpoint.npz"))
     with monkeypatch.context() as patch:

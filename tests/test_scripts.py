@@ -3,13 +3,19 @@
 import difflib
 import inspect
 import re
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from conftest import OURS, both_scripts
+from conftest import OURS, both_scripts, small_config, small_data
+from runs_helpers import contents, differences, stopped
 
 import bcq
 import iql
 import rebrac
+from harness.checkpoint import flatten
 from harness.scripts import scripts
 
 
@@ -78,7 +84,8 @@ def test_what_the_scripts_share_is_the_same_to_the_letter(script):
         lines = re.findall(r"    if given.dataset_name not in TUNED:\n.*\n", ours["Main"])
         ours["Main"] = ours["Main"].replace(*lines, "")
     for name in SHARED:
-        assert ours[name] == theirs[name], name
+        message = f'the section "{name}" of {script.NAME} differs from that of ReBRAC'
+        assert ours[name] == theirs[name], message
     in_both = [name for name in ours if name in theirs]
     assert in_both == [name for name in theirs if name in ours]
 
@@ -92,7 +99,8 @@ def test_training_differs_in_the_algorithms_own_lines_alone(name):
     for line in lines:
         if not line.startswith(("---", "+++", "@@")):
             differing.append(f"{line[0]} {line[1:].strip()}")
-    assert differing == TRAINING[name].strip().splitlines()
+    message = f'the section "Training" of {name}.py differs otherwise than TRAINING lists above'
+    assert differing == TRAINING[name].strip().splitlines(), message
 
 
 def imports(script):
@@ -154,9 +162,16 @@ def test_all_scripts_have_the_same_regularisers(script):
         return {name for name in names if name.startswith(("actor_", "critic_"))}
 
     own = {"critic_loss", "actor_bc_coef", "critic_bc_coef", "actor_q_coef"}
-    assert flags(rebrac) - flags(script) == (set() if script is rebrac else own)
-    assert flags(script) - flags(rebrac) == set()
-    assert list(script.CHOSEN) == list(rebrac.CHOSEN)
+    if script is not rebrac:
+        assert own.isdisjoint(flags(script))
+        for one, other in ((rebrac, script), (script, rebrac)):
+            missing = sorted(flags(one) - flags(other) - own)
+            assert not missing, (
+                f"{other.NAME} lacks {', '.join(missing)} of {one.NAME}: add them, or keep the "
+                "scripts as they are, and put your change into a copy with a NAME of its own"
+            )
+    message = f"the names in CHOSEN of {script.NAME} and ReBRAC differ"
+    assert list(script.CHOSEN) == list(rebrac.CHOSEN), message
     if hasattr(script, "TUNED"):
         assert list(script.TUNED) == list(rebrac.TUNED)
 
@@ -171,6 +186,65 @@ def test_every_flag_is_used_by_its_name(script):
     assert not re.search(r"getattr\([^)]*f[\"']", code)
     assert not re.search(r"f[\"'](actor|critic)_", code)
     assert "_{" not in code.replace("Hidden_{k}", "")
+
+
+# --- Any script, also a fork's ---
+
+any_script = pytest.mark.parametrize("script", scripts().values(), ids=scripts())
+
+NEEDED = """
+NAME Config BOUNDS HOST_FLOATS constraints tuned CHOSEN BEST make_dataset transitions init_state
+epoch policy train main
+""".split()
+
+
+@any_script
+def test_a_script_provides_what_the_tools_need(script):
+    advice = 'see "What a script provides" in harness/README.md'
+    missing = [name for name in NEEDED if not hasattr(script, name)]
+    assert not missing, f"{script.NAME} lacks {', '.join(missing)}: {advice}"
+    needed = [*fields(rebrac, "Data"), *fields(rebrac, "Run")]
+    needed += ["batch_size", "hidden_dim", "actor_lr_decay"]
+    missing = [name for name in needed if name not in vars(script.Config())]
+    assert not missing, f"the Config of {script.NAME} lacks {', '.join(missing)}: {advice}"
+
+
+@any_script
+def test_a_states_arrays_do_not_depend_on_strengths(script):
+    """A run of strength 0 may go on in a group, where the 0 is traced, or alone again."""
+    batch = script.transitions(small_data(), np.arange(2))
+
+    def shapes(config):
+        state = jax.eval_shape(lambda: script.init_state(config, batch, 0))
+        return {path: array.shape for path, array in flatten(state).items()}
+
+    config = small_config(script)
+    expected = shapes(config)
+    strengths = [
+        name
+        for name, value in vars(config).items()
+        if type(value) is float
+        and name.startswith(("actor_", "critic_"))
+        and not name.endswith(("coef", "learning_rate"))
+    ]
+    assert len(strengths) >= 5
+    for name in strengths:
+        found = shapes(replace(config, **{name: jnp.float32(0.1)}))
+        message = f"init_state of {script.NAME} must make the same arrays whether {name} is on"
+        assert found == expected, message
+
+
+FORKS = {name: script for name, script in scripts().items() if name not in OURS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FORKS.values() or [iql], ids=lambda script: script.NAME)
+def test_a_forks_script_trains_and_resumes(script, start, monkeypatch):
+    """Where there is no fork, one of ours does."""
+    whole = contents(start(script, results="whole"))
+    directory = stopped(start, monkeypatch, script=script)
+    assert start(script) == directory
+    assert differences(whole, contents(directory)) == []
 
 
 def test_scripts_are_found_with_rebrac_first():
