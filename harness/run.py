@@ -132,10 +132,9 @@ class Run:
         error = self.explain(cause)
         if isinstance(error, Exception):
             self.print_error(error)
-        # A run that has lost its device goes on elsewhere. One may fail after a signal, too.
-        is_stopped = isinstance(error, DeviceError)
-        if self.stopping and isinstance(error, SystemExit):
-            is_stopped = True
+        # A run that has lost its device goes on elsewhere. After a signal an error may come from
+        # other processes that end. One of the run itself comes again when it resumes.
+        is_stopped = bool(self.stopping) or isinstance(error, DeviceError)
         if error is not None and not is_stopped:
             for record in self.records:
                 record.fail(error)

@@ -876,17 +876,6 @@ def test_nan_in_a_loss_names_update_quantity_and_checkpoint(start, monkeypatch):
     assert not os.path.exists(os.path.join(directory, "failed.txt"))
 
 
-def test_divergence_after_a_signal_is_a_failure(start, monkeypatch):
-    def act(number, states, infos):
-        make_nan(number, states, infos)
-        if number == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    after_epochs(monkeypatch, rebrac, act)
-    fails("critic_loss is nan", start)
-    assert status(start.directory).state == "failed"
-
-
 def test_infinite_parameters_are_named(start, monkeypatch):
     def break_bias(number, states, infos):
         layer = states.actor["params"]["Dense_0"]
