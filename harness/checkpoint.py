@@ -123,6 +123,8 @@ def last_checkpoint(directory):
             arrays, about = read_checkpoint(path)
         except FileNotFoundError:
             continue
+        except UserError:  # of another format
+            raise
         except OSError as error:  # the file may be whole, so it must stay the last one
             raise UserError(f"can't read {path} ({error.strerror or one_line(error)})") from error
         except ValueError as error:

@@ -112,7 +112,7 @@ class Group(Run):
         self.fail(broken)
         self.records = [record for record, _ in parts]
         try:
-            if states is not None:
+            if states is not None and parts:
                 self.save(parts, states, update)
         finally:
             self.close(broken, 1)

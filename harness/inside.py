@@ -139,9 +139,9 @@ def linear_cka(x, y):
     It is 1 if they differ by rotation, scale and shift, and 0 if they have nothing in common. It is
     NaN if one is the same in all states.
     """
+    if (x == x[0]).all() or (y == y[0]).all():
+        return np.nan
     x = x - x.mean(0)
     y = y - y.mean(0)
-    if not x.any() or not y.any():
-        return np.nan
     in_common = np.linalg.norm(x.T @ y) ** 2
     return in_common / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))

@@ -116,13 +116,26 @@ def free_in_groups(root="/"):
         folder = os.path.join(root, "sys/fs/cgroup", controllers)
         for word in ["", *path.split("/")]:  # from the root down, as each level may have a limit
             folder = os.path.join(folder, word)
-            # The root lacks these files, and the limit "max" is none
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                left = int(read_text(folder, limit)) - int(read_text(folder, usage))
-                words = read_text(folder, "memory.stat").split()
-                statistics = dict(zip(words[::2], words[1::2]))
-                found.append(max(0, left + int(statistics[old_pages])))
+            left = number_in(folder, limit)
+            if left is None:
+                continue
+            left -= number_in(folder, usage) or 0
+            left += number_in(folder, "memory.stat", old_pages) or 0
+            found.append(max(0, left))
     return found
+
+
+def number_in(folder, name, key=None):
+    """Return the number in a control group's file, or after a key if it has several.
+
+    None if it isn't there. The root lacks limits, and "max" is none.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        words = read_text(folder, name).split()
+        if key is None:
+            return int(words[0])
+        return int(dict(zip(words[::2], words[1::2]))[key])
+    return None
 
 
 def read_text(*path):

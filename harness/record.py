@@ -44,6 +44,8 @@ class Record:
         self.score = {}  # to show
         self.losses = {}  # to show
         self.saved = 0  # update of the last checkpoint; None if that hasn't been read yet
+        if os.path.exists(self.path("checkpoint.npz")):
+            self.saved = None
         self.lock = None  # the file, once the directory is this process's
         self.wandb = None
         self.held = None  # rows that W&B gets after an evaluation that is still played
@@ -84,8 +86,6 @@ class Record:
             text = yaml.safe_dump(saved_fields(vars(self.config)), sort_keys=False)
             write_file(self.path("config.yaml"), lambda file: file.write(text.encode()))
             self.remove("failed.txt")
-            if os.path.exists(self.path("checkpoint.npz")):
-                self.saved = None
             self.wandb = WandB(self.directory, self.algorithm, saved_fields(vars(self.config)))
 
     def take_lock(self):

@@ -53,10 +53,7 @@ EXPERIMENTS = {
     "rms_and_sam": ("RMSNorm, sharpness-aware minimisation, and both", "no"),
 }
 NUM_SEEDS = {"final": 10, "as_run": 10}  # else 5
-with one_line_errors():
-    if "rebrac" not in scripts():
-        raise UserError("the datasets come from rebrac.py: put it back beside your own script")
-PAPERS_DATASETS = list(scripts()["rebrac"].TUNED)
+PAPERS_DATASETS = list(getattr(scripts().get("rebrac"), "TUNED", []))
 
 NORMALISATIONS = ["LN", "FN", "GN", "BN", "SN"]
 BEYOND = ["RMS", "SAM"]  # regularisers that the paper hasn't; only `rms_and_sam` has them
@@ -393,11 +390,11 @@ def write_sweep(path, name, program, title, grid):
         text = yaml.safe_dump(parameter, default_flow_style=True, width=90).strip()
         lines.append(f"  {flag}: " + text.replace("\n", "\n  "))
     text = "\n".join(lines) + "\n"
-    if os.path.exists(path):
-        with open(path) as file:
-            if file.read() == text:
-                return
     with disk_errors(path):
+        if os.path.exists(path):
+            with open(path) as file:
+                if file.read() == text:
+                    return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
             file.write(text)
@@ -434,6 +431,8 @@ def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser.add_argument("--directory", default=here, help="where they go; default: here")
     given = parser.parse_args()
+    if not PAPERS_DATASETS:
+        raise UserError("the datasets come from rebrac.py: put it back beside your own script")
     for algorithm, script in scripts().items():
         write_sweeps(given.directory, algorithm, script, given.num_seeds)
 

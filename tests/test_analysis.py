@@ -169,6 +169,8 @@ def test_cka_sees_neither_rotation_nor_scale_nor_shift():
     x = np.eye(4)[:, :1]  # and y are not correlated, once both are centred
     y = np.array([[0.0], [1.0], [-1.0], [0.0]])
     assert linear_cka(x, y) == pytest.approx(0)
+    same = np.full((7, 3), 0.1, np.float32)
+    assert np.isnan(linear_cka(same, same))
 
 
 # --- A whole analysis ---

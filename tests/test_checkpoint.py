@@ -232,8 +232,12 @@ def test_a_checkpoint_of_another_version_is_an_error(start, monkeypatch):
     shutil.copy(old, directory)
     line = r"another version of the script: of states/actor/\S+ the shape is .*4.* there and .*64"
     fails(line, start)
-    os.replace(os.path.join(directory, "previous.npz"), os.path.join(directory, "checkpoint.npz"))
+    last = os.path.join(directory, "checkpoint.npz")
+    shutil.copy(os.path.join(directory, "previous.npz"), last)
+    before = contents(directory)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 99)
-        fails("is of format 2, but this version writes 99", start)
+        line = fails("is of format 2, but this version writes 99", start)
+        assert line == f"{last} is of format 2, but this version writes 99; resume with that one"
+    assert differences(before, contents(directory)) == []
     assert start() == directory

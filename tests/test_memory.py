@@ -107,6 +107,10 @@ def test_what_a_job_has_left_counts_as_much_as_the_machines_memory(version, tmp_
         (folder / "memory.stat").write_text(f"cache 700\n{old_pages} 500\nswap 9\n")
     free = harness.memory.free_in_groups(tmp_path)
     assert min(free) == 1500
+    os.remove(step.parent / "memory.stat")
+    assert min(harness.memory.free_in_groups(tmp_path)) == 1000
+    os.remove(step.parent / usage)
+    assert min(harness.memory.free_in_groups(tmp_path)) == 4000
     monkeypatch.setattr(harness.memory, "free_in_groups", lambda: free)
     assert harness.memory.free_host_memory() == 1500
 

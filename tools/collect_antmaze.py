@@ -19,6 +19,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
@@ -82,6 +83,8 @@ def check(config):
     if config.walker_steps == 0:
         try:
             read_walker(config.walker)
+        except OSError as error:
+            raise UserError(f"can't read {config.walker} ({error.strerror})") from error
         except Exception as error:  # NumPy has many for a file that isn't its own
             raise UserError(f"{config.walker} is no walker's file") from error
     if config.walker_steps and os.path.exists(config.walker):
@@ -257,6 +260,17 @@ def rewards(kind, positions):
 # --- Files ---
 
 
+def begin_process():
+    """Let this process end on Ctrl-C, and when its parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def collect(config, kind):
     """Collect a dataset and write its file."""
     seeds = np.random.SeedSequence([config.seed, list(KINDS).index(kind)])
@@ -264,7 +278,7 @@ def collect(config, kind):
     jobs = [(kind, config.walker, seeds[i : i + 5]) for i in range(0, len(seeds), 5)]
     parts = []
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(config.processes, context)
+    pool = ProcessPoolExecutor(config.processes, context, begin_process)
     try:
         results = pool.map(walk_trajectories, jobs)
         for part in tqdm(results, kind, len(jobs), disable=not sys.stderr.isatty()):

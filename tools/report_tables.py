@@ -279,7 +279,10 @@ def score_table(title, rows, datasets):
             f"Mean ± standard deviation over {expected} seeds, or over as many as are finished: "
             f"(finished/{expected}). {STANDARD_DEVIATION}"
         )
-        if len(datasets) > 1 and by_seeds.isna().any(axis=None):
+    if len(datasets) > 1:
+        finished = rows[rows["dataset"].isin(datasets)].dropna(subset="final")
+        seeds = finished.groupby("label")["seed"].nunique().reindex(by_seeds.index)
+        if (by_seeds.notna().sum(axis=1) < seeds).any():
             note += " The mean is of the seeds that have all datasets."
     return Table(title, cells, note)
 

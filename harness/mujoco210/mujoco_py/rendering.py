@@ -42,12 +42,12 @@ class MjRenderContextOffscreen:
         try:
             # A bare context first: without OpenGL a Renderer's failure prints more
             mujoco.gl_context.GLContext(width, height).free()
+            return mujoco.Renderer(self.sim.model, height, width)
         except Exception as error:
             raise RuntimeError(
                 "rendering needs OpenGL: "
                 "install libegl1 or libosmesa6 and set MUJOCO_GL to egl or osmesa"
             ) from error
-        return mujoco.Renderer(self.sim.model, height, width)
 
 
 class MjViewer:
