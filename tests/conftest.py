@@ -165,6 +165,8 @@ def small_config(script, **fields):
     )
     if hasattr(script.Config, "v_min"):
         small |= dict(v_min=-10.0, v_max=10.0, n_classes=21)
+    known = vars(script.Config())  # a fork's may lack critics
+    small = {name: value for name, value in small.items() if name in known}
     return replace(script.tuned(script.Config(**small)), **fields)
 
 

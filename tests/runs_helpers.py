@@ -88,7 +88,8 @@ def start(monkeypatch, tmp_path, quick):
     """
 
     def start(script=rebrac, results="results", **flags):
-        words = command_line({**quick, "results": tmp_path / results, **flags})
+        known = {name: value for name, value in quick.items() if hasattr(script.Config, name)}
+        words = command_line({**known, "results": tmp_path / results, **flags})
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
         config = with_checksum(script.tuned(parse(script.Config)))
         start.directory = run_directory(script.__name__, config, script.tuned)
