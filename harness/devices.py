@@ -124,15 +124,19 @@ class Spread:
 
     def copy(self, position, argument, number):
         """Return an argument with a copy on each of the devices, which all programs share."""
-        own = COPIES.get((self, position))
-        for known in [own, *COPIES.values()]:
-            if known is not None and known[0] is argument and known[1] == number:
-                break
-        else:
-            sharding = NamedSharding(mesh_of(number), PartitionSpec())
-            known = (argument, number, jax.device_put(argument, sharding))
-        COPIES[self, position] = known
-        return known[2]
+        copies = known_copies(argument, number)
+        if copies is None:
+            copies = jax.device_put(argument, NamedSharding(mesh_of(number), PartitionSpec()))
+        COPIES[self, position] = (argument, number, copies)
+        return copies
+
+
+def known_copies(argument, number):
+    """Return the copies that a program has of an argument on so many devices, None if none has."""
+    for own_argument, own_number, copies in list(COPIES.values()):
+        if own_argument is argument and own_number == number:
+            return copies
+    return None
 
 
 def split(arrays, size, number):

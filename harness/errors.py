@@ -50,16 +50,14 @@ def one_line_errors():
 
 
 @contextlib.contextmanager
-def disk_errors(path, *advice):
-    """Make a UserError about `path` of an error of the disk, as where it is full.
-
-    It ends with the `advice`, if there is any.
-    """
+def disk_errors(path, advice=""):
+    """Make a UserError about `path`, with the `advice`, of an error of the disk, as a full one."""
     try:
         yield
     except OSError as error:
         why = error.strerror or one_line(error)
-        raise UserError("; ".join([f"can't write to {path} ({why})", *advice])) from error
+        line = f"can't write to {path} ({why})"
+        raise UserError(f"{line}; {advice}" if advice else line) from error
 
 
 def make_folder(path):

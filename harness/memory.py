@@ -69,8 +69,8 @@ def first_members(config, number):
 
 
 def first_state(script, config, data):
-    """Return a state as `init_states` makes it of one member."""
-    own = {name: jnp.asarray(x[0]) for name, x in own_numbers(config).items()}  # 0 is on, too
+    """Return a state as `init_states` makes it of one member, whose numbers are arrays, too."""
+    own = {name: jnp.asarray(x[0]) for name, x in own_numbers(config).items()}
     batch = script.transitions(data, np.arange(1))
     return script.init_state(replace(config, **own), batch, 0)
 

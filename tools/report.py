@@ -155,8 +155,9 @@ def final_score(seed, final):
 
 def all_datasets(rows):
     """Return the datasets, in the order of their domains."""
-    titles = [title for title in datasets_by_domain(rows) if title != ALL]
-    return [name for title in titles for name in datasets_by_domain(rows)[title]]
+    found = datasets_by_domain(rows)
+    found.pop(ALL, None)
+    return sum(found.values(), [])
 
 
 def datasets_by_domain(rows):

@@ -73,18 +73,14 @@ class Program:
         the claims are gone.
         """
         for job in self.jobs:
-            with contextlib.ExitStack() as unless_locked:
-                try:
-                    os.makedirs(job.directory, exist_ok=True)
-                    file = unless_locked.enter_context(open(job.output_path(), "ab"))
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self.release()
-                    return False
-                except OSError:  # can't be written or locked, which `start` and `own_share` say
-                    continue
-                unless_locked.pop_all()
-                self.claims.append(file)
+            try:
+                os.makedirs(job.directory, exist_ok=True)
+                self.claims.append(open_and_lock(job.output_path()))
+            except BlockingIOError:
+                self.release()
+                return False
+            except OSError:  # nothing can be written or locked, which `start` and `own_share` say
+                continue
         return True
 
     def release(self):
@@ -129,6 +125,20 @@ class Program:
             )
         with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:
             stdin.write(flags)
+
+
+def open_and_lock(path):
+    """Open a file to append to it, and lock it.
+
+    Raises BlockingIOError if another process has it locked, and OSError on a disk without locks.
+    """
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 @contextlib.contextmanager
